@@ -1,0 +1,138 @@
+"""ProductKeys and FlatKeys: from a query to the K best slots of each head, exactly.
+
+Letters: T tokens, H heads, Q query width of a head, N sub-keys a codebook, S slots, K neighbours, ... any leading shape.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memlayers.ops.read import dot
+from memlayers.ops.select import best, select_pairs
+
+
+class Hits(NamedTuple):
+    """What a search found, best first."""
+
+    scores: Tensor  # [..., H, K], descending, differentiable, at least float32
+    slots: Tensor  # [..., H, K], int64
+
+
+class ProductKeys(nn.Module):
+    """Two codebooks of N sub-keys a head; the key of slot i * N + j is (first[i], second[j]) (paper, section 3.2).
+
+    score(i, j) = <query[:Q/2], first[i]> + <query[Q/2:], second[j]>. The K best of all N * N sums are found exactly,
+    from the K best of each half; equal sums go to the lower slot.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        num_subkeys: int,
+        query_dim: int,
+        topk: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.topk = topk
+        self.weight = nn.Parameter(torch.empty(2, heads, num_subkeys, query_dim // 2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-1/sqrt(Q/2), each half and head its own draw."""
+        bound = 1 / math.sqrt(self.weight.shape[-1])
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def half_scores(self, query: Tensor) -> Tensor:
+        """query: [..., H, Q] -> [2, H, T, N], the scores of both halves against their codebooks."""
+        halves = query.flatten(0, -3).unflatten(-1, (2, -1)).permute(2, 1, 0, 3)  # [2, H, T, Q/2]
+        return halves @ self.weight.transpose(-1, -2)
+
+    def forward(self, query: Tensor) -> Hits:
+        """query: [..., H, Q] -> Hits of shape [..., H, K]."""
+        first_HTN, second_HTN = self.half_scores(query)
+        scores_HTK, slots_HTK = select_pairs(first_HTN, second_HTN, self.topk)
+        lead = query.shape[:-2]
+        return Hits(scores_HTK.transpose(0, 1).unflatten(0, lead), slots_HTK.transpose(0, 1).unflatten(0, lead))
+
+    def extra_repr(self) -> str:
+        _, heads, num_subkeys, half = self.weight.shape
+        return f"heads={heads}, num_subkeys={num_subkeys}, query_dim={2 * half}, topk={self.topk}"
+
+
+class FlatKeys(nn.Module):
+    """S keys a head, all of them searched (paper, section 3.1): what product keys are compared with.
+
+    Cost O(S * Q). Scores are computed for a block of queries and a block of keys at a time and never held for all S.
+    """
+
+    BLOCK = 2**22  # scores held at once: 16 MB in float32
+
+    def __init__(
+        self,
+        heads: int,
+        slots: int,
+        query_dim: int,
+        topk: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.topk = topk
+        self.weight = nn.Parameter(torch.empty(heads, slots, query_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-1/sqrt(Q)."""
+        bound = 1 / math.sqrt(self.weight.shape[-1])
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, query: Tensor) -> Hits:
+        """query: [..., H, Q] -> Hits of shape [..., H, K]."""
+        query_THQ = query.flatten(0, -3)
+        slots_THK = self._search(query_THQ)
+        heads, slots, query_dim = self.weight.shape
+        # One table of H * S keys, so that all heads are scored in one call.
+        rows_THK = slots_THK + torch.arange(heads, device=query.device)[:, None] * slots
+        scores = dot(self.weight.flatten(0, 1), rows_THK.flatten(0, 1), query_THQ.flatten(0, 1))
+        # Rescored in another order of operations than searched, so near-ties may have changed places.
+        scores_THK, order_THK = scores.view_as(rows_THK).sort(dim=-1, descending=True, stable=True)
+        shape = (*query.shape[:-1], self.topk)
+        return Hits(scores_THK.view(shape), slots_THK.gather(-1, order_THK).view(shape))
+
+    @torch.no_grad()
+    def _search(self, query_THQ: Tensor) -> Tensor:
+        heads, slots, _ = self.weight.shape
+        keys_per_block = min(slots, max(self.topk, 2**14))
+        queries_per_block = max(1, self.BLOCK // (heads * keys_per_block))
+        found = [self._search_block(block, keys_per_block) for block in query_THQ.split(queries_per_block)]
+        return torch.cat(found) if found else query_THQ.new_empty(0, heads, self.topk, dtype=torch.int64)
+
+    def _search_block(self, query_THQ: Tensor, keys_per_block: int) -> Tensor:
+        query_HTQ = query_THQ.transpose(0, 1)
+        scores_HTK: Tensor | None = None
+        slots_HTK: Tensor | None = None
+        for start in range(0, self.weight.shape[1], keys_per_block):
+            keys_HCQ = self.weight[:, start : start + keys_per_block]
+            scores_HTC = query_HTQ @ keys_HCQ.to(query_HTQ.dtype).transpose(-1, -2)
+            scores_HTC = scores_HTC if scores_HTC.dtype == torch.float64 else scores_HTC.float()
+            slots_HTC = torch.arange(start, start + scores_HTC.shape[-1], device=query_HTQ.device).expand_as(scores_HTC)
+            if scores_HTK is not None:
+                scores_HTC = torch.cat([scores_HTK, scores_HTC], -1)
+                slots_HTC = torch.cat([slots_HTK, slots_HTC], -1)
+            # Among equal scores an earlier place is a lower slot: blocks come in order, and so do ties among the best.
+            place_HTK = best(
+                scores_HTC, torch.arange(scores_HTC.shape[-1], device=query_HTQ.device), self.topk
+            )
+            scores_HTK, slots_HTK = scores_HTC.gather(-1, place_HTK), slots_HTC.gather(-1, place_HTK)
+        assert slots_HTK is not None
+        return slots_HTK.transpose(0, 1)
+
+    def extra_repr(self) -> str:
+        heads, slots, query_dim = self.weight.shape
+        return f"heads={heads}, slots={slots}, query_dim={query_dim}, topk={self.topk}"

@@ -1,0 +1,144 @@
+"""read: the weighted sum of table rows, its gradients, and dot, its dual.
+
+All three are the parts of one form, sum over (t, k) of weight[t, k] * <row of slot[t, k], output[t]>:
+    read      given rows and weights:  y[t]       = sum_k weight[t, k] * table[slot[t, k]]
+    dot       given rows and outputs:  d[t, k]    = <table[slot[t, k]], output[t]>
+    sum_rows  given weights and outputs: g[s]     = sum over (t, k) with slot[t, k] = s of weight[t, k] * output[t]
+so the gradients of `read` are `dot` and `sum_rows`, and those of `dot` are `read` and `sum_rows`.
+
+Sums are accumulated in float32 (float64 for float64), and so is what is returned. The gathered rows [T, K, V] are
+never materialised as a whole. Letters: T tokens, K rows a token, S slots, V width, M = T * K.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memlayers.ops.record import Part, dense_sum, record_
+
+# Elements of gathered rows held at once where rows must be gathered at all: 16 MB in float32.
+_CHUNK_ELEMENTS = 2**22
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("memlayers::read", mutates_args=())
+def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """y [T, V]; backward gives the table an ordinary dense gradient."""
+    return _read(table_SV, slots_TK, weights_TK)
+
+
+@torch.library.custom_op("memlayers::read_row_mode", mutates_args=())
+def read_row_mode(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor, mark_1: Tensor, log: Tensor) -> Tensor:
+    """y [T, V]; backward records a row gradient in `log` and leaves the table's gradient None.
+
+    mark_1: the one-element companion parameter; its gradient shows that something was recorded.
+    log: the handle of the table's `RowGradient`, mutated in backward only (see `memlayers.ops.record`).
+    """
+    return _read(table_SV, slots_TK, weights_TK)
+
+
+@torch.library.custom_op("memlayers::dot", mutates_args=())
+def dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
+    """d [T, K]; backward gives the table an ordinary dense gradient."""
+    return _dot(table_SV, slots_TK, outputs_TV)
+
+
+@torch.library.custom_op("memlayers::sum_rows", mutates_args=())
+def sum_rows(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots: int) -> Tensor:
+    """g [S, V], zero where no entry names the slot."""
+    return dense_sum([Part(slots_TK, weights_TK, outputs_TV)], num_slots).grad_PV
+
+
+def _read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    dtype = accumulation_dtype(table_SV.dtype)
+    if table_SV.dtype == dtype:
+        return F.embedding_bag(slots_TK, table_SV, per_sample_weights=weights_TK.to(dtype), mode="sum")
+    y_TV = table_SV.new_empty(slots_TK.shape[0], table_SV.shape[1], dtype=dtype)
+    for tokens in _chunks(slots_TK, table_SV):
+        rows_CKV = F.embedding(slots_TK[tokens], table_SV).to(dtype)
+        torch.sum(rows_CKV * weights_TK[tokens, :, None].to(dtype), dim=1, out=y_TV[tokens])
+    return y_TV
+
+
+def _dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
+    dtype = accumulation_dtype(table_SV.dtype)
+    outputs_TV = outputs_TV.to(dtype).contiguous()
+    num_tokens, topk = slots_TK.shape
+    if table_SV.dtype == dtype and table_SV.is_contiguous():
+        # The kernel behind embedding_bag's own backward; a bmm over gathered rows takes four times as long on a CPU.
+        bag_T = torch.arange(num_tokens, device=slots_TK.device)
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            outputs_TV, table_SV, slots_TK.flatten(), bag_T * topk, bag_T.repeat_interleave(topk), 0
+        ).view(num_tokens, topk)
+    d_TK = outputs_TV.new_empty(num_tokens, topk)
+    for tokens in _chunks(slots_TK, table_SV):
+        rows_CKV = F.embedding(slots_TK[tokens], table_SV).to(dtype)
+        d_TK[tokens] = (rows_CKV @ outputs_TV[tokens, :, None]).squeeze(-1)
+    return d_TK
+
+
+def _chunks(slots_TK: Tensor, table_SV: Tensor) -> list[slice]:
+    size = max(1, _CHUNK_ELEMENTS // max(1, slots_TK.shape[1] * table_SV.shape[1]))
+    return [slice(start, start + size) for start in range(0, slots_TK.shape[0], size)]
+
+
+def _empty_outputs(table_SV, slots_TK, weights_TK, *_):
+    return table_SV.new_empty(slots_TK.shape[0], table_SV.shape[1], dtype=accumulation_dtype(table_SV.dtype))
+
+
+def _empty_weights(table_SV, slots_TK, outputs_TV):
+    return table_SV.new_empty(slots_TK.shape, dtype=accumulation_dtype(table_SV.dtype))
+
+
+def _empty_rows(slots_TK, weights_TK, outputs_TV, num_slots):
+    return outputs_TV.new_empty(num_slots, outputs_TV.shape[1], dtype=accumulation_dtype(outputs_TV.dtype))
+
+
+def _save_read(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    # Not saved as a tensor: another layer's backward may have written to it since, and that is not an error.
+    ctx.log = inputs[4] if len(inputs) > 4 else None
+
+
+def _read_backward(ctx, grad_TV):
+    table_SV, slots_TK, weights_TK = ctx.saved_tensors
+    grad_SV = grad_TK = None
+    if ctx.needs_input_grad[0]:
+        grad_SV = sum_rows(slots_TK, weights_TK, grad_TV, table_SV.shape[0]).to(table_SV.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_TK = dot(table_SV, slots_TK, grad_TV).to(weights_TK.dtype)
+    return grad_SV, None, grad_TK
+
+
+def _read_row_mode_backward(ctx, grad_TV):
+    table_SV, slots_TK, weights_TK = ctx.saved_tensors
+    grad_TK = dot(table_SV, slots_TK, grad_TV).to(weights_TK.dtype) if ctx.needs_input_grad[2] else None
+    record_(ctx.log, slots_TK, weights_TK, grad_TV)
+    return None, None, grad_TK, grad_TV.new_full((1,), MARK), None
+
+
+def _dot_backward(ctx, grad_TK):
+    table_SV, slots_TK, outputs_TV = ctx.saved_tensors
+    grad_SV = grad_TV = None
+    if ctx.needs_input_grad[0]:
+        grad_SV = sum_rows(slots_TK, grad_TK, outputs_TV, table_SV.shape[0]).to(table_SV.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_TV = read(table_SV, slots_TK, grad_TK).to(outputs_TV.dtype)
+    return grad_SV, None, grad_TV
+
+
+# What backward adds to the companion's gradient. Its square is 0 in float32, so a norm over all parameters does not
+# see it; it is far above the smallest float32, so neither clipping nor averaging makes it 0. Only zero_grad does.
+MARK = 1e-30
+
+read.register_fake(_empty_outputs)
+read_row_mode.register_fake(_empty_outputs)
+dot.register_fake(_empty_weights)
+sum_rows.register_fake(_empty_rows)
+read.register_autograd(_read_backward, setup_context=_save_read)
+read_row_mode.register_autograd(_read_row_mode_backward, setup_context=_save_read)
+dot.register_autograd(_dot_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

@@ -1,0 +1,248 @@
+"""record: what backward leaves behind for a row optimizer, and how long it lives.
+
+The gradient of a table is kept factored: (slots, weights, gradient of the output), some 10 MB for 2,048 tokens where
+the summed rows would take 700. `RowGradient` holds it; the operation `record_` appends to it in backward.
+
+Why an operation: appending to a Python list from a backward that `torch.compile` traces is silently lost. What the
+operation mutates is `RowGradient.handle`, a tensor that is its argument (a global one crashes there): the number of
+the `RowGradient` and a count of recorded tokens, on the CPU, so that reading it never waits for a device. Its
+implementation runs at run time, compiled or not, and survives the copies of the handle that functionalisation makes.
+
+Life: gradients are recorded while a backward pass runs, and committed when that pass accumulates the gradient of the
+companion parameter `mark`. So what `torch.autograd.grad` computes on the side is never taken for a gradient, and
+whoever clears the companion's gradient (`zero_grad` of the model or of the optimizer) discards what is recorded.
+
+Letters: T tokens, K rows a token, S slots, V width, R recorded tokens, M recorded entries (slot, weight, token),
+P rows that are summed at most.
+"""
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_numbers = itertools.count(1)
+# The way from the number in a handle to its object. It keeps nothing alive.
+_row_gradients: "weakref.WeakValueDictionary[int, RowGradient]" = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("memlayers::record_", mutates_args=("handle",))
+def record_(handle: Tensor, slots_TK: Tensor, weights_TK: Tensor, grad_TV: Tensor) -> None:
+    """Append one call's factored gradient to the `RowGradient` of the handle."""
+    row_gradient = _row_gradients.get(int(handle[0]))
+    if row_gradient is None or row_gradient.owner() is None:
+        raise RuntimeError(
+            "backward reached a value table in row mode whose row optimizer is gone, so its gradient would be lost: "
+            "keep the optimizer alive, build a new one, or call table.release() to train it with a dense gradient"
+        )
+    row_gradient._append(Part(slots_TK.detach(), weights_TK.detach(), grad_TV.detach()))
+    handle[1] += slots_TK.shape[0]
+
+
+@record_.register_fake
+def _(handle, slots_TK, weights_TK, grad_TV):
+    return None
+
+
+class Part(NamedTuple):
+    """The factored gradient of one read."""
+
+    slots_TK: Tensor
+    weights_TK: Tensor
+    grad_TV: Tensor
+
+    @property
+    def size(self) -> int:
+        """Elements held."""
+        return self.slots_TK.numel() + self.weights_TK.numel() + self.grad_TV.numel()
+
+
+class SummedRows(NamedTuple):
+    """Summed gradients of P distinct rows, of static shape: P = min(M, S), whatever was read.
+
+    rows_P: the slots (None: all S in order); live_P: whether the row was read. The gradient of a row that was not is
+    zero, and an update must leave the row alone.
+    """
+
+    rows_P: Tensor | None
+    live_P: Tensor
+    grad_PV: Tensor
+
+    def norm(self) -> Tensor:
+        """Euclidean norm, a scalar."""
+        return torch.linalg.vector_norm(self.grad_PV)
+
+    def chunks(self, elements: int = 2**20) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
+        """(index of the rows, live [C], gradient [C, V]) in pieces that stay in cache."""
+        size = max(1, elements // self.grad_PV.shape[1])
+        for start in range(0, self.grad_PV.shape[0], size):
+            piece = slice(start, min(start + size, self.grad_PV.shape[0]))
+            index = piece if self.rows_P is None else self.rows_P[piece]
+            yield index, self.live_P[piece], self.grad_PV[piece]
+
+
+class RowGradient:
+    """The gradient of one table in row mode: opaque, factored, consumed by its owner's step."""
+
+    def __init__(self, owner: object, mark: nn.Parameter, num_slots: int):
+        self.owner = weakref.ref(owner)
+        number = next(_numbers)
+        self.handle = torch.tensor([number, 0], device="cpu")
+        _row_gradients[number] = self
+        self._mark = mark
+        self._num_slots = num_slots
+        self._parts: list[Part] = []
+        self._merged: SummedRows | None = None
+        self._uncommitted: list[Part] = []
+        self._backward_pass = -1
+        self._starts_anew = True
+        self._seen: tuple[Tensor | None, int] = (None, 0)
+        mark.register_post_accumulate_grad_hook(self._commit)
+
+    # What a loop or an optimizer may do with it.
+
+    def add(self, slots_TK: Tensor, weights_TK: Tensor, grad_TV: Tensor) -> None:
+        """Add sum over (t, k) of weights[t, k] * grad[t] to row slots[t, k]."""
+        self._parts.append(Part(slots_TK, weights_TK, grad_TV))
+        if sum(part.size for part in self._parts) > self._num_slots * grad_TV.shape[1]:
+            self._merge()
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to step on: nothing was recorded, or it was discarded by clearing the companion's gradient."""
+        return self._was_cleared() or not (self._parts or self._merged)
+
+    def scale(self, factor: float | Tensor) -> None:
+        """Multiply the gradient by a number."""
+        self._parts = [part._replace(weights_TK=part.weights_TK * factor) for part in self._parts]
+        if self._merged is not None:
+            self._merged.grad_PV.mul_(factor)
+
+    def norm(self) -> Tensor:
+        """Euclidean norm of the summed rows, a scalar; zero when nothing is recorded."""
+        summed = self.summed()
+        return torch.zeros((), device=self._mark.device) if summed is None else summed.norm()
+
+    def discard(self) -> None:
+        """Forget what is recorded, as `zero_grad` does."""
+        self._forget()
+        self._mark.grad = None
+
+    def summed(self) -> SummedRows | None:
+        """The rows summed by slot, or None when nothing is recorded; what is recorded stays."""
+        grad = self._mark.grad
+        if grad is None or not (self._parts or self._merged):
+            return None
+        if self._merged is not None:
+            self._merge()
+            summed = self._merged
+        else:
+            summed = sum_parts(self._parts, self._num_slots)
+        if self._was_written(grad):  # Whether it was cleared is left to the device: no row is live then.
+            summed = summed._replace(live_P=summed.live_P & grad.any())
+        return summed
+
+    def consume(self) -> SummedRows | None:
+        """The rows summed by slot, or None when nothing is recorded; nothing stays."""
+        summed = self.summed()
+        self._forget()
+        return summed
+
+    # How it is recorded.
+
+    def _append(self, part: Part) -> None:
+        backward_pass = torch._C._current_graph_task_id()
+        if backward_pass != self._backward_pass:
+            self._backward_pass = backward_pass
+            self._uncommitted = []
+            self._starts_anew = self._was_cleared()
+        self._uncommitted.append(part)
+
+    def _commit(self, mark: nn.Parameter) -> None:
+        if self._starts_anew:
+            self._forget(uncommitted=False)
+            self._starts_anew = False
+        for part in self._uncommitted:
+            self.add(*part)
+        self._uncommitted = []
+        assert mark.grad is not None
+        self._seen = (mark.grad, mark.grad._version)
+
+    def _was_cleared(self) -> bool:
+        grad = self._mark.grad
+        return grad is None or (self._was_written(grad) and not bool(grad.any()))
+
+    def _was_written(self, grad: Tensor) -> bool:
+        """Whether somebody wrote to it: a clipping, which leaves it above zero, or zero_grad(set_to_none=False)."""
+        return self._seen[0] is not grad or self._seen[1] != grad._version
+
+    def _forget(self, uncommitted: bool = True) -> None:
+        self._parts, self._merged = [], None
+        if uncommitted:
+            self._uncommitted = []
+
+    def _merge(self) -> None:
+        """One dense gradient instead of factors that have grown larger than that."""
+        if not self._parts:
+            return
+        new = dense_sum(self._parts, self._num_slots)
+        if self._merged is not None:
+            new = SummedRows(None, new.live_P | self._merged.live_P, new.grad_PV.add_(self._merged.grad_PV))
+        self._parts, self._merged = [], new
+
+
+def sum_parts(parts: list[Part], num_slots: int) -> SummedRows:
+    """Sum by slot: sort, then one segmented sum. Every shape is static, so no device is waited for."""
+    if sum(part.slots_TK.numel() for part in parts) >= num_slots:
+        return dense_sum(parts, num_slots)
+    entries = _Entries(parts)
+    touched_S = entries.touched(num_slots)
+    # P = M rows, all distinct: those that were read, in order, then as many others as it takes.
+    read_S, unread_S = touched_S.cumsum(0), (~touched_S).cumsum(0)
+    place_S = torch.where(touched_S, read_S - 1, read_S[-1] + unread_S - 1)
+    slots_S = torch.arange(num_slots, device=place_S.device)
+    rows_P = torch.empty_like(slots_S).scatter_(0, place_S, slots_S)[: entries.count]
+    live_P = touched_S[rows_P]
+    starts_P = torch.searchsorted(entries.sorted_slots_M, rows_P).masked_fill(~live_P, entries.count)
+    return SummedRows(rows_P, live_P, entries.segments(starts_P))
+
+
+def dense_sum(parts: list[Part], num_slots: int) -> SummedRows:
+    """The same for all S rows."""
+    entries = _Entries(parts)
+    slots_S = torch.arange(num_slots, device=entries.sorted_slots_M.device)
+    starts_S = torch.searchsorted(entries.sorted_slots_M, slots_S)
+    return SummedRows(None, entries.touched(num_slots), entries.segments(starts_S))
+
+
+class _Entries:
+    """The M entries (slot, weight, token) of several parts, sorted by slot; equal slots keep their order."""
+
+    def __init__(self, parts: list[Part]):
+        dtype = torch.float64 if parts[0].grad_TV.dtype == torch.float64 else torch.float32
+        self.sorted_slots_M, order_M = torch.cat([part.slots_TK.flatten() for part in parts]).sort(stable=True)
+        self.weight_M = torch.cat([part.weights_TK.flatten().to(dtype) for part in parts])[order_M]
+        self.grad_RV = torch.cat([part.grad_TV.to(dtype) for part in parts])
+        first, tokens = 0, []
+        for part in parts:
+            num_tokens, topk = part.slots_TK.shape
+            tokens.append(
+                torch.arange(first, first + num_tokens, device=order_M.device).repeat_interleave(
+                    topk, output_size=num_tokens * topk
+                )
+            )
+            first += num_tokens
+        self.token_M = torch.cat(tokens)[order_M]
+        self.count = len(order_M)
+
+    def touched(self, num_slots: int) -> Tensor:
+        touched_S = torch.zeros(num_slots, dtype=torch.bool, device=self.sorted_slots_M.device)
+        return touched_S.index_fill_(0, self.sorted_slots_M, True)
+
+    def segments(self, starts_P: Tensor) -> Tensor:
+        """Sums [P, V] of the sorted entries cut at the given starts; an empty segment sums to zero."""
+        return F.embedding_bag(self.token_M, self.grad_RV, starts_P, per_sample_weights=self.weight_M, mode="sum")

@@ -1,0 +1,66 @@
+"""select: the exact K best slots of a product of two codebooks, from the half scores (paper, section 3.2).
+
+Slot (i, j) scores first[i] + second[j]. With both lists sorted, i-th best and j-th best (1-based) can be among the K
+best sums only if i * j <= K: the i * j - 1 other pairs of better or equal ranks all score at least as much. So a
+staircase of pairs (119 at K = 32) is scored, never the K * K grid and never all N * N slots.
+
+Letters: N sub-keys a codebook, K neighbours, P pairs of the staircase, ... any leading shape.
+"""
+
+import torch
+from torch import Tensor
+
+_LOW_WORD = 0xFFFFFFFF  # ties are broken by what is packed here, so it bounds the slots: 2**32
+
+
+def select_pairs(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The K best pair sums of each row.
+
+    first_N, second_N: [..., N], half scores. Returns (scores [..., K] descending, slots [..., K] int64, the slot of
+    (i, j) being i * N + j). Equal sums go to the lower slot. Scores are differentiable, and at least float32.
+    """
+    num_subkeys = first_N.shape[-1]
+    first_N, second_N = _at_least_float32(first_N), _at_least_float32(second_N)
+    with torch.no_grad():
+        index_N = torch.arange(num_subkeys, device=first_N.device)
+        first_K, second_K = best(first_N, index_N, topk), best(second_N, index_N, topk)
+        rank_first_P, rank_second_P = staircase(topk, first_N.device)
+        row_P, column_P = first_K[..., rank_first_P], second_K[..., rank_second_P]
+        sum_P = first_N.gather(-1, row_P) + second_N.gather(-1, column_P)
+        slots_K = best(sum_P, row_P * num_subkeys + column_P, topk)
+    row_K = torch.div(slots_K, num_subkeys, rounding_mode="floor")
+    scores_K = first_N.gather(-1, row_K) + second_N.gather(-1, slots_K - row_K * num_subkeys)
+    return scores_K, slots_K
+
+
+def staircase(topk: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """The 0-based ranks (i, j) with (i + 1) * (j + 1) <= topk, as two int64 tensors [P]."""
+    lengths = [topk // (i + 1) for i in range(topk)]
+    first_P = torch.repeat_interleave(
+        torch.arange(topk, device=device), torch.tensor(lengths, device=device), output_size=sum(lengths)
+    )
+    offsets = [sum(lengths[:i]) for i in range(topk)]
+    second_P = torch.arange(sum(lengths), device=device) - torch.tensor(offsets, device=device)[first_P]
+    return first_P, second_P
+
+
+def best(scores_N: Tensor, ids_N: Tensor, topk: int) -> Tensor:
+    """The ids of the K best scores, best first; among equal scores the lower id comes first.
+
+    scores_N: [..., N], float32 or float64. ids_N: int64 in [0, 2**32), [N] or the shape of the scores. `torch.topk`
+    leaves ties in any order, so score and id are made one integer whose order is the order that we promise.
+    """
+    if scores_N.dtype == torch.float64:  # no room for the id beside 64 bits of score: two stable sorts
+        ids_N = ids_N.expand_as(scores_N)
+        by_id_N = ids_N.argsort(dim=-1, stable=True)
+        by_score_N = scores_N.gather(-1, by_id_N).argsort(dim=-1, descending=True, stable=True)
+        return ids_N.gather(-1, by_id_N.gather(-1, by_score_N[..., :topk]))
+    # Adding zero turns -0.0 into +0.0, which compare equal but differ in their bits.
+    bits_N = (scores_N + 0.0).view(torch.int32).long()
+    ordered_N = torch.where(bits_N < 0, bits_N ^ 0x7FFFFFFF, bits_N)
+    packed_N = (ordered_N << 32) | (_LOW_WORD - ids_N)
+    return _LOW_WORD - (packed_N.topk(topk, dim=-1).values & _LOW_WORD)
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores if scores.dtype == torch.float64 else scores.float()

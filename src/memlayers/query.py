@@ -1,0 +1,171 @@
+"""QueryNetwork: from the hidden state to one query a head, and the norms that keep queries spread out.
+
+Letters: T tokens, D model width, H heads, Q query width of a head, F = H * Q features.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memlayers.config import MemoryConfig
+
+
+class QueryNetwork(nn.Module):
+    """A linear map or an MLP with ReLU, then a norm: [T, D] -> [T, H, Q] (paper, section 3.1)."""
+
+    def __init__(
+        self, config: MemoryConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        self.heads = config.heads
+        sizes = [config.dim, *config.query_hidden, config.heads * config.query_dim]
+        self.projections = nn.ModuleList(
+            nn.Linear(size, next_size, bias=config.query_bias, device=device, dtype=dtype)
+            for size, next_size in zip(sizes, sizes[1:], strict=False)
+        )
+        self.norm = {"batch": MaskedBatchNorm, "rms": HeadRMSNorm, "none": NoNorm}[config.query_norm](
+            config.heads, config.query_dim, device=device, dtype=dtype
+        )
+
+    def reset_parameters(self) -> None:
+        """Linear maps as PyTorch makes them; norms to the identity."""
+        for projection in self.projections:
+            projection.reset_parameters()
+        self.norm.reset_parameters()
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Tensor:
+        """mask_T: bool, True for real tokens; None means all are real."""
+        hidden = x_TD
+        for projection in self.projections[:-1]:
+            hidden = F.relu(projection(hidden))
+        query_THQ = self.projections[-1](hidden).unflatten(-1, (self.heads, -1))
+        return self.norm(query_THQ, mask_T)
+
+
+class MaskedBatchNorm(nn.Module):
+    """BatchNorm over the H * Q query features whose statistics leave padding out.
+
+    Training normalises by the statistics of the call's real tokens and folds them into the running ones, which
+    evaluation uses. A recomputation under gradient checkpointing does not fold them in again. Statistics are computed
+    and kept in at least float32, whatever the module is cast to.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    momentum = 0.1
+    eps = 1e-5
+
+    def __init__(
+        self,
+        heads: int,
+        query_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, query_dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(heads, query_dim, device=device, dtype=dtype))
+        stats = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        self.register_buffer("running_mean", torch.empty(heads, query_dim, device=device, dtype=stats))
+        self.register_buffer("running_var", torch.empty(heads, query_dim, device=device, dtype=stats))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
+
+    def forward(self, query_THQ: Tensor, mask_T: Tensor | None = None) -> Tensor:
+        """Raises `ValueError` in training for a single token, whose statistics say nothing."""
+        wide_THQ = query_THQ.to(torch.promote_types(query_THQ.dtype, self.running_mean.dtype))
+        if self.training:
+            if query_THQ.shape[0] == 1:
+                raise ValueError(
+                    "query_norm 'batch' needs more than one token in training, got 1; use query_norm 'rms' for that"
+                )
+            mean_HQ, var_HQ, count = self._statistics(wide_THQ, mask_T)
+            if not _is_recomputation():
+                self._fold_in(mean_HQ, var_HQ, count)
+        else:
+            mean_HQ, var_HQ = self.running_mean, self.running_var
+        scale_HQ = torch.rsqrt(var_HQ + self.eps) * self.weight
+        return ((wide_THQ - mean_HQ) * scale_HQ + self.bias).to(query_THQ.dtype)
+
+    @staticmethod
+    def _statistics(wide_THQ: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, biased variance, and the number of real tokens, of the real tokens."""
+        if mask_T is None:
+            var_HQ, mean_HQ = torch.var_mean(wide_THQ, dim=0, correction=0)
+            return mean_HQ, var_HQ, wide_THQ.new_tensor(wide_THQ.shape[0])
+        count = mask_T.sum().to(wide_THQ.dtype)
+        # Selected, not multiplied: whatever padding holds, NaN included, must not come through.
+        real_THQ = torch.where(mask_T[:, None, None], wide_THQ, 0)
+        mean_HQ = real_THQ.sum(0) / count.clamp(min=1)
+        centred_THQ = torch.where(mask_T[:, None, None], wide_THQ - mean_HQ, 0)
+        return mean_HQ, centred_THQ.square().sum(0) / count.clamp(min=1), count
+
+    @torch.no_grad()
+    def _fold_in(self, mean_HQ: Tensor, var_HQ: Tensor, count: Tensor) -> None:
+        # The running variance is the unbiased one, as in torch's BatchNorm. No real token at all: nothing is learned.
+        share = torch.where(count > 0, self.momentum, 0.0).to(self.running_mean.dtype)
+        unbiased_HQ = var_HQ * (count / (count - 1).clamp(min=1))
+        self.running_mean.lerp_(mean_HQ.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(unbiased_HQ.to(self.running_var.dtype), share)
+
+    def _apply(self, fn, recurse=True):
+        before = self.running_mean, self.running_var
+        super()._apply(fn, recurse)
+        # Casting a model to 16 bits must not round its statistics.
+        if torch.finfo(self.running_mean.dtype).bits < torch.finfo(before[0].dtype).bits:
+            device = self.running_mean.device
+            self.running_mean, self.running_var = before[0].to(device), before[1].to(device)
+        return self
+
+
+class HeadRMSNorm(nn.Module):
+    """RMSNorm over the Q features of each head, with one gain a feature: no batch, no statistics, no mask."""
+
+    eps = 1e-6
+
+    def __init__(
+        self,
+        heads: int,
+        query_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, query_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, query_THQ: Tensor, mask_T: Tensor | None = None) -> Tensor:
+        wide_THQ = query_THQ if query_THQ.dtype == torch.float64 else query_THQ.float()
+        scale = torch.rsqrt(wide_THQ.square().mean(-1, keepdim=True) + self.eps)
+        return (wide_THQ * scale * self.weight).to(query_THQ.dtype)
+
+
+class NoNorm(nn.Module):
+    """The query as it is."""
+
+    def __init__(self, heads: int, query_dim: int, **_):
+        super().__init__()
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, query_THQ: Tensor, mask_T: Tensor | None = None) -> Tensor:
+        return query_THQ
+
+
+def _is_recomputation() -> bool:
+    """Whether this forward runs inside a backward pass: checkpointing recomputes what was counted already.
+
+    A compiled graph does not recompute its mutations, and the question cannot be traced.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,161 @@
+"""UsageMeter: which slots a memory uses, and how evenly, from the hits of its search.
+
+Letters: T tokens, H heads, K neighbours, S slots.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from memlayers.keys import Hits
+from memlayers.layer import MemoryLayer
+from memlayers.query import _is_recomputation
+
+
+@dataclass(frozen=True)
+class UsageFigures:
+    """How the slots are used (paper, section 4.1). z is the weight that each slot received, normalised to sum 1."""
+
+    usage: float  # share of slots with z > 0, in %
+    kl: float  # ln S + sum of z ln z: divergence from uniform, natural log; 0 is uniform, ln S is one slot only
+    top1_usage: float  # share of slots that were ever the best of a head, in %
+    gini: float  # 0 is uniform, towards 1 is a few slots only
+    slots_50: int  # fewest slots that hold 50 % of the weight
+    slots_90: int
+    slots_99: int
+    # The same from z of counts: how often each slot was among the K, whatever its weight.
+    count_usage: float
+    count_kl: float
+    count_gini: float
+    count_slots_50: int
+    count_slots_90: int
+    count_slots_99: int
+
+
+@dataclass(frozen=True)
+class UsageReport:
+    """Figures over all heads and for each head. They depend on the number of tokens: say it with them."""
+
+    tokens: int
+    slots: int
+    overall: UsageFigures
+    heads: tuple[UsageFigures, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class UsageMeter:
+    """Streams the hits of one layer into exact totals; padding and recomputations are not counted.
+
+        with UsageMeter(layer) as meter:
+            model(input_ids, attention_mask=mask)
+        meter.report().overall.usage
+
+    It listens through forward hooks and leaves nothing in the layer. Under `torch.compile`, attach it before the
+    first call. It holds 20 bytes a slot and head.
+    """
+
+    def __init__(self, layer: MemoryLayer):
+        self.layer = layer
+        self._handles: list[RemovableHandle] = []
+        self._mask_T: Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all hits."""
+        shape = (self.layer.config.heads, self.layer.config.slots)
+        device = self.layer.keys.weight.device
+        self._weight_HS = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._count_HS = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._top1_HS = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    def attach(self) -> "UsageMeter":
+        """Start listening; does nothing when it listens already."""
+        if not self._handles:
+            self._handles = [
+                self.layer.register_forward_pre_hook(self._before_layer, with_kwargs=True),
+                self.layer.keys.register_forward_hook(self._after_search),
+            ]
+        return self
+
+    def detach(self) -> None:
+        """Stop listening; the totals stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> "UsageMeter":
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _before_layer(self, layer: MemoryLayer, args: tuple, kwargs: dict) -> None:
+        self._mask_T = layer.token_mask(*args, **kwargs)
+
+    def _after_search(self, keys: torch.nn.Module, args: tuple, hits: Hits) -> None:
+        mask_T, self._mask_T = self._mask_T, None
+        if not _is_recomputation():
+            self.add(hits, mask_T)
+
+    @torch.no_grad()
+    def add(self, hits: Hits, mask_T: Tensor | None = None) -> None:
+        """Count hits of shape [T, H, K]; tokens where mask_T is False are left out."""
+        scores_THK, slots_THK = hits
+        weights_THK = scores_THK.double().softmax(-1)
+        # A masked token counts nothing rather than being selected away, which would wait for a device.
+        real_T = torch.ones(len(slots_THK), dtype=torch.bool, device=slots_THK.device) if mask_T is None else mask_T
+        weights_THK = torch.where(real_T[:, None, None], weights_THK, 0)
+        real_HT = real_T.expand(slots_THK.shape[1], -1)
+        slots_HTK = slots_THK.transpose(0, 1)
+        self._weight_HS.scatter_add_(1, slots_HTK.flatten(1), weights_THK.transpose(0, 1).flatten(1))
+        self._count_HS.scatter_add_(1, slots_HTK.flatten(1), real_HT[..., None].expand_as(slots_HTK).flatten(1).long())
+        self._top1_HS.scatter_add_(1, slots_HTK[..., 0], real_HT.int())
+        self._tokens += real_T.sum()
+
+    def report(self) -> UsageReport:
+        """The figures so far. Raises `ValueError` when no token was measured."""
+        tokens = int(self._tokens)
+        if tokens == 0:
+            raise ValueError("usage needs at least one measured token, got 0: call the layer while the meter listens")
+        heads, slots = self._weight_HS.shape
+        return UsageReport(
+            tokens=tokens,
+            slots=slots,
+            overall=_figures(self._weight_HS.sum(0), self._count_HS.sum(0), self._top1_HS.sum(0)),
+            heads=tuple(_figures(self._weight_HS[h], self._count_HS[h], self._top1_HS[h]) for h in range(heads)),
+        )
+
+
+def _figures(weight_S: Tensor, count_S: Tensor, top1_S: Tensor) -> UsageFigures:
+    by_count = {f"count_{name}": value for name, value in _spread(count_S.double()).items()}
+    top1_usage = 100.0 * float((top1_S > 0).double().mean())
+    return UsageFigures(top1_usage=top1_usage, **_spread(weight_S), **by_count)
+
+
+def _spread(mass_S: Tensor) -> dict[str, Any]:
+    slots = len(mass_S)
+    share_S = (mass_S / mass_S.sum()).sort(descending=True).values
+    held_S = share_S.cumsum(0)
+    # The area between the Lorenz curve and the diagonal, from shares in descending order.
+    rank_S = torch.arange(1, slots + 1, dtype=torch.float64, device=mass_S.device)
+    gini = (slots + 1 - 2 * float((rank_S * share_S).sum())) / slots
+    needed = {
+        f"slots_{percent}": min(slots, int((held_S < percent / 100 - 1e-12).sum()) + 1) for percent in (50, 90, 99)
+    }
+    return {
+        "usage": 100.0 * float((mass_S > 0).double().mean()),
+        "kl": math.log(slots) + float(torch.special.xlogy(share_S, share_S).sum()),
+        "gini": gini,
+        **needed,
+    }

@@ -1,0 +1,102 @@
+"""ValueTable: the rows that a memory reads, and who trains them.
+
+Letters: S slots, V width, K rows read a token, ... any leading shape.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memlayers.ops.read import read, read_row_mode
+from memlayers.ops.record import RowGradient
+
+
+class ValueTable(nn.Module):
+    """A table of S values of width V; `read` returns weighted sums of its rows (paper, section 3.1).
+
+    Pass one table to several layers to share it. Who trains it follows one rule. Unless a row optimizer owns the
+    table, backward gives `weight` an ordinary dense gradient. A row optimizer takes it with `own`: then `weight.grad`
+    stays None and a row gradient is recorded, until `release`. A copy (deepcopy, pickle) has no owner and is dense.
+    In row mode the table has a second parameter, `row_mark`, of one element: its gradient makes the row gradient
+    visible to whoever clears the model's gradients. It is in no state_dict.
+    """
+
+    row_mark: nn.Parameter | None
+
+    def __init__(
+        self, slots: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        for name, value in (("slots", slots), ("dim", dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.weight = nn.Parameter(torch.empty(slots, dim, device=device, dtype=dtype))
+        self.register_parameter("row_mark", None)
+        self.row_gradient: RowGradient | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation 1/sqrt(V)."""
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight.shape[1]))
+
+    def read(self, slots: Tensor, weights: Tensor) -> Tensor:
+        """Sum over K of weights [..., K] times the rows of slots [..., K] (int64): [..., V].
+
+        Accumulated and returned in float32 (float64 for a float64 table). Raises `ValueError` when the shapes differ.
+        """
+        return self(slots, weights)
+
+    def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
+        if slots.shape != weights.shape:
+            raise ValueError(f"slots and weights must have one shape, got {[*slots.shape]} and {[*weights.shape]}")
+        slots_TK, weights_TK = slots.flatten(0, -2), weights.flatten(0, -2)
+        if self.row_gradient is not None and self.weight.requires_grad:
+            y_TV = read_row_mode(self.weight, slots_TK, weights_TK, self.row_mark, self.row_gradient.handle)
+        else:
+            y_TV = read(self.weight, slots_TK, weights_TK)
+        return y_TV.unflatten(0, slots.shape[:-1])
+
+    def own(self, owner: object) -> RowGradient:
+        """Enter row mode with `owner`, a row optimizer, as the one that trains the table.
+
+        Raises `ValueError` while another owner is alive.
+        """
+        if self.row_gradient is not None and self.row_gradient.owner() is not None:
+            raise ValueError(
+                "this value table already has a row optimizer; a second owner would train it twice. Call release() on "
+                "the first optimizer (or table.release()) before building another"
+            )
+        self.release()
+        # Always float32: its gradient would round to zero in float16.
+        self.row_mark = nn.Parameter(torch.zeros(1, device=self.weight.device, dtype=torch.float32))
+        self.row_gradient = RowGradient(owner, self.row_mark, self.weight.shape[0])
+        return self.row_gradient
+
+    def release(self) -> None:
+        """Leave row mode: no owner, dense gradients again. What was recorded is discarded."""
+        self.row_gradient = None
+        self.row_mark = None
+
+    def extra_repr(self) -> str:
+        slots, dim = self.weight.shape
+        return f"slots={slots}, dim={dim}" + (", row mode" if self.row_gradient is not None else "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "row_gradient": None, "_parameters": {**self._parameters, "row_mark": None}}
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.row_mark is not None and self.row_mark.dtype != torch.float32:
+            self.row_mark.data = self.row_mark.data.float()
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "row_mark", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        if prefix + "row_mark" in missing_keys:
+            missing_keys.remove(prefix + "row_mark")
