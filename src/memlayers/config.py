@@ -49,6 +49,8 @@ class MemoryConfig:
             rate = getattr(self, name)
             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} must be a number in [0, 1), got {rate!r}")
+        if self.num_subkeys > 2**16:  # the selection keeps a slot in 32 bits
+            raise ValueError(f"num_subkeys must be at most {2**16}, got {self.num_subkeys}")
         most = self.num_subkeys if self.keys == "product" else self.slots
         if self.topk > most:
             what = "num_subkeys" if self.keys == "product" else "num_subkeys ** 2"

@@ -49,15 +49,16 @@ class ProductKeys(nn.Module):
 
     def half_scores(self, query: Tensor) -> Tensor:
         """query: [..., H, Q] -> [2, H, T, N], the scores of both halves against their codebooks."""
-        halves = query.flatten(0, -3).unflatten(-1, (2, -1)).permute(2, 1, 0, 3)  # [2, H, T, Q/2]
+        _, heads, _, half = self.weight.shape
+        halves = query.reshape(-1, heads, 2, half).permute(2, 1, 0, 3)  # [2, H, T, Q/2]
         return halves @ self.weight.transpose(-1, -2)
 
     def forward(self, query: Tensor) -> Hits:
         """query: [..., H, Q] -> Hits of shape [..., H, K]."""
         first_HTN, second_HTN = self.half_scores(query)
         scores_HTK, slots_HTK = select_pairs(first_HTN, second_HTN, self.topk)
-        lead = query.shape[:-2]
-        return Hits(scores_HTK.transpose(0, 1).unflatten(0, lead), slots_HTK.transpose(0, 1).unflatten(0, lead))
+        shape = (*query.shape[:-1], self.topk)
+        return Hits(scores_HTK.transpose(0, 1).reshape(shape), slots_HTK.transpose(0, 1).reshape(shape))
 
     def extra_repr(self) -> str:
         _, heads, num_subkeys, half = self.weight.shape
@@ -94,9 +95,9 @@ class FlatKeys(nn.Module):
 
     def forward(self, query: Tensor) -> Hits:
         """query: [..., H, Q] -> Hits of shape [..., H, K]."""
-        query_THQ = query.flatten(0, -3)
-        slots_THK = self._search(query_THQ)
         heads, slots, query_dim = self.weight.shape
+        query_THQ = query.reshape(-1, heads, query_dim)
+        slots_THK = self._search(query_THQ)
         # One table of H * S keys, so that all heads are scored in one call.
         rows_THK = slots_THK + torch.arange(heads, device=query.device)[:, None] * slots
         scores = dot(self.weight.flatten(0, 1), rows_THK.flatten(0, 1), query_THQ.flatten(0, 1))
@@ -126,9 +127,7 @@ class FlatKeys(nn.Module):
                 scores_HTC = torch.cat([scores_HTK, scores_HTC], -1)
                 slots_HTC = torch.cat([slots_HTK, slots_HTC], -1)
             # Among equal scores an earlier place is a lower slot: blocks come in order, and so do ties among the best.
-            place_HTK = best(
-                scores_HTC, torch.arange(scores_HTC.shape[-1], device=query_HTQ.device), self.topk
-            )
+            place_HTK = best(scores_HTC, torch.arange(scores_HTC.shape[-1], device=query_HTQ.device), self.topk)
             scores_HTK, slots_HTK = scores_HTC.gather(-1, place_HTK), slots_HTC.gather(-1, place_HTK)
         assert slots_HTK is not None
         return slots_HTK.transpose(0, 1)

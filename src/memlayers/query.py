@@ -85,6 +85,9 @@ class MaskedBatchNorm(nn.Module):
                 raise ValueError(
                     "query_norm 'batch' needs more than one token in training, got 1; use query_norm 'rms' for that"
                 )
+            if mask_T is not None:
+                # Selected, not multiplied: whatever padding holds, NaN included, must not come through.
+                wide_THQ = torch.where(mask_T[:, None, None], wide_THQ, 0)
             mean_HQ, var_HQ, count = self._statistics(wide_THQ, mask_T)
             if not _is_recomputation():
                 self._fold_in(mean_HQ, var_HQ, count)
@@ -95,14 +98,12 @@ class MaskedBatchNorm(nn.Module):
 
     @staticmethod
     def _statistics(wide_THQ: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, biased variance, and the number of real tokens, of the real tokens."""
+        """Mean, biased variance and number of the real tokens; padding holds zeros."""
         if mask_T is None:
             var_HQ, mean_HQ = torch.var_mean(wide_THQ, dim=0, correction=0)
             return mean_HQ, var_HQ, wide_THQ.new_tensor(wide_THQ.shape[0])
         count = mask_T.sum().to(wide_THQ.dtype)
-        # Selected, not multiplied: whatever padding holds, NaN included, must not come through.
-        real_THQ = torch.where(mask_T[:, None, None], wide_THQ, 0)
-        mean_HQ = real_THQ.sum(0) / count.clamp(min=1)
+        mean_HQ = wide_THQ.sum(0) / count.clamp(min=1)
         centred_THQ = torch.where(mask_T[:, None, None], wide_THQ - mean_HQ, 0)
         return mean_HQ, centred_THQ.square().sum(0) / count.clamp(min=1), count
 

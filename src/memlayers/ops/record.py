@@ -30,6 +30,10 @@ _numbers = itertools.count(1)
 _row_gradients: "weakref.WeakValueDictionary[int, RowGradient]" = weakref.WeakValueDictionary()
 
 
+# Elements of summed rows that an update handles at a time: 4 MB in float32, so that its passes run in cache.
+_CHUNK_ELEMENTS = 2**20
+
+
 @torch.library.custom_op("memlayers::record_", mutates_args=("handle",))
 def record_(handle: Tensor, slots_TK: Tensor, weights_TK: Tensor, grad_TV: Tensor) -> None:
     """Append one call's factored gradient to the `RowGradient` of the handle."""
@@ -76,9 +80,9 @@ class SummedRows(NamedTuple):
         """Euclidean norm, a scalar."""
         return torch.linalg.vector_norm(self.grad_PV)
 
-    def chunks(self, elements: int = 2**20) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
+    def chunks(self) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
         """(index of the rows, live [C], gradient [C, V]) in pieces that stay in cache."""
-        size = max(1, elements // self.grad_PV.shape[1])
+        size = max(1, _CHUNK_ELEMENTS // self.grad_PV.shape[1])
         for start in range(0, self.grad_PV.shape[0], size):
             piece = slice(start, min(start + size, self.grad_PV.shape[0]))
             index = piece if self.rows_P is None else self.rows_P[piece]
@@ -101,7 +105,15 @@ class RowGradient:
         self._backward_pass = -1
         self._starts_anew = True
         self._seen: tuple[Tensor | None, int] = (None, 0)
-        mark.register_post_accumulate_grad_hook(self._commit)
+        # Weakly: torch keeps the hook where Python's collector cannot see the cycle.
+        commit = weakref.WeakMethod(self._commit)
+
+        def commit_if_alive(mark: Tensor) -> None:
+            method = commit()
+            if method is not None:
+                method(mark)
+
+        mark.register_post_accumulate_grad_hook(commit_if_alive)
 
     # What a loop or an optimizer may do with it.
 
@@ -162,7 +174,7 @@ class RowGradient:
             self._starts_anew = self._was_cleared()
         self._uncommitted.append(part)
 
-    def _commit(self, mark: nn.Parameter) -> None:
+    def _commit(self, mark: Tensor) -> None:
         if self._starts_anew:
             self._forget(uncommitted=False)
             self._starts_anew = False

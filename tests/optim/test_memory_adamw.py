@@ -1,0 +1,188 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from memlayers import MemoryConfig, MemoryLayer
+from memlayers.optim import MemoryAdamW, RowAdam
+
+
+def make(**fields):
+    config = MemoryConfig(**{"dim": 6, "heads": 2, "topk": 2, "num_subkeys": 4, "query_dim": 4, **fields})
+    return nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), MemoryLayer(config), nn.Linear(6, 3))
+
+
+def loss_of(model, tokens=9):
+    return model(torch.randn(tokens, 6)).square().mean()
+
+
+def test_every_trainable_parameter_is_in_one_group_and_norms_biases_and_tables_are_not_decayed():
+    model = make()
+    optimizer = MemoryAdamW(model, lr=0.1, weight_decay=0.5)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [{names[p] for p in group["params"]} for group in optimizer.param_groups]
+    assert sum(map(len, groups)) == len(set().union(*groups)) == len(names) - 1
+    assert set(names.values()) - set().union(*groups) == {"2.values.row_mark"}
+    decayed, spared, tables = groups
+    assert decayed == {"0.weight", "2.query.projections.0.weight", "2.keys.weight", "3.weight"}
+    assert tables == {"2.values.weight"}
+    assert {"2.query.norm.weight", "1.weight", "0.bias"} < spared
+    assert [group.get("weight_decay", 0) for group in optimizer.param_groups] == [0.5, 0.0, 0]
+
+
+def test_it_steps_as_adamw_and_row_adam_do_apart():
+    model = make()
+    twin = copy.deepcopy(model)
+    settings = {"betas": (0.8, 0.9), "eps": 1e-7}
+    optimizer = MemoryAdamW(model, lr=0.01, value_lr=0.05, **settings)
+    rows = RowAdam(twin, lr=0.05, **settings)
+    dense = torch.optim.AdamW(
+        [p for name, p in twin.named_parameters() if ".values." not in name], lr=0.01, weight_decay=0, **settings
+    )
+    for seed in range(4):
+        for net, steps in ((model, [optimizer]), (twin, [rows, dense])):
+            torch.manual_seed(seed)
+            loss_of(net).backward()
+            for step in steps:
+                step.step()
+            net.zero_grad()
+    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_scheduler_moves_the_dense_rate_only():
+    model = make()
+    optimizer = MemoryAdamW(model, lr=0.1, value_lr=0.25)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    before = model[2].values.weight.detach().clone()
+    loss_of(model).backward()
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+    assert (model[2].values.weight - before).abs().max().item() == pytest.approx(0.25, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_round_trip_of_the_state_in_mid_run_changes_nothing(dtype, tmp_path):
+    def run(restart):
+        torch.manual_seed(0)
+        model = make().to(dtype)
+        optimizer = MemoryAdamW(model, lr=0.05, value_lr=0.1)
+        for step in range(5):
+            model(torch.randn(9, 6).to(dtype)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if restart and step == 2:
+                torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+                weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+                with torch.random.fork_rng():
+                    model = make().to(dtype)
+                model.load_state_dict(weights)
+                optimizer = MemoryAdamW(model, lr=0.5, value_lr=0.5)
+                optimizer.load_state_dict(state)
+        return model.state_dict(), optimizer.state_dict()["state"]
+
+    (weights, state), (weights2, state2) = run(False), run(True)
+    for name, value in weights.items():
+        assert torch.equal(value, weights2[name]), name
+    for number, entries in state.items():
+        for name, value in entries.items():
+            assert state2[number][name].dtype == value.dtype, name
+            assert torch.equal(value, state2[number][name]), name
+
+
+def test_after_loading_a_state_schedulers_still_reach_the_steps():
+    model = make()
+    optimizer = MemoryAdamW(model, lr=0.1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = group["value_lr"] = 0.0
+    before = {name: value.clone() for name, value in model.state_dict().items() if "running" not in name}
+    loss_of(model).backward()
+    optimizer.step()
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_zero_grad_clears_dense_and_row_gradients():
+    model = make()
+    optimizer = MemoryAdamW(model)
+    loss_of(model).backward()
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model[2].values.row_gradient.is_empty
+
+
+def test_a_model_without_memories_is_trained_by_adamw_and_may_use_a_grad_scaler():
+    model = nn.Linear(6, 3)
+    optimizer = MemoryAdamW(model, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    before = model.weight.detach().clone()
+    scaler.scale(loss_of(model)).backward()
+    scaler.step(optimizer)
+    assert (model.weight - before).abs().max().item() == pytest.approx(0.1, rel=1e-2)
+    copy.deepcopy(optimizer)
+
+
+def test_grad_scaler_is_refused_with_memories_and_nothing_is_changed():
+    model = make()
+    optimizer = MemoryAdamW(model)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model)).backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="not unscaled by GradScaler"):
+        scaler.step(optimizer)
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_frozen_parameters_and_tables_are_left_out():
+    model = make()
+    model[0].requires_grad_(False)
+    model[2].values.requires_grad_(False)
+    optimizer = MemoryAdamW(model)
+    assert model[2].values.row_gradient is None
+    owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert owned == {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+def test_only_tables_may_be_trainable():
+    model = make().requires_grad_(False)
+    model[2].values.weight.requires_grad_(True)
+    optimizer = MemoryAdamW(model, value_lr=0.1)
+    before = model[2].values.weight.detach().clone()
+    loss_of(model).backward()
+    optimizer.step()
+    assert not torch.equal(model[2].values.weight, before)
+
+
+def test_release_gives_dense_gradients_back():
+    model = make()
+    MemoryAdamW(model).release()
+    loss_of(model).backward()
+    assert model[2].values.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lr": -1.0}, "lr must be at least 0"),
+        ({"value_lr": -1.0}, "value_lr must be at least 0, got -1.0"),
+        ({"value_max_grad_norm": 0.0}, "value_max_grad_norm must be above 0 or None"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+    ],
+)
+def test_bad_settings_are_named_and_no_table_is_taken(settings, named):
+    model = make()
+    with pytest.raises(ValueError, match=named):
+        MemoryAdamW(model, **settings)
+    assert model[2].values.row_gradient is None
+
+
+def test_a_list_of_parameters_or_a_frozen_model_is_an_error():
+    with pytest.raises(ValueError, match=r"model must be a torch.nn.Module .* got list"):
+        MemoryAdamW(list(make().parameters()))
+    with pytest.raises(ValueError, match="at least one parameter that requires a gradient, got none"):
+        MemoryAdamW(make().requires_grad_(False))

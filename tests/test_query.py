@@ -1,0 +1,133 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from memlayers import MemoryConfig
+from memlayers.query import HeadRMSNorm, MaskedBatchNorm, QueryNetwork
+
+
+def norm_pair(heads=2, width=3):
+    """Ours and torch's, with the same gains."""
+    ours, torchs = MaskedBatchNorm(heads, width), nn.BatchNorm1d(heads * width)
+    with torch.no_grad():
+        torchs.weight.uniform_(0.5, 2)
+        torchs.bias.normal_()
+        ours.weight.copy_(torchs.weight.view(heads, width))
+        ours.bias.copy_(torchs.bias.view(heads, width))
+    return ours, torchs
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_batch_norm_is_torch_s_over_the_real_tokens(masked):
+    ours, torchs = norm_pair()
+    for _ in range(3):
+        real = 5 + torch.randn(9, 2, 3)
+        padding = torch.full((4, 2, 3), torch.nan)
+        mask = torch.tensor([True] * 9 + [False] * 4) if masked else None
+        query = torch.cat([real, padding]) if masked else real
+        torch.testing.assert_close(ours(query, mask)[:9].flatten(1), torchs(real.flatten(1)))
+    torch.testing.assert_close(ours.running_mean.flatten(), torchs.running_mean)
+    torch.testing.assert_close(ours.running_var.flatten(), torchs.running_var)
+    ours.eval(), torchs.eval()
+    torch.testing.assert_close(ours(real).flatten(1), torchs(real.flatten(1)))
+
+
+def test_gradients_of_real_tokens_ignore_what_padding_holds():
+    ours, torchs = norm_pair()
+    real = torch.randn(6, 2, 3)
+    grads = []
+    for padding in (0.0, torch.nan):
+        query = torch.cat([real, torch.full((2, 2, 3), padding)]).requires_grad_()
+        mask = torch.arange(8) < 6
+        ours(query, mask)[:6].square().sum().backward()
+        grads.append(query.grad[:6])
+    alone = real.clone().requires_grad_()
+    torchs(alone.flatten(1)).square().sum().backward()
+    torch.testing.assert_close(grads[0], alone.grad)
+    torch.testing.assert_close(grads[1], alone.grad)
+
+
+def test_all_padding_leaves_the_statistics_alone():
+    norm = MaskedBatchNorm(2, 3)
+    norm(torch.randn(4, 2, 3), torch.zeros(4, dtype=torch.bool))
+    assert not norm.running_mean.any()
+    assert torch.equal(norm.running_var, torch.ones(2, 3))
+
+
+def test_one_token_in_training_is_an_error_and_not_in_evaluation():
+    norm = MaskedBatchNorm(2, 3)
+    with pytest.raises(ValueError, match="query_norm 'batch' needs more than one token .* got 1"):
+        norm(torch.randn(1, 2, 3))
+    assert norm.eval()(torch.randn(1, 2, 3)).shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_counts_once(use_reentrant):
+    plain = MaskedBatchNorm(2, 3)
+    recomputed = copy.deepcopy(plain)
+    query = torch.randn(7, 2, 3, requires_grad=True)
+    plain(query).square().sum().backward()
+    checkpoint(recomputed, query, use_reentrant=use_reentrant).square().sum().backward()
+    torch.testing.assert_close(recomputed.running_mean, plain.running_mean)
+    torch.testing.assert_close(recomputed.running_var, plain.running_var)
+
+
+def test_compiled_checkpointing_counts_once():
+    plain = MaskedBatchNorm(2, 3)
+    recomputed = copy.deepcopy(plain)
+    query = torch.randn(7, 2, 3, requires_grad=True)
+    plain(query).square().sum().backward()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(query):
+        return checkpoint(recomputed, query, use_reentrant=False).square().sum()
+
+    run(query).backward()
+    torch.testing.assert_close(recomputed.running_mean, plain.running_mean)
+    torch.testing.assert_close(recomputed.running_var, plain.running_var)
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+def test_statistics_stay_float32_under_a_cast(cast):
+    norm = MaskedBatchNorm(2, 3)
+    norm(3 + torch.randn(50, 2, 3))
+    mean = norm.running_mean.clone()
+    norm.to(cast)
+    assert norm.weight.dtype == cast
+    assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
+    assert torch.equal(norm.running_mean, mean)
+    assert dict(norm.named_buffers())["running_mean"] is norm.running_mean
+    assert norm(torch.randn(4, 2, 3, dtype=cast)).dtype == cast
+
+
+def test_16_bit_queries_are_normalised_in_float32():
+    """In bfloat16 the mean of 4,096 ones and twos would stick."""
+    norm = MaskedBatchNorm(1, 1)
+    query = torch.tensor([1.0, 2.0] * 2048, dtype=torch.bfloat16).view(-1, 1, 1)
+    norm(query)
+    assert norm.running_mean.item() == pytest.approx(0.1 * 1.5)
+
+
+def test_rms_norm_is_torch_s_per_head():
+    norm = HeadRMSNorm(2, 8)
+    query = torch.randn(5, 2, 8)
+    torch.testing.assert_close(norm(query), nn.functional.rms_norm(query, (8,), eps=1e-6))
+
+
+@pytest.mark.parametrize("hidden", [(), (5,), (5, 4)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_network_has_the_sizes_it_was_given(hidden, bias):
+    config = MemoryConfig(
+        dim=6, heads=2, topk=1, num_subkeys=2, query_dim=4, query_hidden=hidden, query_bias=bias, query_norm="none"
+    )
+    network = QueryNetwork(config)
+    assert [projection.out_features for projection in network.projections] == [*hidden, 8]
+    assert all((projection.bias is not None) == bias for projection in network.projections)
+    x = torch.randn(3, 6)
+    expected = x
+    for projection in network.projections[:-1]:
+        expected = projection(expected).relu()
+    torch.testing.assert_close(network(x), network.projections[-1](expected).view(3, 2, 4))

@@ -1,0 +1,242 @@
+"""Who trains a table: ownership, and the life of a row gradient."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from memlayers import RowAdam, ValueTable
+
+
+def table_and_optimizer(slots=20, dim=3, **settings):
+    table = ValueTable(slots, dim)
+    return table, RowAdam([table], **settings)
+
+
+def read(table, slots=((1, 2), (2, 5)), weight=1.0):
+    slots = torch.tensor(slots)
+    weights = torch.full(slots.shape, weight, requires_grad=True)
+    return table.read(slots, weights)
+
+
+def recorded_rows(table):
+    summed = table.row_gradient.summed()
+    if summed is None:
+        return {}
+    rows = torch.arange(len(table.weight)) if summed.rows_P is None else summed.rows_P
+    return {int(row): grad[0].item() for row, live, grad in zip(rows, summed.live_P, summed.grad_PV, strict=True) if live}
+
+
+def test_without_an_owner_backward_gives_a_dense_gradient():
+    table = ValueTable(20, 3)
+    read(table).sum().backward()
+    assert table.weight.grad.sum(1).nonzero().flatten().tolist() == [1, 2, 5]
+    assert [name for name, _ in table.named_parameters()] == ["weight"]
+
+
+def test_with_an_owner_grad_stays_none_and_rows_are_recorded():
+    table, _optimizer = table_and_optimizer()
+    read(table).sum().backward()
+    assert table.weight.grad is None
+    assert recorded_rows(table) == {1: 1.0, 2: 2.0, 5: 1.0}
+
+
+def test_a_second_owner_is_an_error_while_the_first_lives():
+    table, optimizer = table_and_optimizer()
+    with pytest.raises(ValueError, match="already has a row optimizer"):
+        RowAdam([table])
+    read(table).sum().backward()
+    assert recorded_rows(table), "the first owner must not lose its table"
+    del optimizer
+    gc.collect()
+    assert table.row_gradient.owner() is None
+    RowAdam([table])
+
+
+def test_an_optimizer_that_is_refused_one_table_takes_none():
+    taken, _optimizer = table_and_optimizer()
+    free = ValueTable(20, 3)
+    with pytest.raises(ValueError, match="already has a row optimizer"):
+        RowAdam([free, taken])
+    assert free.row_gradient is None
+
+
+def test_release_makes_it_dense_again():
+    table, optimizer = table_and_optimizer()
+    read(table).sum().backward()
+    optimizer.release()
+    read(table).sum().backward()
+    assert table.weight.grad is not None
+    assert table.row_mark is None
+    RowAdam([table])
+
+
+def test_backward_raises_when_the_owner_is_gone():
+    table, optimizer = table_and_optimizer()
+    loss = read(table).sum()
+    del optimizer
+    gc.collect()
+    with pytest.raises(RuntimeError, match="row optimizer is gone"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deep", "shallow", "pickle"])
+def test_a_copy_has_no_owner_and_is_dense(how):
+    table, _optimizer = table_and_optimizer()
+    read(table).sum().backward()
+    copied = how(table)
+    assert copied.row_gradient is None
+    assert [name for name, _ in copied.named_parameters()] == ["weight"]
+    read(copied).sum().backward()
+    assert copied.weight.grad is not None
+    assert recorded_rows(table) == {1: 1.0, 2: 2.0, 5: 1.0}
+
+
+def test_a_shared_table_stays_shared_in_a_copy():
+    table, _optimizer = table_and_optimizer()
+    copied = copy.deepcopy(nn.ModuleList([table, table]))
+    assert copied[0] is copied[1]
+
+
+def test_state_dict_is_the_same_in_both_modes_and_loads_strictly():
+    table, _optimizer = table_and_optimizer()
+    assert list(table.state_dict()) == ["weight"]
+    dense = ValueTable(20, 3)
+    dense.load_state_dict(table.state_dict(), strict=True)
+    table.load_state_dict(dense.state_dict(), strict=True)
+
+
+def test_micro_batches_append():
+    table, _optimizer = table_and_optimizer()
+    read(table, ((1, 2),)).sum().backward()
+    read(table, ((2, 3),)).sum().backward()
+    assert recorded_rows(table) == {1: 1.0, 2: 2.0, 3: 1.0}
+
+
+def test_two_reads_in_one_backward_are_both_recorded():
+    """Two layers that share a table."""
+    table, _optimizer = table_and_optimizer()
+    (read(table, ((1, 2),)) + read(table, ((2, 3),))).sum().backward()
+    assert recorded_rows(table) == {1: 1.0, 2: 2.0, 3: 1.0}
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("whose", ["optimizer", "model"])
+def test_zero_grad_discards_what_was_recorded(whose, set_to_none):
+    table, optimizer = table_and_optimizer()
+    model = nn.Sequential(table)
+    before = table.weight.clone()
+    read(table, ((1, 2),)).sum().backward()
+    (optimizer if whose == "optimizer" else model).zero_grad(set_to_none=set_to_none)
+    assert table.row_gradient.is_empty
+    optimizer.step()
+    assert torch.equal(table.weight, before)
+    read(table, ((2, 3),)).sum().backward()
+    assert recorded_rows(table) == {2: 1.0, 3: 1.0}
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_skipped_step_leaves_nothing_behind(set_to_none):
+    """zero_grad of the model alone, between two backward passes, with no step at all."""
+    table, _optimizer = table_and_optimizer()
+    for slots in (((1, 2),), ((3, 4),), ((5, 6),)):
+        read(table, slots).sum().backward()
+        read(table, slots).sum().backward()
+        assert set(recorded_rows(table)) == set(slots[0])
+        assert set(recorded_rows(table).values()) == {2.0}
+        table.zero_grad(set_to_none=set_to_none)
+
+
+def test_a_gradient_taken_on_the_side_is_not_recorded():
+    table, _optimizer = table_and_optimizer()
+    read(table, ((1, 2),)).sum().backward()
+    weights = torch.ones(1, 2, requires_grad=True)
+    torch.autograd.grad(table.read(torch.tensor([[7, 8]]), weights).sum(), weights)
+    assert recorded_rows(table) == {1: 1.0, 2: 1.0}
+    read(table, ((1, 3),)).sum().backward()
+    assert recorded_rows(table) == {1: 2.0, 2: 1.0, 3: 1.0}
+
+
+def test_clipping_all_gradients_neither_sees_nor_discards_rows():
+    table, optimizer = table_and_optimizer()
+    other = nn.Parameter(torch.ones(2))
+    (read(table, ((1, 2),)).sum() + 100 * other.sum()).backward()
+    norm = nn.utils.clip_grad_norm_([other, *table.parameters()], 1e-3)
+    assert norm == pytest.approx(100 * 2**0.5)
+    before = table.weight.clone()
+    optimizer.step()
+    assert (table.weight != before).any(1).nonzero().flatten().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_casting_a_table_in_row_mode_keeps_its_mark_alive(cast):
+    table, _optimizer = table_and_optimizer()
+    getattr(table, cast)()
+    assert table.row_mark.dtype == torch.float32
+    read(table).sum().backward()
+    assert set(recorded_rows(table)) == {1, 2, 5}
+
+
+def test_a_frozen_table_records_nothing():
+    table, _optimizer = table_and_optimizer()
+    table.weight.requires_grad_(False)
+    read(table).sum().backward()
+    assert table.row_gradient.is_empty
+    assert table.weight.grad is None
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_records_once(use_reentrant):
+    table, _optimizer = table_and_optimizer()
+    scale = torch.ones((), requires_grad=True)
+
+    def block(scale):
+        return scale * table.read(torch.tensor([[1, 2], [2, 5]]), torch.ones(2, 2))
+
+    (checkpoint(block, scale, use_reentrant=use_reentrant).sum() + read(table, ((5, 6),)).sum()).backward()
+    assert recorded_rows(table) == {1: 1.0, 2: 2.0, 5: 2.0, 6: 1.0}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_backward_records(backend):
+    table, optimizer = table_and_optimizer()
+    compiled = torch.compile(lambda scale, slots: (scale * table.read(slots, torch.ones(2, 2))).sum(), backend=backend, fullgraph=True)
+    scale = torch.ones((), requires_grad=True)
+    for slots in ([[1, 2], [2, 5]], [[3, 3], [3, 4]]):
+        compiled(scale, torch.tensor(slots)).backward()
+    assert recorded_rows(table) == {1: 1.0, 2: 2.0, 5: 1.0, 3: 3.0, 4: 1.0}
+    optimizer.step()
+    assert table.row_gradient.is_empty
+
+
+def test_compiled_checkpointing_records_once():
+    table, _optimizer = table_and_optimizer()
+
+    def block(scale, slots):
+        return scale * table.read(slots, torch.ones(2, 2))
+
+    def model(scale, slots):
+        return checkpoint(block, scale, slots, use_reentrant=False).sum()
+
+    scale = torch.ones((), requires_grad=True)
+    torch.compile(model, backend="aot_eager", fullgraph=True)(scale, torch.tensor([[1, 2], [2, 5]])).backward()
+    assert recorded_rows(table) == {1: 1.0, 2: 2.0, 5: 1.0}
+
+
+def test_shapes_that_differ_are_an_error():
+    with pytest.raises(ValueError, match=r"slots and weights .* \[2, 2\] and \[2, 3\]"):
+        ValueTable(4, 2).read(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(("slots", "dim"), [(0, 3), (3, 0)])
+def test_an_empty_table_is_an_error(slots, dim):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        ValueTable(slots, dim)
+
+
+def test_values_start_with_the_paper_s_deviation():
+    assert ValueTable(1000, 64).weight.std().item() == pytest.approx(1 / 8, rel=0.02)
