@@ -40,7 +40,9 @@ def test_the_layer_is_the_one_page_layer(fields):
         y, y2 = layer(x), minimal(x2)
         torch.testing.assert_close(y.flatten(0, 1), y2)
         grad = torch.randn_like(y)
-        ours = torch.autograd.grad(y, [x, layer.values.weight, layer.keys.weight, layer.query.projections[0].weight], grad)
+        ours = torch.autograd.grad(
+            y, [x, layer.values.weight, layer.keys.weight, layer.query.projections[0].weight], grad
+        )
         theirs = torch.autograd.grad(y2, [x2, minimal.values, minimal.keys, minimal.query.weight], grad.flatten(0, 1))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.flatten(), b.flatten())
@@ -248,7 +250,9 @@ def test_inductor_gives_the_same_outputs_and_gradients():
     y.square().sum().backward()
     y2.square().sum().backward()
     rows = twin.values.row_gradient.summed()
-    dense = torch.zeros_like(layer.values.weight).index_add_(0, torch.arange(36) if rows.rows_P is None else rows.rows_P, rows.grad_PV)
+    dense = torch.zeros_like(layer.values.weight).index_add_(
+        0, torch.arange(36) if rows.rows_P is None else rows.rows_P, rows.grad_PV
+    )
     torch.testing.assert_close(dense, layer.values.weight.grad)
     assert owner is not None
 

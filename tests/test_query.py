@@ -59,7 +59,7 @@ def test_all_padding_leaves_the_statistics_alone():
 
 def test_one_token_in_training_is_an_error_and_not_in_evaluation():
     norm = MaskedBatchNorm(2, 3)
-    with pytest.raises(ValueError, match="query_norm 'batch' needs more than one token .* got 1"):
+    with pytest.raises(ValueError, match=r"query_norm 'batch' needs more than one token .* got 1"):
         norm(torch.randn(1, 2, 3))
     assert norm.eval()(torch.randn(1, 2, 3)).shape == (1, 2, 3)
 

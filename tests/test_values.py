@@ -28,7 +28,9 @@ def recorded_rows(table):
     if summed is None:
         return {}
     rows = torch.arange(len(table.weight)) if summed.rows_P is None else summed.rows_P
-    return {int(row): grad[0].item() for row, live, grad in zip(rows, summed.live_P, summed.grad_PV, strict=True) if live}
+    return {
+        int(row): grad[0].item() for row, live, grad in zip(rows, summed.live_P, summed.grad_PV, strict=True) if live
+    }
 
 
 def test_without_an_owner_backward_gives_a_dense_gradient():
@@ -84,7 +86,9 @@ def test_backward_raises_when_the_owner_is_gone():
         loss.backward()
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deep", "shallow", "pickle"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deep", "shallow", "pickle"]
+)
 def test_a_copy_has_no_owner_and_is_dense(how):
     table, _optimizer = table_and_optimizer()
     read(table).sum().backward()
@@ -204,7 +208,9 @@ def test_checkpointing_records_once(use_reentrant):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_backward_records(backend):
     table, optimizer = table_and_optimizer()
-    compiled = torch.compile(lambda scale, slots: (scale * table.read(slots, torch.ones(2, 2))).sum(), backend=backend, fullgraph=True)
+    compiled = torch.compile(
+        lambda scale, slots: (scale * table.read(slots, torch.ones(2, 2))).sum(), backend=backend, fullgraph=True
+    )
     scale = torch.ones((), requires_grad=True)
     for slots in ([[1, 2], [2, 5]], [[3, 3], [3, 4]]):
         compiled(scale, torch.tensor(slots)).backward()

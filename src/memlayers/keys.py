@@ -1,6 +1,7 @@
 """ProductKeys and FlatKeys: from a query to the K best slots of each head, exactly.
 
-Letters: T tokens, H heads, Q query width of a head, N sub-keys a codebook, S slots, K neighbours, ... any leading shape.
+Letters: T tokens, H heads, Q query width of a head, N sub-keys a codebook, S slots, K neighbours, C keys of a block,
+... any leading shape.
 """
 
 import math
@@ -123,7 +124,7 @@ class FlatKeys(nn.Module):
             scores_HTC = query_HTQ @ keys_HCQ.to(query_HTQ.dtype).transpose(-1, -2)
             scores_HTC = scores_HTC if scores_HTC.dtype == torch.float64 else scores_HTC.float()
             slots_HTC = torch.arange(start, start + scores_HTC.shape[-1], device=query_HTQ.device).expand_as(scores_HTC)
-            if scores_HTK is not None:
+            if scores_HTK is not None and slots_HTK is not None:
                 scores_HTC = torch.cat([scores_HTK, scores_HTC], -1)
                 slots_HTC = torch.cat([slots_HTK, slots_HTC], -1)
             # Among equal scores an earlier place is a lower slot: blocks come in order, and so do ties among the best.

@@ -3,6 +3,8 @@
 Letters: T tokens, D model width, H heads, Q query width of a head, K neighbours, S slots, V value width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class MemoryLayer(nn.Module):
     ):
         super().__init__()
         self.config = config
-        where = {"device": device, "dtype": dtype}
+        where: Any = {"device": device, "dtype": dtype}
         self.query = QueryNetwork(config, **where)
         self.keys: ProductKeys | FlatKeys
         if config.keys == "product":

@@ -1,4 +1,4 @@
-"""The whole layer on one page: what the paper says, in plain PyTorch, without options. The tests hold MemoryLayer to it."""
+"""The whole layer on one page, in plain PyTorch, without options. The tests hold MemoryLayer to it."""
 
 import torch
 from torch import Tensor, nn

@@ -3,6 +3,9 @@
 Letters: T tokens, D model width, H heads, Q query width of a head, F = H * Q features.
 """
 
+import itertools
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,16 +24,16 @@ class QueryNetwork(nn.Module):
         sizes = [config.dim, *config.query_hidden, config.heads * config.query_dim]
         self.projections = nn.ModuleList(
             nn.Linear(size, next_size, bias=config.query_bias, device=device, dtype=dtype)
-            for size, next_size in zip(sizes, sizes[1:], strict=False)
+            for size, next_size in itertools.pairwise(sizes)
         )
-        self.norm = {"batch": MaskedBatchNorm, "rms": HeadRMSNorm, "none": NoNorm}[config.query_norm](
-            config.heads, config.query_dim, device=device, dtype=dtype
-        )
+        norms: dict[str, type[MaskedBatchNorm | HeadRMSNorm | NoNorm]]
+        norms = {"batch": MaskedBatchNorm, "rms": HeadRMSNorm, "none": NoNorm}
+        self.norm = norms[config.query_norm](config.heads, config.query_dim, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Linear maps as PyTorch makes them; norms to the identity."""
         for projection in self.projections:
-            projection.reset_parameters()
+            cast(nn.Linear, projection).reset_parameters()
         self.norm.reset_parameters()
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Tensor:

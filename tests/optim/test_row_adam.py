@@ -73,7 +73,9 @@ def test_touched_rows_follow_a_per_row_reference_and_others_stay_bit_identical(n
     assert torch.equal(table.weight[unread], start[unread])
     assert not state["exp_avg"][unread].any()
     assert not state["exp_avg_sq"][unread].any()
-    assert [int(count) for count in state["steps"]] == [sum(s in read for read, _ in gradients) for s in range(num_slots)]
+    assert [int(count) for count in state["steps"]] == [
+        sum(s in read for read, _ in gradients) for s in range(num_slots)
+    ]
 
 
 def test_rows_not_read_in_a_step_keep_row_and_state_bit_identical():

@@ -38,7 +38,12 @@ def row_adam_(
         grad_CV = grad_CV.to(exp_avg_SV.dtype)
         if scale is not None:
             grad_CV = grad_CV * scale
-        old_CV, old_avg_CV, old_sq_CV, old_steps_C = table_SV[index], exp_avg_SV[index], exp_avg_sq_SV[index], steps_S[index]
+        old_CV, old_avg_CV, old_sq_CV, old_steps_C = (
+            table_SV[index],
+            exp_avg_SV[index],
+            exp_avg_sq_SV[index],
+            steps_S[index],
+        )
         steps_C = old_steps_C + 1
         avg_CV = old_avg_CV.lerp(grad_CV, 1 - beta1)
         sq_CV = (old_sq_CV * beta2).addcmul_(grad_CV, grad_CV, value=1 - beta2)

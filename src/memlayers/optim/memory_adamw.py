@@ -104,7 +104,9 @@ class MemoryAdamW(torch.optim.Optimizer):
         """As in torch, except that moments keep their own dtype: torch would cast them to a 16-bit table's."""
         super().load_state_dict(state_dict)
         if self._rows is not None:
-            restore_row_state(self, state_dict, {weight for group in self._rows.param_groups for weight in group["params"]})
+            restore_row_state(
+                self, state_dict, {weight for group in self._rows.param_groups for weight in group["params"]}
+            )
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,8 +127,10 @@ class MemoryAdamW(torch.optim.Optimizer):
 
 
 def dense_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters outside of value tables: a group that is decayed and one that is not, empty ones left out."""
-    decayed, spared, seen = [], [], set()
+    """Trainable parameters outside of value tables, in a group that is decayed and one that is not."""
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    seen: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, ValueTable):
             continue

@@ -1,0 +1,30 @@
+# Everything lives in .venv in this folder; nothing outside of it is written.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint clean
+
+# The main job: N layers, 2N layers, and N layers with a memory, on the same tokens, and the table.
+demo: $(INSTALLED)
+	$(BIN)/memlayers compare --preset demo --output runs/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[lm,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
