@@ -1,0 +1,1 @@
+"""The paper's comparisons, run and reported."""

@@ -1,0 +1,192 @@
+"""Run the models of a comparison on the same tokens, and put their figures side by side."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from memlayers.experiments.report import headline, markdown, plot
+from memlayers.info import hardware, versions
+from memlayers.lm.config import RunConfig, differences
+from memlayers.lm.data import Corpus, prepare
+from memlayers.lm.evaluate import Speed, evaluate, measure_speed
+from memlayers.lm.presets import Comparison
+from memlayers.lm.run import RunFolder, write_json, write_text
+from memlayers.lm.train import pick_device, resolve_precision, train
+
+
+def compare(
+    config: Comparison,
+    output: str | Path,
+    *,
+    corpus: Corpus | str | Path | None = None,
+    test_tokens: int = 0,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train the three models of a comparison, one after the other, and report.
+
+    `output` gets a folder for each run, `results.json`, `table.md` and `loss.png`. A run that is already there is used
+    if it is finished and of the same configuration; one that did not finish is started again. So whatever ends a
+    comparison, calling it once more costs at most one run. Returns what `results.json` says.
+
+    Args:
+        config: the model with the memory and the learning rates of the baselines.
+        output: folder of the comparison.
+        corpus: a prepared corpus, or the folder of one; None: the folder `corpus` in `output`.
+        test_tokens: also report on so many tokens of the test split; 0 leaves it untouched, as tuning must.
+        progress: show progress bars on standard error.
+        say: receives a line at each stage.
+
+    Raises `ValueError` before any work for a configuration that cannot be compared, or if `output` holds a finished
+    run of another configuration.
+    """
+    output = Path(output)
+    if isinstance(test_tokens, bool) or test_tokens < 0 or test_tokens == 1:
+        raise ValueError(f"test_tokens must be 0 or at least 2, got {test_tokens!r}")
+    runs = config.runs()
+    folders = {name: RunFolder(output / name) for name in runs}
+    for name, folder in folders.items():
+        _require_same(folder, runs[name])
+    if not isinstance(corpus, Corpus):
+        corpus = prepare(config.data, output / "corpus" if corpus is None else corpus, progress=progress)
+    for folder in folders.values():
+        _require_corpus(folder, corpus)
+    for number, (name, run) in enumerate(runs.items(), start=1):
+        if folders[name].finished:
+            say(f"[{number}/{len(runs)}] {describe(run)}: finished already, used as it is")
+            continue
+        say(f"[{number}/{len(runs)}] {describe(run)}: training on {run.training.tokens:,} tokens")
+        train(run, folders[name].path, corpus=corpus, overwrite=True, progress=progress)
+    say("measuring inference speed")
+    return report(folders, output, corpus=corpus, baseline=list(runs)[1], test_tokens=test_tokens)
+
+
+def report(
+    folders: Mapping[str, RunFolder], output: Path, *, corpus: Corpus, baseline: str, test_tokens: int = 0
+) -> dict[str, Any]:
+    """Compare finished runs: measure their inference side by side, write `results.json`, `table.md` and `loss.png`.
+
+    `baseline` names the run that inference speeds are given relative to. Raises `ValueError` unless all runs were
+    trained on the same tokens in the same order.
+    """
+    results = {name: folder.read_result() for name, folder in folders.items()}
+    require_same_data(results)
+    configs = {name: folder.read_config() for name, folder in folders.items()}
+    device = pick_device()
+    models = {name: folder.load_model(device) for name, folder in folders.items()}
+    first = next(iter(configs.values()))
+    precision = resolve_precision(first.training.precision, device)
+    speeds = measure_speed(models, corpus.validation, context=first.model.context, precision=precision)
+    tests: dict[str, dict[str, Any]] = {}
+    if test_tokens:
+        for name, model in models.items():
+            context = configs[name].model.context
+            tests[name] = evaluate(
+                model, corpus.test, tokens=test_tokens, context=context, precision=precision
+            ).to_dict()
+    content = {
+        "models": summarise(results, configs, speeds, tests, baseline=baseline),
+        "baseline": baseline,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    content["headline"] = headline(content)
+    write_json(output / "results.json", content)
+    write_text(output / "table.md", markdown(content))
+    plot(content, output / "loss.png")
+    return content
+
+
+def summarise(
+    results: Mapping[str, Mapping[str, Any]],
+    configs: Mapping[str, RunConfig],
+    speeds: Mapping[str, Speed],
+    tests: Mapping[str, Mapping[str, Any]],
+    *,
+    baseline: str,
+) -> dict[str, dict[str, Any]]:
+    """The figures of each model: its result without the configuration's noise, at equal tokens and at equal time."""
+    deadline = min(result["training"]["seconds"] for result in results.values())
+    models: dict[str, dict[str, Any]] = {}
+    for name, result in results.items():
+        loss = loss_at_time(result["curve"], deadline)
+        models[name] = {
+            "label": describe(configs[name]),
+            "layers": configs[name].model.layers,
+            "memory_layers": list(configs[name].memory_layers),
+            "learning_rate": configs[name].training.learning_rate,
+            "parameters": result["parameters"],
+            "training": result["training"],
+            "device": result["device"],
+            "curve": result["curve"],
+            "validation": result["validation"],
+            "equal_time": {
+                "seconds": deadline,
+                "loss": loss,
+                "perplexity": None if loss is None else math.exp(loss),
+            },
+            "test": tests.get(name),
+            "speed": speeds[name].to_dict(),
+            "prefill_ratio": speeds[name].prefill_words_per_s / speeds[baseline].prefill_words_per_s,
+            "decode_ratio": speeds[name].decode_tokens_per_s / speeds[baseline].decode_tokens_per_s,
+        }
+    return models
+
+
+def loss_at_time(curve: Sequence[Mapping[str, float]], seconds: float) -> float | None:
+    """Validation loss after `seconds` of training, on the line between the evaluations before and after.
+
+    None before the first evaluation; the last one's after the end.
+    """
+    if not curve or seconds < curve[0]["seconds"]:
+        return None
+    for before, after in itertools.pairwise(curve):
+        if seconds <= after["seconds"]:
+            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
+            return before["loss"] + share * (after["loss"] - before["loss"])
+    return curve[-1]["loss"]
+
+
+def describe(config: RunConfig) -> str:
+    """What a row of the table is called: ``4 layers + memory``."""
+    layers = f"{config.model.layers} layer{'' if config.model.layers == 1 else 's'}"
+    if not config.memory_layers:
+        return layers
+    return (
+        f"{layers} + memory" if len(config.memory_layers) == 1 else f"{layers} + {len(config.memory_layers)} memories"
+    )
+
+
+def require_same_data(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises `ValueError` unless all runs saw the same tokens in the same order and were evaluated on the same text."""
+    (first, reference), *others = results.items()
+    for name, result in others:
+        for field in ("corpus_sha256", "tokenizer_sha256", "order_sha256"):
+            if result["data"][field] != reference["data"][field]:
+                raise ValueError(
+                    f"runs must be trained on the same tokens in the same order, but {first} and {name} "
+                    f"differ in {field}"
+                )
+        if result["validation"]["tokens"] != reference["validation"]["tokens"]:
+            raise ValueError(f"runs must be evaluated on the same text, but {first} and {name} were not")
+
+
+def _require_same(folder: RunFolder, config: RunConfig) -> None:
+    if not folder.finished:
+        return
+    others = differences(folder.read_config(), config)
+    if others:
+        raise ValueError(
+            f"output must not hold finished runs of another configuration; {str(folder.path)!r} differs in "
+            f"(there, asked for): {'; '.join(others)}"
+        )
+
+
+def _require_corpus(folder: RunFolder, corpus: Corpus) -> None:
+    if folder.finished and folder.read_result()["data"]["corpus_sha256"] != corpus.manifest["corpus_sha256"]:
+        raise ValueError(
+            f"output must not hold finished runs on other text, but {str(folder.path)!r} was not trained on the corpus "
+            f"in {str(corpus.folder)!r}"
+        )

@@ -1,0 +1,217 @@
+"""RunConfig: everything that decides the result of a run, and nothing about where it is stored."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from memlayers.config import MemoryConfig
+from memlayers.lm.data import DataConfig
+
+Family = Literal["gpt2", "llama"]
+Schedule = Literal["cosine", "inverse_sqrt", "constant"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The transformer that carries the memory: a Hugging Face causal language model, built from scratch."""
+
+    family: Family = "gpt2"  # "gpt2": learned positions, GELU; "llama": rotary positions, gated SiLU
+    layers: int = 4  # number of blocks
+    dim: int = 256  # D, width of the model
+    heads: int = 4  # attention heads; they divide dim
+    context: int = 256  # tokens that a prediction sees at most, and tokens predicted in one window
+    dropout: float = 0.0  # on embeddings, attention and residuals (gpt2); on attention (llama)
+
+    def __post_init__(self) -> None:
+        _require_choice("model.family", self.family, get_args(Family))
+        for name in ("layers", "dim", "heads", "context"):
+            _require_int(f"model.{name}", getattr(self, name), least=1)
+        if self.dim % self.heads:
+            raise ValueError(f"model.heads must divide model.dim = {self.dim}, got {self.heads}")
+        if self.family == "llama" and (self.dim // self.heads) % 2:
+            raise ValueError(
+                f"model.dim / model.heads must be even for rotary positions, got {self.dim} / {self.heads}"
+            )
+        _require_number("model.dropout", self.dropout, least=0.0, below=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long a model is trained, with which step, and how often it is looked at."""
+
+    tokens: int = 2_000_000  # training budget; rounded up to whole steps; text is seen again once it runs out
+    batch_tokens: int = 4096  # tokens predicted in one step; a multiple of model.context
+    learning_rate: float = 2e-3  # peak, of everything but the memory's values
+    value_learning_rate: float = 3e-2  # of the memory's values; constant, whatever the schedule
+    schedule: Schedule = "cosine"  # after the warm-up: to zero on a cosine, by the inverse square root, or not at all
+    warmup: float = 0.05  # linear warm-up: a share of the steps if below 1, else a number of steps
+    weight_decay: float = 0.0  # of weight matrices; never of norms, biases and the memory's values
+    betas: tuple[float, float] = (0.9, 0.98)  # decay rates of Adam's two moments
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
+    precision: Precision = "auto"  # "auto": bf16 on a GPU that has it, else fp32
+    eval_every_tokens: int = 200_000  # training tokens between two evaluations; rounded up to whole steps
+    eval_tokens: int = 65_536  # validation tokens of an evaluation: the longest prefix of whole documents
+    seed: int = 0  # of the model's initialisation, of dropout and of the order of the data
+    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, more time
+
+    def __post_init__(self) -> None:
+        if isinstance(self.betas, list):  # from JSON and YAML
+            object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("tokens", "batch_tokens", "eval_every_tokens"):
+            _require_int(f"training.{name}", getattr(self, name), least=1)
+        _require_int("training.eval_tokens", self.eval_tokens, least=2)
+        _require_int("training.seed", self.seed, least=0, most=2**32 - 1)
+        for name in ("learning_rate", "value_learning_rate"):
+            _require_number(f"training.{name}", getattr(self, name), above=0.0)
+        for name in ("warmup", "weight_decay", "max_grad_norm"):
+            _require_number(f"training.{name}", getattr(self, name), least=0.0)
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"training.warmup must be a share below 1 or a whole number of steps, got {self.warmup!r}")
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise ValueError(f"training.betas must be two numbers in [0, 1), got {self.betas!r}")
+        for beta in self.betas:
+            _require_number("training.betas", beta, least=0.0, below=1.0)
+        _require_choice("training.schedule", self.schedule, get_args(Schedule))
+        _require_choice("training.precision", self.precision, get_args(Precision))
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise ValueError(
+                f"training.gradient_checkpointing must be True or False, got {self.gradient_checkpointing!r}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return math.ceil(self.tokens / self.batch_tokens)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of the warm-up."""
+        return int(self.warmup) if self.warmup >= 1 else math.ceil(self.warmup * self.steps)
+
+    @property
+    def eval_every_steps(self) -> int:
+        """Optimizer steps between two evaluations."""
+        return math.ceil(self.eval_every_tokens / self.batch_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. Raises `ValueError` naming the field, its value and what is allowed."""
+
+    data: DataConfig = field(default_factory=DataConfig)  # the text and its tokens
+    model: ModelConfig = field(default_factory=ModelConfig)  # the transformer
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(dim=ModelConfig().dim))  # one memory layer
+    memory_layers: tuple[int, ...] = ()  # blocks whose FFN is a memory, counted from 1; empty: a plain transformer
+    training: TrainingConfig = field(default_factory=TrainingConfig)  # the budget and the step
+
+    def __post_init__(self) -> None:
+        if isinstance(self.memory_layers, list):  # from JSON and YAML
+            object.__setattr__(self, "memory_layers", tuple(self.memory_layers))
+        if not isinstance(self.memory_layers, tuple):
+            raise ValueError(f"memory_layers must be a sequence of block numbers, got {self.memory_layers!r}")
+        for layer in self.memory_layers:
+            _require_int("memory_layers", layer, least=1, most=self.model.layers)
+        if len(set(self.memory_layers)) != len(self.memory_layers):
+            raise ValueError(f"memory_layers must name each block once, got {self.memory_layers!r}")
+        if self.memory.dim != self.model.dim:
+            raise ValueError(f"memory.dim must be model.dim = {self.model.dim}, got {self.memory.dim}")
+        if self.training.batch_tokens % self.model.context:
+            raise ValueError(
+                f"training.batch_tokens must be a multiple of model.context = {self.model.context}, "
+                f"got {self.training.batch_tokens}"
+            )
+        if self.training.precision == "fp16" and self.memory_layers:
+            raise ValueError(
+                "training.precision must be auto, fp32 or bf16 with a memory, got 'fp16': "
+                "loss scaling does not reach the gradients of the memory's values"
+            )
+
+    @property
+    def batch_windows(self) -> int:
+        """Windows of `model.context` predictions in one step."""
+        return self.training.batch_tokens // self.model.context
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` gives an equal configuration back."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "RunConfig":
+        """The inverse of `to_dict`. Raises `ValueError` for an unknown field."""
+        parts = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
+        _require_known("configuration", fields, cls)
+        built: dict[str, Any] = {}
+        for name, value in fields.items():
+            if name == "memory":
+                built[name] = MemoryConfig.from_dict(value)
+            elif name in parts:
+                _require_known(name, value, parts[name])
+                built[name] = parts[name](**{key: _tuples(item) for key, item in value.items()})
+            else:
+                built[name] = _tuples(value)
+        return cls(**built)
+
+
+def differences(one: RunConfig, other: RunConfig) -> list[str]:
+    """The fields in which two configurations differ, as ``field: value of one, value of the other``.
+
+    What describes a memory is left out when neither has one.
+    """
+    left, right = _flat(one.to_dict()), _flat(other.to_dict())
+    names = [name for name in left if left[name] != right[name]]
+    if not one.memory_layers and not other.memory_layers:
+        names = [name for name in names if not name.startswith("memory.") and name != "training.value_learning_rate"]
+    return [f"{name}: {left[name]!r}, {right[name]!r}" for name in names]
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _require_known(what: str, fields: Mapping[str, Any], cls: type) -> None:
+    known = [entry.name for entry in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"unknown {what} field {name!r}; allowed: {', '.join(known)}")
+
+
+def _require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _require_int(name: str, value: object, *, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
+
+
+def _require_number(
+    name: str, value: object, *, least: float | None = None, above: float | None = None, below: float | None = None
+) -> None:
+    limits = [("at least", least), ("above", above), ("below", below)]
+    fits = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    if fits:
+        assert isinstance(value, int | float)
+        fits = (
+            (least is None or value >= least) and (above is None or value > above) and (below is None or value < below)
+        )
+    if not fits:
+        allowed = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
+        raise ValueError(f"{name} must be a finite number {allowed}, got {value!r}")

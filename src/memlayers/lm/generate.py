@@ -1,0 +1,59 @@
+"""Text from a trained model."""
+
+from pathlib import Path
+
+import torch
+
+from memlayers.lm.run import RunFolder
+
+
+def generate(
+    run: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> str:
+    """Continue `prompt` with the model of a finished run: the prompt and what follows, up to the document's end.
+
+    Args:
+        run: folder of a finished run.
+        prompt: the beginning of a document; may be empty.
+        max_new_tokens: tokens to write at most. With the prompt they must fit into the model's context.
+        temperature: of the distribution that is drawn from; 0: the likeliest token each time.
+        top_p: draw from the likeliest tokens that together have this probability.
+        seed: of the draws.
+
+    Raises `ValueError` for a folder without a finished run, a bad setting, or a text that does not fit.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    folder = RunFolder(run)
+    context = folder.read_config().model.context
+    model, tokenizer = folder.load_model(), folder.load_tokenizer()
+    # Documents begin with <|endoftext|> in training, so a prompt does here.
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
+    if len(ids) + max_new_tokens > context:
+        raise ValueError(
+            f"max_new_tokens must be at most {context - len(ids)} to fit into the model's context of {context} tokens "
+            f"after a prompt of {len(ids)}, got {max_new_tokens}"
+        )
+    ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    torch.manual_seed(seed)
+    written_BT = model.generate(  # type: ignore[operator]  # transformers mixes it in at run time
+        input_ids=ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **drawing,
+    )
+    return str(tokenizer.decode(written_BT[0], skip_special_tokens=True))

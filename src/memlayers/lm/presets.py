@@ -1,0 +1,110 @@
+"""Configurations with a name, and the comparison that the paper is about."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from memlayers.config import MemoryConfig
+from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
+from memlayers.lm.data import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(RunConfig):
+    """A model of N layers with a memory, and with it the two it is compared to: N layers and 2N layers without.
+
+    Everything else is the same in all three but the learning rate, which deeper models want to be lower: a comparison
+    is as good as its baselines.
+    """
+
+    base_learning_rate: float | None = None  # of the N layers without a memory; None: training.learning_rate
+    deep_learning_rate: float | None = None  # of the 2N layers; None: training.learning_rate
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("base_learning_rate", "deep_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None:
+                try:
+                    dataclasses.replace(self.training, learning_rate=rate)
+                except ValueError as error:
+                    raise ValueError(str(error).replace("training.learning_rate", name)) from None
+
+    def run(self) -> RunConfig:
+        """The model that the preset is named for: N layers, with the memory if it has one."""
+        return RunConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)})
+
+    def runs(self) -> dict[str, RunConfig]:
+        """The three runs by the names of their folders. Raises `ValueError` if there is no memory to compare."""
+        if not self.memory_layers:
+            raise ValueError("memory_layers must name at least one block for a comparison, got ()")
+        layers, run = self.model.layers, self.run()
+        return {
+            f"{layers}-layers": self._baseline(layers, self.base_learning_rate),
+            f"{2 * layers}-layers": self._baseline(2 * layers, self.deep_learning_rate),
+            f"{layers}-layers-memory": run,
+        }
+
+    def _baseline(self, layers: int, learning_rate: float | None) -> RunConfig:
+        rate = self.training.learning_rate if learning_rate is None else learning_rate
+        return dataclasses.replace(
+            self.run(),
+            model=dataclasses.replace(self.model, layers=layers),
+            memory_layers=(),
+            training=dataclasses.replace(self.training, learning_rate=rate),
+        )
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names that `preset` knows."""
+    return ("demo", "paper-12x1024", "paper-24x1024")
+
+
+def preset(name: str) -> Comparison:
+    """The configuration of that name. Raises `ValueError` for an unknown one."""
+    if name == "demo":
+        return _demo()
+    if name == "paper-12x1024":
+        return _paper(layers=12, memory_layers=(9,))
+    if name == "paper-24x1024":
+        return _paper(layers=24, memory_layers=())
+    raise ValueError(f"preset must be one of {', '.join(map(repr, preset_names()))}, got {name!r}")
+
+
+def _demo() -> Comparison:
+    """A few minutes on two CPU cores, on text that every machine has."""
+    return Comparison(
+        data=DataConfig(vocab_size=4096),
+        model=ModelConfig(layers=4, dim=256, heads=4, context=256),
+        memory=MemoryConfig(dim=256, heads=2, topk=16, num_subkeys=128, query_dim=256),
+        memory_layers=(3,),
+        training=TrainingConfig(
+            tokens=1_000_000,
+            batch_tokens=4096,
+            learning_rate=2e-3,
+            value_learning_rate=3e-2,
+            eval_every_tokens=100_000,
+            eval_tokens=50_000,
+        ),
+        deep_learning_rate=1e-3,
+    )
+
+
+def _paper(*, layers: int, memory_layers: tuple[int, ...]) -> Comparison:
+    """The paper's models of width 1024. Its text says nothing about the context, the batch and the warm-up."""
+    return Comparison(
+        data=DataConfig(vocab_size=60_000),
+        model=ModelConfig(layers=layers, dim=1024, heads=16, context=512, dropout=0.0),
+        memory=MemoryConfig(dim=1024, heads=4, topk=32, num_subkeys=512, query_dim=512),
+        memory_layers=memory_layers,
+        training=TrainingConfig(
+            tokens=2_000_000_000,
+            batch_tokens=16_384,
+            learning_rate=2.5e-4,
+            value_learning_rate=1e-3,
+            schedule="inverse_sqrt",
+            warmup=4000,
+            betas=(0.9, 0.98),
+            eval_every_tokens=50_000_000,
+            eval_tokens=1_000_000,
+        ),
+    )

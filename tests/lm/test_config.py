@@ -1,0 +1,111 @@
+import dataclasses
+import json
+
+import pytest
+
+from memlayers.config import MemoryConfig
+from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig, differences
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        (ModelConfig, "family", "bert"),
+        (ModelConfig, "layers", 0),
+        (ModelConfig, "layers", 2.0),
+        (ModelConfig, "layers", True),
+        (ModelConfig, "heads", 3),
+        (ModelConfig, "context", -1),
+        (ModelConfig, "dropout", 1.0),
+        (ModelConfig, "dropout", "0.1"),
+        (TrainingConfig, "tokens", 0),
+        (TrainingConfig, "batch_tokens", 0),
+        (TrainingConfig, "learning_rate", 0.0),
+        (TrainingConfig, "learning_rate", float("nan")),
+        (TrainingConfig, "value_learning_rate", float("inf")),
+        (TrainingConfig, "schedule", "linear"),
+        (TrainingConfig, "warmup", -0.1),
+        (TrainingConfig, "warmup", 10.5),
+        (TrainingConfig, "weight_decay", -1.0),
+        (TrainingConfig, "betas", (0.9,)),
+        (TrainingConfig, "betas", (0.9, 1.0)),
+        (TrainingConfig, "max_grad_norm", -1.0),
+        (TrainingConfig, "precision", "fp8"),
+        (TrainingConfig, "eval_every_tokens", 0),
+        (TrainingConfig, "eval_tokens", 1),
+        (TrainingConfig, "seed", -1),
+        (TrainingConfig, "seed", 2**32),
+        (TrainingConfig, "gradient_checkpointing", 1),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(section, field, value):
+    with pytest.raises(ValueError, match=rf"{field} .*must"):
+        section(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"memory_layers": (5,)}, "memory_layers must be an integer from 1 to 4, got 5"),
+        ({"memory_layers": (0,)}, "memory_layers must be an integer from 1 to 4, got 0"),
+        ({"memory_layers": (2, 2)}, "memory_layers must name each block once"),
+        ({"memory_layers": 2}, "memory_layers must be a sequence"),
+        ({"memory": MemoryConfig(dim=128)}, "memory.dim must be model.dim = 256, got 128"),
+        (
+            {"training": TrainingConfig(batch_tokens=1000)},
+            "training.batch_tokens must be a multiple of model.context = 256, got 1000",
+        ),
+        (
+            {"training": TrainingConfig(precision="fp16"), "memory_layers": (3,)},
+            "training.precision must be auto, fp32 or bf16 with a memory, got 'fp16'",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**fields)
+
+
+def test_llama_needs_an_even_width_per_head():
+    with pytest.raises(ValueError, match="model.dim / model.heads must be even"):
+        ModelConfig(family="llama", dim=12, heads=4)
+    ModelConfig(family="gpt2", dim=12, heads=4)
+
+
+def test_fp16_is_allowed_without_a_memory():
+    assert RunConfig(training=TrainingConfig(precision="fp16")).training.precision == "fp16"
+
+
+def test_json_gives_an_equal_configuration_back(tiny_config):
+    config = dataclasses.replace(tiny_config, training=TrainingConfig(batch_tokens=64, betas=(0.8, 0.9)))
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("section", ["data", "model", "memory", "training"])
+def test_an_unknown_field_is_refused_by_name(tiny_config, section):
+    fields = tiny_config.to_dict()
+    fields[section]["nonsense"] = 1
+    with pytest.raises(ValueError, match=r"unknown .*'nonsense'"):
+        RunConfig.from_dict(fields)
+    with pytest.raises(ValueError, match="unknown configuration field 'nonsense'"):
+        RunConfig.from_dict({"nonsense": 1})
+
+
+def test_budgets_become_whole_steps():
+    training = TrainingConfig(tokens=1001, batch_tokens=100, eval_every_tokens=250, warmup=0.1)
+    assert (training.steps, training.warmup_steps, training.eval_every_steps) == (11, 2, 3)
+    assert dataclasses.replace(training, warmup=7).warmup_steps == 7
+    assert dataclasses.replace(training, warmup=0).warmup_steps == 0
+
+
+def test_differences_name_the_field_and_both_values(tiny_config):
+    other = dataclasses.replace(tiny_config, model=dataclasses.replace(tiny_config.model, layers=3))
+    assert differences(tiny_config, other) == ["model.layers: 2, 3"]
+    assert differences(tiny_config, tiny_config) == []
+
+
+def test_a_memory_that_is_not_there_makes_no_difference(tiny_config):
+    other = dataclasses.replace(tiny_config, memory=dataclasses.replace(tiny_config.memory, topk=3))
+    assert differences(tiny_config, other) == ["memory.topk: 2, 3"]
+    without = [dataclasses.replace(config, memory_layers=()) for config in (tiny_config, other)]
+    assert differences(*without) == []

@@ -1,0 +1,55 @@
+import shutil
+
+import pytest
+import torch
+
+from memlayers.lm.generate import generate
+from memlayers.lm.run import RunFolder
+
+PROMPT = "abc"
+
+
+def test_the_likeliest_text_is_what_the_model_says_without_a_cache(tiny_run):
+    folder = RunFolder(tiny_run)
+    model, tokenizer = folder.load_model(), folder.load_tokenizer()
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(PROMPT)]
+    for _ in range(8):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    assert generate(tiny_run, PROMPT, max_new_tokens=8, temperature=0) == expected
+    assert expected.startswith(PROMPT)
+    assert len(expected) > len(PROMPT)
+
+
+def test_draws_follow_the_seed(tiny_run):
+    texts = [generate(tiny_run, PROMPT, max_new_tokens=10, temperature=1.5, top_p=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_an_empty_prompt_begins_a_document(tiny_run):
+    assert generate(tiny_run, "", max_new_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 100}, r"max_new_tokens must be at most \d+ to fit into the model's context of 16 tokens"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+    ],
+)
+def test_a_bad_setting_is_refused(tiny_run, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_run, PROMPT, **{"max_new_tokens": 5, **settings})
+
+
+def test_a_run_that_did_not_finish_has_no_text(tiny_run, tmp_path):
+    shutil.copy(tiny_run / "config.json", tmp_path / "config.json")
+    with pytest.raises(ValueError, match="must be the folder of a finished run"):
+        generate(tmp_path, PROMPT, max_new_tokens=5)
+    with pytest.raises(ValueError, match=r"it has no config.json"):
+        generate(tmp_path / "nothing", PROMPT, max_new_tokens=5)

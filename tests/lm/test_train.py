@@ -1,0 +1,385 @@
+import dataclasses
+import itertools
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import memlayers.lm.train as module
+from memlayers.info import count_parameters
+from memlayers.lm.evaluate import evaluate
+from memlayers.lm.run import RunFolder
+from memlayers.lm.train import build_model, resolve_precision, train, training_order
+from memlayers.optim import row_adam
+
+
+def variant(config, *, model=None, training=None, **fields):
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **(model or {})),
+        training=dataclasses.replace(config.training, **(training or {})),
+        **fields,
+    )
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches that models are trained on, in order."""
+    seen = []
+    original = module._LanguageModelTrainer.compute_loss
+
+    def record(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["input_ids"].clone())
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(module._LanguageModelTrainer, "compute_loss", record)
+    return seen
+
+
+def test_a_finished_run_has_all_its_parts(tiny_run, tiny_corpus):
+    folder = RunFolder(tiny_run)
+    assert folder.finished
+    assert list(folder.tensorboard.iterdir())
+    result, config = folder.read_result(), folder.read_config()
+    assert result["config"] == config.to_dict()
+    assert result["seed"] == config.training.seed
+    assert result["versions"].keys() >= {"python", "memlayers", "torch", "transformers", "tokenizers"}
+    assert result["hardware"]["threads"] == torch.get_num_threads()
+    assert result["command"]
+    assert result["data"]["corpus_sha256"] == tiny_corpus.manifest["corpus_sha256"]
+    assert result["data"]["epochs"] > 0
+    model = build_model(config, vocab_size=tiny_corpus.vocab_size, eot_id=0, device="meta")
+    assert result["parameters"] == count_parameters(model)
+    training = result["training"]
+    assert (training["steps"], training["tokens"]) == (40, 40 * 64)
+    assert training["tokens_per_s"] == pytest.approx(training["tokens"] / training["seconds"])
+    words = tiny_corpus.train.num_words / tiny_corpus.train.num_tokens
+    assert training["words_per_s"] == pytest.approx(training["tokens_per_s"] * words)
+    assert not list(tiny_run.glob("*.partial"))
+
+
+def test_the_model_learns(tiny_run):
+    curve = RunFolder(tiny_run).read_result()["curve"]
+    assert [point["step"] for point in curve] == [4 * number for number in range(1, 11)]
+    assert [point["tokens"] for point in curve] == [4 * 64 * number for number in range(1, 11)]
+    assert all(after["seconds"] > before["seconds"] for before, after in itertools.pairwise(curve))
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
+
+
+def test_the_saved_model_is_the_one_that_was_evaluated(tiny_run, tiny_corpus):
+    result = RunFolder(tiny_run).read_result()
+    model = RunFolder(tiny_run).load_model()
+    again = evaluate(model, tiny_corpus.validation, tokens=300, context=16)
+    assert again.nll == pytest.approx(result["validation"]["nll"], rel=1e-6)
+    assert again.usage == result["validation"]["usage"]
+    assert result["curve"][-1]["loss"] == result["validation"]["loss"]
+
+
+def test_the_saved_model_has_its_tokenizer_and_its_cache(tiny_run, tiny_corpus):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "model")
+    text = "abc jdf"
+    assert tokenizer.encode(text) == tiny_corpus.tokenizer().encode(text)
+    assert tokenizer.eos_token_id == tiny_corpus.eot_id
+    model = AutoModelForCausalLM.from_pretrained(tiny_run / "model")
+    assert model.config.use_cache is True  # Trainer turns it off while it trains
+    assert model.config.eos_token_id == tiny_corpus.eot_id
+
+
+def test_the_log_has_rates_and_usage_of_every_window(tiny_run):
+    lines = RunFolder(tiny_run).read_metrics()
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 41))
+    assert [line["tokens"] for line in steps] == [64 * step for step in range(1, 41)]
+    for line in steps:
+        assert line["tokens_per_s"] > line["words_per_s"] > 0
+        assert 0 < line["usage/transformer.h.1.mlp"] <= 100
+        assert 0 <= line["kl/transformer.h.1.mlp"] <= math.log(16)
+        assert 0 < line["top1_usage/transformer.h.1.mlp"] <= line["usage/transformer.h.1.mlp"]
+    # Warm-up over the first 2 of 40 steps, then a cosine towards 0.
+    rates = [line["learning_rate"] for line in steps]
+    assert rates[:3] == pytest.approx([0, 0.005, 0.01])
+    assert all(after < before for before, after in itertools.pairwise(rates[2:]))
+    assert rates[-1] < 1e-4
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [4 * number for number in range(1, 11)]
+    assert all(line["eval_perplexity"] == pytest.approx(math.exp(line["eval_loss"])) for line in evaluations)
+    assert all("eval_usage/transformer.h.1.mlp" in line for line in evaluations)
+
+
+def test_usage_is_of_the_last_window_of_the_log_alone(tiny_config, tiny_corpus, tmp_path, monkeypatch):
+    measured = []
+    original = module.UsageMeter.report
+
+    def report(self):
+        measured.append(original(self))
+        return measured[-1]
+
+    monkeypatch.setattr(module.UsageMeter, "report", report)
+    train(tiny_config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    # Six steps of 64 tokens are logged one by one; the evaluations in between count apart.
+    evaluated = tiny_corpus.validation.prefix(300).num_tokens - 1
+    assert [each.tokens for each in measured] == [64, 64, 64, 64, evaluated, 64, 64, evaluated]
+
+
+def test_every_model_sees_the_same_tokens_in_the_same_order(tiny_config, tiny_corpus, tmp_path, batches):
+    configs = {
+        "memory": tiny_config,
+        "plain": variant(tiny_config, memory_layers=()),
+        "deep, with draws of its own": variant(tiny_config, model={"layers": 4, "dropout": 0.3}, memory_layers=()),
+    }
+    orders, hashes = {}, {}
+    for name, config in configs.items():
+        batches.clear()
+        result = train(config, tmp_path / name, corpus=tiny_corpus, progress=False)
+        orders[name] = torch.stack(batches)
+        hashes[name] = result["data"]["order_sha256"]
+    windows = torch.from_numpy(tiny_corpus.train.tokens.astype(np.int64)).unfold(0, 17, 17)
+    order = torch.from_numpy(training_order(len(windows), 6 * 4, seed=0))
+    assert torch.equal(orders["memory"], windows[order, :16].view(6, 4, 16))
+    for name in configs:
+        assert torch.equal(orders[name], orders["memory"]), name
+        assert hashes[name] == hashes["memory"], name
+
+    batches.clear()
+    other = train(variant(tiny_config, training={"seed": 1}), tmp_path / "seed", corpus=tiny_corpus, progress=False)
+    assert not torch.equal(torch.stack(batches), orders["memory"])
+    assert other["data"]["order_sha256"] != hashes["memory"]
+
+
+def test_all_positions_are_trained(tiny_config, tiny_corpus, tmp_path, monkeypatch):
+    pairs = []
+    original = module._collate
+
+    def collate(items):
+        pairs.append(original(items))
+        return pairs[-1]
+
+    monkeypatch.setattr(module, "_collate", collate)
+    train(tiny_config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    for batch in pairs:
+        assert batch["input_ids"].shape == batch["labels"].shape == (4, 16)
+        assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
+
+
+def test_the_order_is_one_shuffle_after_the_other():
+    order = training_order(10, 25, seed=3)
+    assert order.dtype == np.int64
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert list(order[:10]) != list(order[10:20])
+    assert len(set(order[20:])) == 5
+    assert np.array_equal(training_order(10, 7, seed=3), order[:7])
+    assert not np.array_equal(training_order(10, 25, seed=4), order)
+
+
+def test_a_run_can_be_repeated(tiny_config, tiny_corpus, tmp_path):
+    def losses(name):
+        train(tiny_config, tmp_path / name, corpus=tiny_corpus, progress=False)
+        return [(line.get("loss"), line.get("eval_loss")) for line in RunFolder(tmp_path / name).read_metrics()]
+
+    first = losses("first")
+    torch.manual_seed(99)  # what the process drew before does not matter
+    assert losses("second") == first
+
+
+def test_a_text_that_runs_out_is_seen_again(tiny_config, tiny_corpus, tmp_path):
+    windows = tiny_corpus.train.num_tokens // 17
+    config = variant(
+        tiny_config, training={"tokens": 16 * 2 * windows, "batch_tokens": 16 * 64, "eval_every_tokens": 10**6}
+    )
+    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    assert result["data"]["epochs"] >= 2
+
+
+def test_evaluation_is_not_training_time(tiny_config, tiny_corpus, tmp_path, monkeypatch):
+    late = 0.0
+    clock = time.perf_counter
+
+    def slow_evaluate(*args, **kwargs):
+        nonlocal late
+        late += 1000.0
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock() + late)
+    monkeypatch.setattr(module, "evaluate", slow_evaluate)
+    result = train(tiny_config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    assert late == 2000.0
+    assert 0 < result["training"]["seconds"] < 1000
+    assert all(line["seconds"] < 1000 for line in RunFolder(tmp_path / "run").read_metrics())
+
+
+def test_a_loss_that_is_not_a_number_is_not_hidden(tiny_config, tiny_corpus, tmp_path, monkeypatch):
+    original = module._LanguageModelTrainer.compute_loss
+
+    def spoil(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        return loss * math.nan if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(module._LanguageModelTrainer, "compute_loss", spoil)
+    train(variant(tiny_config, memory_layers=()), tmp_path / "run", corpus=tiny_corpus, progress=False)
+    losses = [line["loss"] for line in RunFolder(tmp_path / "run").read_metrics() if "loss" in line]
+    assert all(math.isfinite(loss) for loss in losses[:2])
+    assert math.isnan(losses[2])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "inverse_sqrt", "constant"])
+def test_the_values_learn_at_their_own_rate(tiny_config, tiny_corpus, tmp_path, monkeypatch, schedule):
+    rates, values = [], []
+    step, update = module.MemoryAdamW.step, row_adam.row_adam_
+
+    def record_step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    def record_update(*args, **kwargs):
+        values.append(kwargs["lr"])
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(module.MemoryAdamW, "step", record_step)
+    monkeypatch.setattr(row_adam, "row_adam_", record_update)
+    config = variant(tiny_config, training={"schedule": schedule, "value_learning_rate": 0.07, "warmup": 2})
+    train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    assert values == [0.07] * 6
+    expected = {
+        "cosine": [0.0, 0.5, 1.0, 0.854, 0.5, 0.146],
+        "inverse_sqrt": [0.0, 0.5, 1.0, math.sqrt(2 / 3), math.sqrt(2 / 4), math.sqrt(2 / 5)],
+        "constant": [0.0, 0.5, 1.0, 1.0, 1.0, 1.0],
+    }
+    assert [rate / 1e-2 for rate in rates] == pytest.approx(expected[schedule], abs=1e-3)
+
+
+def test_llama_trains_too(tiny_config, tiny_corpus, tmp_path):
+    config = variant(tiny_config, model={"family": "llama"})
+    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    assert result["validation"]["usage"].keys() == {"model.layers.1.mlp"}
+    again = evaluate(RunFolder(tmp_path / "run").load_model(), tiny_corpus.validation, tokens=300, context=16)
+    assert again.nll == pytest.approx(result["validation"]["nll"], rel=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_config, tiny_corpus, tmp_path, monkeypatch):
+    enabled = []
+    original = module._LanguageModelTrainer.run
+
+    def run(self):
+        blocks = self.language_model.transformer.h
+        enabled.append(all(block.gradient_checkpointing for block in blocks))
+        return original(self)
+
+    monkeypatch.setattr(module._LanguageModelTrainer, "run", run)
+    plain, checkpointed = (
+        train(
+            variant(tiny_config, training={"gradient_checkpointing": flag}),
+            tmp_path / str(flag),
+            corpus=tiny_corpus,
+            progress=False,
+        )
+        for flag in (False, True)
+    )
+    assert enabled == [False, True]
+    assert checkpointed["validation"]["nll"] == pytest.approx(plain["validation"]["nll"], rel=1e-5)
+
+
+def test_bfloat16_is_mixed_precision(tiny_config, tiny_corpus, tmp_path):
+    config = variant(tiny_config, training={"precision": "bf16"})
+    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    assert result["precision"] == "bf16"
+    assert math.isfinite(result["validation"]["loss"])
+    assert {value.dtype for value in RunFolder(tmp_path / "run").load_model().parameters()} == {torch.float32}
+
+
+def test_a_folder_with_a_run_is_left_alone(tiny_run, tiny_config, tiny_corpus, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
+    message = "output must be a folder without a run, .* holds a finished run"
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config, tiny_run, corpus=tmp_path / "not prepared for this", progress=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        RunFolder(tiny_run).start(tiny_config)
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="output must be a folder, got the file"):
+        train(tiny_config, file, corpus=tiny_corpus, progress=False)
+
+
+def test_a_run_that_did_not_finish_is_replaced_only_on_demand(tiny_config, tiny_corpus, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+
+    def end(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_model", end)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config, folder.path, corpus=tiny_corpus, progress=False)
+    assert folder.begun
+    assert not folder.finished
+    note = folder.path / "note.txt"
+    note.write_text("not ours")
+    with pytest.raises(ValueError, match="which holds a run that did not finish"):
+        train(tiny_config, folder.path, corpus=tiny_corpus, progress=False)
+    train(tiny_config, folder.path, corpus=tiny_corpus, overwrite=True, progress=False)
+    assert folder.finished
+    assert [line["step"] for line in folder.read_metrics() if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert note.read_text() == "not ours"
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "message"),
+    [
+        ({"model": {"context": 10**6}, "training": {"batch_tokens": 10**6}}, {}, "model.context must be below"),
+        (
+            {"training": {"precision": "fp16"}, "memory_layers": ()},
+            {},
+            "training.precision must be .* on cpu, got 'fp16'",
+        ),
+        ({}, {"WORLD_SIZE": "2"}, "WORLD_SIZE must be 1, got '2'"),
+    ],
+)
+def test_what_cannot_work_ends_before_anything_is_written(
+    tiny_config, tiny_corpus, tmp_path, monkeypatch, changes, environment, message
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        train(variant(tiny_config, **changes), tmp_path / "run", corpus=tiny_corpus, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_automatic_precision(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert resolve_precision("auto", cpu) == "fp32"
+    assert resolve_precision("bf16", cpu) == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert resolve_precision("auto", gpu) == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert resolve_precision("auto", gpu) == "fp32"
+    assert resolve_precision("fp16", gpu) == "fp16"
+
+
+def test_a_seed_decides_the_first_weights(tiny_config):
+    def first(seed):
+        torch.manual_seed(seed)
+        return build_model(tiny_config, vocab_size=300, eot_id=0).state_dict()
+
+    one, same, other = first(0), first(0), first(1)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["transformer.wte.weight"], other["transformer.wte.weight"])
+
+
+def test_a_damaged_run_is_named(tiny_config, tiny_corpus, tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"run must be the folder of a run, .* it has no result.json"):
+        folder.read_result()
+    with pytest.raises(ValueError, match="it has no model/"):
+        folder.load_model()
+    folder.result.write_text("{")
+    with pytest.raises(ValueError, match=r"result.json' must be JSON"):
+        folder.read_result()
+    folder.result.write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match="must hold one JSON object, got list"):
+        folder.read_result()
