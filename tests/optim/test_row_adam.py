@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from memlayers import RowAdam, ValueTable
+from memlayers.ops.record import SummedRows
 
 SETTINGS = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-6}
 
@@ -51,8 +52,11 @@ def test_it_is_torch_s_adam_when_every_row_is_read_each_step():
 
 @pytest.mark.parametrize("num_slots", [9, 200], ids=["more reads than rows", "more rows than reads"])
 @pytest.mark.parametrize("chunk", [5, 2**20])
-def test_touched_rows_follow_a_per_row_reference_and_others_stay_bit_identical(num_slots, chunk, monkeypatch):
+@pytest.mark.parametrize("static", [False, True], ids=["compact", "static shapes"])
+def test_touched_rows_follow_a_per_row_reference_and_others_stay_bit_identical(num_slots, static, chunk, monkeypatch):
     monkeypatch.setattr("memlayers.ops.record._CHUNK_ELEMENTS", chunk)
+    if static:  # what runs on devices other than the CPU
+        monkeypatch.setattr(SummedRows, "compact", lambda rows: rows)
     table = ValueTable(num_slots, 5, dtype=torch.float64)
     start = table.weight.detach().clone()
     optimizer = RowAdam([table], **SETTINGS)

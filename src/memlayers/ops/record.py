@@ -68,25 +68,33 @@ class Part(NamedTuple):
 class SummedRows(NamedTuple):
     """Summed gradients of P distinct rows, of static shape: P = min(M, S), whatever was read.
 
-    rows_P: the slots (None: all S in order); live_P: whether the row was read. The gradient of a row that was not is
-    zero, and an update must leave the row alone.
+    rows_P: the slots (None: all S in order); live_P: whether the row was read (None: every one was). The gradient of a
+    row that was not is zero, and an update must leave the row alone.
     """
 
     rows_P: Tensor | None
-    live_P: Tensor
+    live_P: Tensor | None
     grad_PV: Tensor
+
+    def compact(self) -> "SummedRows":
+        """Only the rows that were read. Its shape depends on the data: on a device other than the CPU it would wait."""
+        if self.live_P is None:
+            return self
+        place_P = self.live_P.nonzero().squeeze(1)
+        rows_P = place_P if self.rows_P is None else self.rows_P[place_P]
+        return SummedRows(rows_P, None, self.grad_PV[place_P])
 
     def norm(self) -> Tensor:
         """Euclidean norm, a scalar."""
         return torch.linalg.vector_norm(self.grad_PV)
 
-    def chunks(self) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
-        """(index of the rows, live [C], gradient [C, V]) in pieces that stay in cache."""
+    def chunks(self) -> Iterator[tuple[Tensor | slice, Tensor | None, Tensor]]:
+        """(index of the rows, live [C] or None, gradient [C, V]) in pieces that stay in cache."""
         size = max(1, _CHUNK_ELEMENTS // self.grad_PV.shape[1])
         for start in range(0, self.grad_PV.shape[0], size):
             piece = slice(start, min(start + size, self.grad_PV.shape[0]))
             index = piece if self.rows_P is None else self.rows_P[piece]
-            yield index, self.live_P[piece], self.grad_PV[piece]
+            yield index, None if self.live_P is None else self.live_P[piece], self.grad_PV[piece]
 
 
 class RowGradient:
@@ -155,6 +163,7 @@ class RowGradient:
         else:
             summed = sum_parts(self._parts, self._num_slots)
         if self._was_written(grad):  # Whether it was cleared is left to the device: no row is live then.
+            assert summed.live_P is not None
             summed = summed._replace(live_P=summed.live_P & grad.any())
         return summed
 
@@ -203,6 +212,8 @@ class RowGradient:
             return
         new = dense_sum(self._parts, self._num_slots)
         if self._merged is not None:
+            assert new.live_P is not None
+            assert self._merged.live_P is not None
             new = SummedRows(None, new.live_P | self._merged.live_P, new.grad_PV.add_(self._merged.grad_PV))
         self._parts, self._merged = [], new
 

@@ -34,26 +34,21 @@ def row_adam_(
     scale = None
     if max_grad_norm is not None:
         scale = (max_grad_norm / (rows.norm() + 1e-6)).clamp(max=1.0)
+    if table_SV.device.type == "cpu":  # where a shape that depends on the data costs nothing
+        rows = rows.compact()
     for index, live_C, grad_CV in rows.chunks():
         grad_CV = grad_CV.to(exp_avg_SV.dtype)
         if scale is not None:
             grad_CV = grad_CV * scale
-        old_CV, old_avg_CV, old_sq_CV, old_steps_C = (
-            table_SV[index],
-            exp_avg_SV[index],
-            exp_avg_sq_SV[index],
-            steps_S[index],
-        )
-        steps_C = old_steps_C + 1
-        avg_CV = old_avg_CV.lerp(grad_CV, 1 - beta1)
-        sq_CV = (old_sq_CV * beta2).addcmul_(grad_CV, grad_CV, value=1 - beta2)
+        steps_C = steps_S[index] + 1
+        avg_CV = exp_avg_SV[index].lerp(grad_CV, 1 - beta1)
+        sq_CV = (exp_avg_sq_SV[index] * beta2).addcmul_(grad_CV, grad_CV, value=1 - beta2)
         correction1_C = 1 - beta1 ** steps_C.to(avg_CV.dtype)
         correction2_C = 1 - beta2 ** steps_C.to(avg_CV.dtype)
-        denominator_CV = (sq_CV.sqrt() / correction2_C.sqrt()[:, None]).add_(eps)
+        denominator_CV = sq_CV.sqrt().div_(correction2_C.sqrt()[:, None]).add_(eps)
         step_CV = (avg_CV / denominator_CV).mul_((lr / correction1_C)[:, None])
-        new_CV = (old_CV.to(avg_CV.dtype) - step_CV).to(table_SV.dtype)
-        live_C1 = live_C[:, None]
-        table_SV[index] = torch.where(live_C1, new_CV, old_CV)
-        exp_avg_SV[index] = torch.where(live_C1, avg_CV, old_avg_CV)
-        exp_avg_sq_SV[index] = torch.where(live_C1, sq_CV, old_sq_CV)
-        steps_S[index] = torch.where(live_C, steps_C, old_steps_C)
+        new_CV = table_SV[index].to(avg_CV.dtype).sub(step_CV).to(table_SV.dtype)
+        for whole, new in ((table_SV, new_CV), (exp_avg_SV, avg_CV), (exp_avg_sq_SV, sq_CV), (steps_S, steps_C)):
+            if live_C is not None:
+                new = torch.where(live_C.view(-1, *[1] * (new.ndim - 1)), new, whole[index])
+            whole[index] = new

@@ -56,9 +56,10 @@ def best(scores_N: Tensor, ids_N: Tensor, topk: int) -> Tensor:
         by_score_N = scores_N.gather(-1, by_id_N).argsort(dim=-1, descending=True, stable=True)
         return ids_N.gather(-1, by_id_N.gather(-1, by_score_N[..., :topk]))
     # Adding zero turns -0.0 into +0.0, which compare equal but differ in their bits.
-    bits_N = (scores_N + 0.0).view(torch.int32).long()
-    ordered_N = torch.where(bits_N < 0, bits_N ^ 0x7FFFFFFF, bits_N)
-    packed_N = (ordered_N << 32) | (_LOW_WORD - ids_N)
+    bits_N = (scores_N + 0.0).view(torch.int32)
+    # Larger negative numbers have larger magnitudes, so theirs are turned round.
+    ordered_N = bits_N ^ ((bits_N >> 31) & 0x7FFFFFFF)
+    packed_N = (ordered_N.long() << 32) | (_LOW_WORD - ids_N)
     return _LOW_WORD - (packed_N.topk(topk, dim=-1).values & _LOW_WORD)
 
 

@@ -1,0 +1,59 @@
+"""Inference speed of the paper's 12-layer model with a memory against 24 layers without, on random weights.
+
+    python benchmarks/paper_inference.py [--batch_windows 2] [--repeats 5]
+
+One run, interleaved: `paper-12x1024` with its memory, the same without it (the most that a memory could reach), and
+`paper-24x1024`. Random tokens; speeds in tokens, which have the ratios of words. Needs 6 GB of memory.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+
+from memlayers.info import count_parameters, hardware, versions
+from memlayers.lm.data import DOCUMENT, Split
+from memlayers.lm.evaluate import measure_speed
+from memlayers.lm.presets import preset
+from memlayers.lm.train import build_model, pick_device, resolve_precision
+
+
+def main(batch_windows: int = 2, repeats: int = 5, new_tokens: int = 64) -> None:
+    """Prints one line a model."""
+    with_memory, deep = preset("paper-12x1024").run(), preset("paper-24x1024").run()
+    configs = {
+        "12 layers + memory": with_memory,
+        "12 layers": dataclasses.replace(with_memory, memory_layers=()),
+        "24 layers": deep,
+    }
+    device = pick_device()
+    vocab_size, context = with_memory.data.vocab_size, with_memory.model.context
+    models = {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        models[name] = build_model(config, vocab_size=vocab_size, eot_id=0).to(device).eval()
+    tokens = np.random.default_rng(0).integers(vocab_size, size=batch_windows * context, dtype=np.uint16)
+    text = Split(tokens=tokens, documents=np.array([(0, len(tokens), len(tokens))], dtype=DOCUMENT))
+    speeds = measure_speed(
+        models,
+        text,
+        context=context,
+        precision=resolve_precision("auto", device),
+        batch_windows=batch_windows,
+        new_tokens=new_tokens,
+        repeats=repeats,
+    )
+    print(hardware(), versions())
+    for name, speed in speeds.items():
+        prefill = speed.prefill_tokens_per_s / speeds["24 layers"].prefill_tokens_per_s
+        decode = speed.decode_tokens_per_s / speeds["24 layers"].decode_tokens_per_s
+        print(
+            f"{name:20} {count_parameters(models[name])['total'] / 1e6:6.0f} M parameters"
+            f"  reads {speed.prefill_tokens_per_s:8.1f} tokens/s = {prefill:.2f} x 24 layers"
+            f"  writes {speed.decode_tokens_per_s:6.2f} tokens/s = {decode:.2f} x"
+        )
+
+
+if __name__ == "__main__":
+    auto_cli(main)

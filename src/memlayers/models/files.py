@@ -1,0 +1,68 @@
+"""What a saved folder holds beside the weights, and how it is written: aside, flushed, then moved into place."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MEMORY_CONFIG_NAME = "memory_config.json"
+REMOTE_MODULE = "modeling_memlayers"
+# `auto_map` in config.json points here: with trust_remote_code=True the Auto classes find the registered classes in a
+# process that never imported memlayers. It holds no code of its own, so old folders get the installed library's fixes.
+REMOTE_CODE = '''"""The classes of this model, for `trust_remote_code=True`. Needs `pip install "memlayers[lm]"`."""
+
+from memlayers.models import (  # noqa: F401
+    MemoryGPT2Config,
+    MemoryGPT2LMHeadModel,
+    MemoryLlamaConfig,
+    MemoryLlamaForCausalLM,
+)
+'''
+
+
+def write_identity(folder: Path, section: dict[str, Any]) -> None:
+    """Writes ``memory_config.json`` (`section`: configuration and placement) and the module `auto_map` points to."""
+    (folder / MEMORY_CONFIG_NAME).write_text(json.dumps(section, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{REMOTE_MODULE}.py").write_text(REMOTE_CODE, encoding="utf-8")
+
+
+@contextmanager
+def written_aside(folder: str | os.PathLike[str], *, replaces: str = "") -> Iterator[Path]:
+    """Gives a folder to write into; its files replace those of the same name in `folder` once all are on disk.
+
+    Files in `folder` whose name matches the pattern `replaces` and that were not written anew go, too. An error inside
+    leaves the files of `folder` as they were. No file is ever half-written; ``config.json`` comes last, so a new folder
+    that has one is complete.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"save_directory must be a folder, got the file {str(target)!r}")
+    target.mkdir(parents=True, exist_ok=True)
+    # Inside, so on the same file system: moves are atomic.
+    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield aside
+        names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == "config.json", name))
+        for name in names:
+            _flush(aside / name)
+        for path in target.iterdir():
+            if path.name not in names and re.fullmatch(replaces, path.name):
+                path.unlink()
+        for name in names:
+            os.replace(aside / name, target / name)
+        _flush(target)
+    finally:
+        shutil.rmtree(aside)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
