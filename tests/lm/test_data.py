@@ -270,13 +270,13 @@ def test_an_empty_folder_and_missing_parents_are_fine(source, tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("step", ["encode_documents", "_flush_folder"])
+@pytest.mark.parametrize("step", ["memlayers.lm.data.encode_documents", "memlayers.files.flush"])
 def test_a_failed_run_leaves_nothing(source, tmp_path, monkeypatch, step, error):
     def fail(*_):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_module, step, fail)
+        patch.setattr(step, fail)
         with pytest.raises(error):
             make(source, tmp_path / "corpus")
     assert list(tmp_path.iterdir()) == []
@@ -286,8 +286,9 @@ def test_a_failed_run_leaves_nothing(source, tmp_path, monkeypatch, step, error)
 def test_a_killed_run_leaves_nothing_that_looks_finished(source, tmp_path):
     script = f"""
         import os, signal
+        from memlayers import files
         from memlayers.lm import data
-        data._flush_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+        files.flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)
         config = data.DataConfig(sources=({source!r},), vocab_size=300, holdout_percent=10)
         data.prepare(config, "corpus", progress=False)
     """

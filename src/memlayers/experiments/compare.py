@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from memlayers.experiments.report import headline, markdown, plot
+from memlayers.files import write_json, write_text
 from memlayers.info import hardware, versions
 from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus, prepare
 from memlayers.lm.evaluate import Speed, evaluate, measure_speed
 from memlayers.lm.presets import Comparison
-from memlayers.lm.run import RunFolder, write_json, write_text
+from memlayers.lm.run import RunFolder
 from memlayers.lm.train import pick_device, resolve_precision, train
 
 

@@ -18,10 +18,7 @@ import json
 import math
 import os
 import platform
-import secrets
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +29,7 @@ import torch
 from torch.utils.data import Dataset
 
 from memlayers import __version__
+from memlayers.files import new_folder
 from memlayers.lm.corpora import Document, Source, StandardLibrary, open_source
 from memlayers.lm.tokenize import (
     DOCUMENT,
@@ -39,7 +37,6 @@ from memlayers.lm.tokenize import (
     SMALLEST_VOCABULARY,
     SplitWriter,
     encode_documents,
-    flush,
     token_dtype,
     train_tokenizer,
 )
@@ -217,11 +214,13 @@ def prepare(config: DataConfig, folder: str | Path, *, progress: bool = True) ->
         return _reuse(folder, asked)
 
     survey = _survey(sources, config, progress)
-    with _written_aside(folder) as aside:
-        manifest = _write(aside, sources, config, survey, progress) | {"asked": asked}
-        with (aside / MANIFEST).open("w", encoding="utf-8") as stream:
-            json.dump(manifest, stream, indent=1)
-            flush(stream)
+    try:
+        with new_folder(folder) as aside:
+            manifest = _write(aside, sources, config, survey, progress) | {"asked": asked}
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    except OSError:
+        if not _is_occupied(folder):  # else another run was first: what it left is compared with what was asked for
+            raise
     return _reuse(folder, asked)
 
 
@@ -358,9 +357,7 @@ def _write(folder: Path, sources: list[Source], config: DataConfig, survey: _Sur
     with _bar("training the tokenizer", sample_bytes, progress) as bar:
         tokenizer = train_tokenizer(_counted(survey.sample, bar), config.vocab_size)
     vocab_size = tokenizer.get_vocab_size()
-    with (folder / TOKENIZER).open("w", encoding="utf-8") as stream:
-        stream.write(tokenizer.to_str(pretty=True))
-        flush(stream)
+    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
     percent = config.resolved_holdout_percent()
     dtype, digest = token_dtype(vocab_size), hashlib.sha256()
@@ -403,35 +400,6 @@ def _counted(texts: list[bytes], bar: Any) -> Iterator[str]:
     for text in texts:
         yield text.decode()
         bar.update(len(text))
-
-
-@contextmanager
-def _written_aside(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the name `folder` once everything in it is on the disk; removed if anything fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
-    aside.mkdir()
-    try:
-        yield aside
-        _flush_folder(aside)
-        try:
-            os.rename(aside, folder)
-        except OSError:
-            if not _is_occupied(folder):
-                raise
-            shutil.rmtree(aside)  # another run was first: the caller compares what it left with what was asked for
-        _flush_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _bar(what: str, total: int | None, progress: bool) -> Any:

@@ -1,13 +1,11 @@
 """RunFolder: where the parts of one run lie on disk, and how they are written and read back."""
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memlayers.files import new_folder, write_json
 from memlayers.lm.config import RunConfig
 
 if TYPE_CHECKING:
@@ -81,7 +79,7 @@ class RunFolder:
 
     def save_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Write the model and its tokenizer; the folder `model/` appears only once it is complete."""
-        with written_aside(self.model) as folder:
+        with new_folder(self.model) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
@@ -116,33 +114,3 @@ class RunFolder:
         if not isinstance(content, dict):
             raise ValueError(f"{str(file)!r} must hold one JSON object, got {type(content).__name__}")
         return content
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that `file` holds either what it held before or all of `content`."""
-    write_text(file, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write text so that `file` holds either what it held before or all of `text`."""
-    aside = file.with_name(file.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, file)
-
-
-@contextlib.contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` once the block has ended and its files are on the disk."""
-    aside = folder.with_name(folder.name + ".partial")
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-    yield aside
-    for file in sorted(aside.rglob("*")):
-        if file.is_file():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-    os.replace(aside, folder)

@@ -1,10 +1,9 @@
 """From documents to token files: a byte-level BPE, and the writing of encoded documents in bounded memory."""
 
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -98,7 +97,7 @@ class SplitWriter:
         self._stream.close()
 
     def finish(self) -> dict[str, int]:
-        """Order and flush the files; returns how many `documents`, `tokens`, `words` and `bytes` they have."""
+        """Order the files; returns how many `documents`, `tokens`, `words` and `bytes` they have."""
         self.close()
         rank_D, length_D, words_D, bytes_D = np.array(self._entries, dtype=np.int64).reshape(-1, 4).T
         order = np.argsort(rank_D, kind="stable")
@@ -111,10 +110,8 @@ class SplitWriter:
         with (self.folder / f"{self.name}.tokens").open("wb", buffering=COPY_BYTES) as stream:
             for start, length in zip(start_D[order].tolist(), length_D[order].tolist(), strict=True):
                 stream.write(waiting[start : start + length].data)
-            flush(stream)
         with (self.folder / f"{self.name}.documents.npy").open("wb") as stream:
             np.save(stream, documents)
-            flush(stream)
         self._waiting.unlink()
         return {
             "documents": len(documents),
@@ -122,9 +119,3 @@ class SplitWriter:
             "words": int(words_D.sum()),
             "bytes": int(bytes_D.sum()),
         }
-
-
-def flush(stream: IO[Any]) -> None:
-    """Onto the disk, so that the name that the file gets later never stands for less than the file."""
-    stream.flush()
-    os.fsync(stream.fileno())

@@ -25,11 +25,12 @@ from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from memlayers.files import write_json
 from memlayers.info import count_parameters, hardware, versions
 from memlayers.lm.config import Precision, RunConfig
 from memlayers.lm.data import Corpus, Split, Windows, prepare
 from memlayers.lm.evaluate import ComputePrecision, Evaluation, device_name, evaluate
-from memlayers.lm.run import RunFolder, write_json
+from memlayers.lm.run import RunFolder
 from memlayers.models import add_memory, causal_lm, memory_layers
 from memlayers.optim import MemoryAdamW
 from memlayers.usage import UsageMeter

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from memlayers.files import flush
+
 MEMORY_CONFIG_NAME = "memory_config.json"
 REMOTE_MODULE = "modeling_memlayers"
 # `auto_map` in config.json points here: with trust_remote_code=True the Auto classes find the registered classes in a
@@ -49,20 +51,12 @@ def written_aside(folder: str | os.PathLike[str], *, replaces: str = "") -> Iter
         yield aside
         names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == "config.json", name))
         for name in names:
-            _flush(aside / name)
+            flush(aside / name)
+        for name in names:
+            os.replace(aside / name, target / name)
         for path in target.iterdir():
             if path.name not in names and re.fullmatch(replaces, path.name):
                 path.unlink()
-        for name in names:
-            os.replace(aside / name, target / name)
-        _flush(target)
+        flush(target)
     finally:
         shutil.rmtree(aside)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
