@@ -56,6 +56,14 @@ def test_gradients_of_query_and_keys(kind):
     assert torch.autograd.gradcheck(scores, (query, keys.weight))
 
 
+def test_flat_keys_under_autocast_miss_no_better_key():
+    keys = FlatKeys(1, 512, 64, 8)
+    query = torch.randn(50, 1, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, _ = keys(query)
+    torch.testing.assert_close(scores, all_scores(keys, query.float()).topk(8).values)
+
+
 @pytest.mark.parametrize("topk", [5, 40])
 def test_flat_search_in_blocks_equals_search_in_one(monkeypatch, topk):
     keys = FlatKeys(2, 40_000, 4, topk)

@@ -152,6 +152,32 @@ def test_a_wrong_width_or_mask_is_an_error():
         layer(torch.randn(3, 11))
     with pytest.raises(ValueError, match=r"mask .* \[2, 3\], got \[2, 4\]"):
         layer(torch.randn(2, 3, 12), torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"mask .* \[2, 3\], got \[3, 2\]"):
+        layer(torch.randn(2, 3, 12), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("query_norm", ["batch", "rms"])
+def test_padding_trains_no_row_whatever_it_holds(query_norm):
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    results = []
+    for fill in (1.0, torch.nan, None):
+        torch.manual_seed(0)
+        layer = MemoryLayer(config(num_subkeys=16, query_norm=query_norm))
+        optimizers = [RowAdam(layer, lr=0.1), torch.optim.SGD(layer.query.parameters(), lr=0.1)]
+        for _ in range(4):
+            x = torch.randn(2, 5, 12)
+            if fill is None:
+                y = layer(x[mask == 1])
+            else:
+                y = layer(torch.where(mask[..., None] == 1, x, fill), mask)[mask == 1]
+            y.square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append({**layer.state_dict(), **optimizers[0].state[layer.values.weight]})
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+        torch.testing.assert_close(value, results[2][name], msg=name)
 
 
 def test_padding_changes_neither_real_tokens_nor_statistics():

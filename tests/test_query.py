@@ -50,9 +50,10 @@ def test_gradients_of_real_tokens_ignore_what_padding_holds():
     torch.testing.assert_close(grads[1], alone.grad)
 
 
-def test_all_padding_leaves_the_statistics_alone():
+@pytest.mark.parametrize("real", [None, 0, 1], ids=["empty batch", "all padding", "one token"])
+def test_too_few_tokens_leave_the_statistics_alone(real):
     norm = MaskedBatchNorm(2, 3)
-    norm(torch.randn(4, 2, 3), torch.zeros(4, dtype=torch.bool))
+    norm(torch.randn(0 if real is None else 4, 2, 3), None if real is None else torch.arange(4) < real)
     assert not norm.running_mean.any()
     assert torch.equal(norm.running_var, torch.ones(2, 3))
 

@@ -94,9 +94,11 @@ def test_a_copy_has_no_owner_and_is_dense(how):
     read(table).sum().backward()
     copied = how(table)
     assert copied.row_gradient is None
-    assert [name for name, _ in copied.named_parameters()] == ["weight"]
+    assert {name for name, parameter in copied.named_parameters() if parameter.requires_grad} == {"weight"}
     read(copied).sum().backward()
     assert copied.weight.grad is not None
+    assert copied.row_mark is not table.row_mark
+    assert copied.row_mark.grad is None
     assert recorded_rows(table) == {1: 1.0, 2: 2.0, 5: 1.0}
 
 
@@ -185,6 +187,31 @@ def test_casting_a_table_in_row_mode_keeps_its_mark_alive(cast):
     assert set(recorded_rows(table)) == {1, 2, 5}
 
 
+def test_a_copy_walks_in_step_with_its_original():
+    """Averaging pairs the parameters of a model and of its copy."""
+    model = nn.Sequential(table_and_optimizer()[0], nn.LayerNorm(3))
+    owner = RowAdam(model)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    assert torch.equal(averaged.module[1].weight, torch.ones(3))
+    assert owner is not None
+
+
+@pytest.mark.parametrize("how", ["by name", "all, then the weight"])
+def test_a_table_thawed_without_its_mark_trains(how):
+    table, optimizer = table_and_optimizer()
+    if how == "by name":
+        for name, parameter in table.named_parameters():
+            parameter.requires_grad_(name.endswith("weight"))
+    else:
+        table.requires_grad_(False)
+        table.weight.requires_grad_(True)
+    before = table.weight.detach().clone()
+    read(table).sum().backward()
+    optimizer.step()
+    assert (table.weight != before).any(1).nonzero().flatten().tolist() == [1, 2, 5]
+
+
 def test_a_frozen_table_records_nothing():
     table, _optimizer = table_and_optimizer()
     table.weight.requires_grad_(False)
@@ -203,6 +230,38 @@ def test_checkpointing_records_once(use_reentrant):
 
     (checkpoint(block, scale, use_reentrant=use_reentrant).sum() + read(table, ((5, 6),)).sum()).backward()
     assert recorded_rows(table) == {1: 1.0, 2: 2.0, 5: 2.0, 6: 1.0}
+
+
+def test_checkpointing_only_the_middle_one_of_three_reads_loses_none():
+    """Reentrant checkpointing runs a backward pass inside another, between two records of it."""
+    table, _optimizer = table_and_optimizer()
+    scale = torch.ones((), requires_grad=True)
+
+    def add(total, *slots):
+        return total + table.read(torch.tensor([slots]), torch.ones(1, len(slots))).sum()
+
+    total = add(scale, 1, 2)
+    total = checkpoint(add, total, 2, 3, use_reentrant=True)
+    add(total, 3, 4).backward()
+    assert recorded_rows(table) == {1: 1.0, 2: 2.0, 3: 2.0, 4: 1.0}
+    assert not table.row_gradient._uncommitted
+
+
+def test_what_is_computed_on_the_side_does_not_pile_up():
+    table, _optimizer = table_and_optimizer()
+    weights = torch.ones(1, 2, requires_grad=True)
+    for _ in range(3):
+        torch.autograd.grad(table.read(torch.tensor([[7, 8]]), weights).sum(), weights)
+    assert not table.row_gradient._uncommitted
+
+
+def test_an_entry_of_weight_zero_is_no_read():
+    table, optimizer = table_and_optimizer()
+    for weights in ([[1.0, 1.0]], [[1.0, 0.0]]):
+        table.read(torch.tensor([[1, 2]]), torch.tensor(weights, requires_grad=True)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.state[table.weight]["steps"][:4].tolist() == [0, 2, 1, 0]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -5,6 +5,7 @@ Letters: T tokens, H heads, Q query width of a head, N sub-keys a codebook, S sl
 """
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -109,6 +110,13 @@ class FlatKeys(nn.Module):
 
     @torch.no_grad()
     def _search(self, query_THQ: Tensor) -> Tensor:
+        # Searched as exactly as scored, whatever a surrounding autocast says.
+        device = query_THQ.device.type
+        exactly = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with exactly:
+            return self._search_blocks(query_THQ if query_THQ.dtype == torch.float64 else query_THQ.float())
+
+    def _search_blocks(self, query_THQ: Tensor) -> Tensor:
         heads, slots, _ = self.weight.shape
         keys_per_block = min(slots, max(self.topk, 2**14))
         queries_per_block = max(1, self.BLOCK // (heads * keys_per_block))
@@ -122,7 +130,6 @@ class FlatKeys(nn.Module):
         for start in range(0, self.weight.shape[1], keys_per_block):
             keys_HCQ = self.weight[:, start : start + keys_per_block]
             scores_HTC = query_HTQ @ keys_HCQ.to(query_HTQ.dtype).transpose(-1, -2)
-            scores_HTC = scores_HTC if scores_HTC.dtype == torch.float64 else scores_HTC.float()
             slots_HTC = torch.arange(start, start + scores_HTC.shape[-1], device=query_HTQ.device).expand_as(scores_HTC)
             if scores_HTK is not None and slots_HTK is not None:
                 scores_HTC = torch.cat([scores_HTK, scores_HTC], -1)

@@ -71,27 +71,37 @@ class MemoryLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: [..., D] -> [..., D], any leading shape.
 
-        mask: True or 1 for real tokens, of the leading shape; padding is left out of BatchNorm and of usage. None
-        takes the mask that the model handed over, if any. Raises `ValueError` for a shape that does not fit.
+        mask: True or 1 for real tokens, of the leading shape; padding reads nothing (its output is zero), and is left
+        out of BatchNorm and of usage. None takes the mask that the model handed over, if any. Raises `ValueError` for a
+        shape that does not fit.
         """
         config = self.config
         if x.shape[-1] != config.dim:
             raise ValueError(f"x must have dim = {config.dim} as its last size, got {[*x.shape]}")
         mask_T = self.token_mask(x, mask)
-        x_TD = F.dropout(x.reshape(-1, config.dim), config.input_dropout, self.training)
+        x_TD = x.reshape(-1, config.dim)
+        if mask_T is not None:  # selected, not multiplied: whatever padding holds, NaN included, must not come through
+            x_TD = torch.where(mask_T[:, None], x_TD, 0)
+        x_TD = F.dropout(x_TD, config.input_dropout, self.training)
         query_THQ = F.dropout(self.query(x_TD, mask_T), config.query_dropout, self.training)
         scores_THK, slots_THK = self.keys(query_THQ)
         weights_THK = scores_THK.softmax(-1)
+        if mask_T is not None:  # padding reads nothing, so that it trains no row
+            weights_THK = torch.where(mask_T[:, None, None], weights_THK, 0)
         y_TV = self.values.read(slots_THK.flatten(1), weights_THK.flatten(1))
         y_TV = F.dropout(y_TV, config.value_dropout, self.training)
         return self.output(y_TV.to(x.dtype)).view(x.shape)
 
     def token_mask(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """The mask [T] (bool) that a call with these arguments uses, or None: all tokens are real."""
-        mask = self.mask if mask is None else mask
+        if mask is None:
+            mask = self.mask
+            fits = mask is None or mask.numel() == x.shape[:-1].numel()  # the block may have flattened its tokens
+        else:
+            fits = mask.shape == x.shape[:-1]
         if mask is None:
             return None
-        if mask.numel() != x.shape[:-1].numel():
+        if not fits:
             raise ValueError(f"mask must have the leading shape of x, {[*x.shape[:-1]]}, got {[*mask.shape]}")
         return mask.reshape(-1).to(torch.bool)
 

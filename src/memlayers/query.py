@@ -83,7 +83,7 @@ class MaskedBatchNorm(nn.Module):
     def forward(self, query_THQ: Tensor, mask_T: Tensor | None = None) -> Tensor:
         """Raises `ValueError` in training for a single token, whose statistics say nothing."""
         wide_THQ = query_THQ.to(torch.promote_types(query_THQ.dtype, self.running_mean.dtype))
-        if self.training:
+        if self.training and query_THQ.shape[0] > 0:
             if query_THQ.shape[0] == 1:
                 raise ValueError(
                     "query_norm 'batch' needs more than one token in training, got 1; use query_norm 'rms' for that"
@@ -112,19 +112,20 @@ class MaskedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _fold_in(self, mean_HQ: Tensor, var_HQ: Tensor, count: Tensor) -> None:
-        # The running variance is the unbiased one, as in torch's BatchNorm. No real token at all: nothing is learned.
-        share = torch.where(count > 0, self.momentum, 0.0).to(self.running_mean.dtype)
+        # The running variance is the unbiased one, as in torch's BatchNorm. Of no or one real token nothing is learned.
+        says_something = count > 1
         unbiased_HQ = var_HQ * (count / (count - 1).clamp(min=1))
-        self.running_mean.lerp_(mean_HQ.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(unbiased_HQ.to(self.running_var.dtype), share)
+        for running_HQ, new_HQ in ((self.running_mean, mean_HQ), (self.running_var, unbiased_HQ)):
+            new_HQ = new_HQ.to(running_HQ.dtype)
+            running_HQ.lerp_(torch.where(says_something, new_HQ, running_HQ), self.momentum)
 
     def _apply(self, fn, recurse=True):
         before = self.running_mean, self.running_var
         super()._apply(fn, recurse)
         # Casting a model to 16 bits must not round its statistics.
-        if torch.finfo(self.running_mean.dtype).bits < torch.finfo(before[0].dtype).bits:
+        if torch.finfo(self.running_mean.dtype).bits < 32:
             device = self.running_mean.device
-            self.running_mean, self.running_var = before[0].to(device), before[1].to(device)
+            self.running_mean, self.running_var = (stat.to(device, torch.float32) for stat in before)
         return self
 
 

@@ -110,8 +110,8 @@ class UsageMeter:
 
     @torch.no_grad()
     def add(self, hits: Hits, mask_T: Tensor | None = None) -> None:
-        """Count hits of shape [T, H, K]; tokens where mask_T is False are left out."""
-        scores_THK, slots_THK = hits
+        """Count hits of shape [..., H, K]; tokens where mask_T is False are left out."""
+        scores_THK, slots_THK = (found.reshape(-1, *found.shape[-2:]) for found in hits)
         weights_THK = scores_THK.double().softmax(-1)
         # A masked token counts nothing rather than being selected away, which would wait for a device.
         real_T = torch.ones(len(slots_THK), dtype=torch.bool, device=slots_THK.device) if mask_T is None else mask_T

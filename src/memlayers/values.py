@@ -13,6 +13,11 @@ from memlayers.ops.read import read, read_row_mode
 from memlayers.ops.record import RowGradient
 
 
+def _mark(device: torch.device, *, requires_grad: bool = True) -> nn.Parameter:
+    """Always float32: its gradient would round to zero in float16."""
+    return nn.Parameter(torch.zeros(1, device=device, dtype=torch.float32), requires_grad=requires_grad)
+
+
 class ValueTable(nn.Module):
     """A table of S values of width V; `read` returns weighted sums of its rows (paper, section 3.1).
 
@@ -20,7 +25,9 @@ class ValueTable(nn.Module):
     table, backward gives `weight` an ordinary dense gradient. A row optimizer takes it with `own`: then `weight.grad`
     stays None and a row gradient is recorded, until `release`. A copy (deepcopy, pickle) has no owner and is dense.
     In row mode the table has a second parameter, `row_mark`, of one element: its gradient makes the row gradient
-    visible to whoever clears the model's gradients. It is in no state_dict.
+    visible to whoever clears the model's gradients. It is in no state_dict. A copy keeps it, at rest, so that code that
+    walks the parameters of a model and of its copy side by side (`torch.optim.swa_utils`) stays in step: make such
+    copies after the optimizer.
     """
 
     row_mark: nn.Parameter | None
@@ -53,6 +60,9 @@ class ValueTable(nn.Module):
             raise ValueError(f"slots and weights must have one shape, got {[*slots.shape]} and {[*weights.shape]}")
         slots_TK, weights_TK = slots.flatten(0, -2), weights.flatten(0, -2)
         if self.row_gradient is not None and self.weight.requires_grad:
+            assert self.row_mark is not None
+            if not self.row_mark.requires_grad:  # frozen with the rest by somebody who names the weights to train
+                self.row_mark.requires_grad_(True)
             y_TV = read_row_mode(self.weight, slots_TK, weights_TK, self.row_mark, self.row_gradient.handle)
         else:
             y_TV = read(self.weight, slots_TK, weights_TK)
@@ -69,8 +79,7 @@ class ValueTable(nn.Module):
                 "the first optimizer (or table.release()) before building another"
             )
         self.release()
-        # Always float32: its gradient would round to zero in float16.
-        self.row_mark = nn.Parameter(torch.zeros(1, device=self.weight.device, dtype=torch.float32))
+        self.row_mark = _mark(self.weight.device)
         self.row_gradient = RowGradient(owner, self.row_mark, self.weight.shape[0])
         return self.row_gradient
 
@@ -84,7 +93,10 @@ class ValueTable(nn.Module):
         return f"slots={slots}, dim={dim}" + (", row mode" if self.row_gradient is not None else "")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "row_gradient": None, "_parameters": {**self._parameters, "row_mark": None}}
+        parameters = dict(self._parameters)
+        if self.row_mark is not None:
+            parameters["row_mark"] = _mark(self.row_mark.device, requires_grad=False)
+        return {**self.__dict__, "row_gradient": None, "_parameters": parameters}
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

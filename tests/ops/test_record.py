@@ -58,7 +58,6 @@ def row_gradient(num_slots=50):
     owner = Owner()
     mark = torch.nn.Parameter(torch.zeros(1))
     gradient = RowGradient(owner, mark, num_slots)
-    mark.grad = torch.ones(1)
     return gradient, owner, mark
 
 
@@ -74,6 +73,14 @@ def test_add_norm_scale_and_discard():
     assert gradient.is_empty
     assert gradient.norm() == 0
     assert gradient.consume() is None
+
+
+def test_norm_of_what_was_cleared_is_zero():
+    gradient, _owner, mark = row_gradient()
+    gradient.add(*parts(50, [(3, 4)])[0])
+    mark.grad.zero_()
+    assert gradient.is_empty
+    assert gradient.norm() == 0
 
 
 def test_consume_leaves_nothing():

@@ -123,7 +123,6 @@ def test_a_model_without_memories_is_trained_by_adamw_and_may_use_a_grad_scaler(
     scaler.scale(loss_of(model)).backward()
     scaler.step(optimizer)
     assert (model.weight - before).abs().max().item() == pytest.approx(0.1, rel=1e-2)
-    copy.deepcopy(optimizer)
 
 
 def test_grad_scaler_is_refused_with_memories_and_nothing_is_changed():
@@ -168,10 +167,10 @@ def test_release_gives_dense_gradients_back():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"lr": -1.0}, "lr must be at least 0"),
-        ({"value_lr": -1.0}, "value_lr must be at least 0, got -1.0"),
+        ({"lr": -1.0}, "lr must be a finite number of at least 0"),
+        ({"value_lr": -1.0}, "value_lr must be a finite number of at least 0, got -1.0"),
         ({"value_max_grad_norm": 0.0}, "value_max_grad_norm must be above 0 or None"),
-        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
     ],
 )
 def test_bad_settings_are_named_and_no_table_is_taken(settings, named):
@@ -179,6 +178,20 @@ def test_bad_settings_are_named_and_no_table_is_taken(settings, named):
     with pytest.raises(ValueError, match=named):
         MemoryAdamW(model, **settings)
     assert model[2].values.row_gradient is None
+
+
+def test_a_group_added_later_is_refused_rather_than_ignored():
+    optimizer = MemoryAdamW(make())
+    with pytest.raises(ValueError, match="param_group cannot be added"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+
+
+def test_schedulers_that_look_into_the_defaults_work():
+    optimizer = MemoryAdamW(make(), value_lr=0.25)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=10)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[-1]["value_lr"] == 0.25
 
 
 def test_a_list_of_parameters_or_a_frozen_model_is_an_error():

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from memlayers import RowAdam, ValueTable
-from memlayers.ops.record import SummedRows
+from memlayers.ops.record import Part, SummedRows, sum_parts
+from memlayers.ops.row_update import row_adam_
 
 SETTINGS = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-6}
 
@@ -223,6 +224,17 @@ def test_grad_scaler_is_refused_and_nothing_is_changed():
     assert torch.equal(table.weight, before)
 
 
+def test_after_a_refusal_plain_steps_work():
+    table = ValueTable(30, 4)
+    optimizer = RowAdam([table])
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(table, *reads(30, dtype=torch.float32))).backward()
+    with pytest.raises(RuntimeError, match="not unscaled by GradScaler"):
+        scaler.step(optimizer)
+    optimizer.step()
+    assert int(optimizer.state[table.weight]["steps"].sum()) > 0
+
+
 def test_a_disabled_grad_scaler_is_welcome():
     table = ValueTable(30, 4)
     optimizer = RowAdam([table])
@@ -247,6 +259,18 @@ def test_a_closure_is_called_with_gradients():
     assert int(optimizer.state[table.weight]["steps"].sum()) == len(slots.unique())
 
 
+@pytest.mark.parametrize("num_slots", [5, 100])
+def test_no_shape_depends_on_data_off_the_cpu(num_slots):
+    """A step on tensors without data: a shape that depended on data, or a wait for it, would raise."""
+    slots, weights = torch.zeros(4, 3, dtype=torch.int64, device="meta"), torch.zeros(4, 3, device="meta")
+    rows = sum_parts([Part(slots, weights, torch.zeros(4, 2, device="meta"))], num_slots)
+    table, exp_avg, exp_avg_sq = torch.zeros(3, num_slots, 2, device="meta")
+    steps = torch.zeros(num_slots, dtype=torch.int32, device="meta")
+    row_adam_(table, exp_avg, exp_avg_sq, steps, rows, lr=0.1, betas=(0.9, 0.9), eps=1e-8, max_grad_norm=1.0)
+    with pytest.raises(NotImplementedError):
+        rows.compact()
+
+
 def test_it_cannot_be_copied():
     optimizer = RowAdam([ValueTable(3, 2)])
     with pytest.raises(TypeError, match="cannot be copied"):
@@ -256,9 +280,12 @@ def test_it_cannot_be_copied():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
+        ({"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
         ({"betas": (0.9, 1.0)}, r"betas .* \[0, 1\), got \(0.9, 1.0\)"),
-        ({"eps": 0.0}, "eps must be above 0, got 0.0"),
+        ({"eps": 0.0}, "eps must be a finite number above 0, got 0.0"),
+        ({"lr": float("inf")}, "lr must be a finite number .* got inf"),
+        ({"lr": "fast"}, "lr must be a finite number .* got 'fast'"),
+        ({"betas": 0.9}, r"betas .* got 0.9"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0 or None, got 0.0"),
     ],
 )

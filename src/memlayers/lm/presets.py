@@ -74,18 +74,19 @@ def _demo() -> Comparison:
     """A few minutes on two CPU cores, on text that every machine has."""
     return Comparison(
         data=DataConfig(vocab_size=4096),
-        model=ModelConfig(layers=4, dim=256, heads=4, context=256),
-        memory=MemoryConfig(dim=256, heads=2, topk=16, num_subkeys=128, query_dim=256),
+        model=ModelConfig(layers=4, dim=128, heads=4, context=256),
+        memory=MemoryConfig(dim=128, heads=2, topk=16, num_subkeys=128, query_dim=128),
         memory_layers=(3,),
         training=TrainingConfig(
-            tokens=1_000_000,
-            batch_tokens=4096,
-            learning_rate=2e-3,
-            value_learning_rate=3e-2,
+            tokens=700_000,
+            batch_tokens=1024,
+            learning_rate=2.8e-3,
+            value_learning_rate=6e-2,
             eval_every_tokens=100_000,
-            eval_tokens=50_000,
+            eval_tokens=60_000,
         ),
-        deep_learning_rate=1e-3,
+        base_learning_rate=2e-3,
+        deep_learning_rate=2e-3,
     )
 
 

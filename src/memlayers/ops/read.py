@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops.record import Part, dense_sum, record_
+from memlayers.ops.record import MARK, Part, dense_sum, record_
 
 # Elements of gathered rows held at once where rows must be gathered at all: 16 MB in float32.
 _CHUNK_ELEMENTS = 2**22
@@ -130,10 +130,6 @@ def _dot_backward(ctx, grad_TK):
         grad_TV = read(table_SV, slots_TK, grad_TK).to(outputs_TV.dtype)
     return grad_SV, None, grad_TV
 
-
-# What backward adds to the companion's gradient. Its square is 0 in float32, so a norm over all parameters does not
-# see it; it is far above the smallest float32, so neither clipping nor averaging makes it 0. Only zero_grad does.
-MARK = 1e-30
 
 read.register_fake(_empty_outputs)
 read_row_mode.register_fake(_empty_outputs)

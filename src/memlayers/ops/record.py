@@ -11,6 +11,10 @@ implementation runs at run time, compiled or not, and survives the copies of the
 Life: gradients are recorded while a backward pass runs, and committed when that pass accumulates the gradient of the
 companion parameter `mark`. So what `torch.autograd.grad` computes on the side is never taken for a gradient, and
 whoever clears the companion's gradient (`zero_grad` of the model or of the optimizer) discards what is recorded.
+Passes may nest (reentrant checkpointing), so each keeps its own until then.
+
+An entry whose weight is exactly zero (a padded token's, or one that softmax rounded to nothing) is no read: it adds
+nothing to a gradient, and it must not count as a step of its row.
 
 Letters: T tokens, K rows a token, S slots, V width, R recorded tokens, M recorded entries (slot, weight, token),
 P rows that are summed at most.
@@ -19,6 +23,7 @@ P rows that are summed at most.
 import itertools
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,6 +34,10 @@ _numbers = itertools.count(1)
 # The way from the number in a handle to its object. It keeps nothing alive.
 _row_gradients: "weakref.WeakValueDictionary[int, RowGradient]" = weakref.WeakValueDictionary()
 
+
+# What backward adds to the companion's gradient. Its square is 0 in float32, so a norm over all parameters does not
+# see it; it is far above the smallest float32, so neither clipping nor averaging makes it 0. Only zero_grad does.
+MARK = 1e-23
 
 # Elements of summed rows that an update handles at a time: 4 MB in float32, so that its passes run in cache.
 _CHUNK_ELEMENTS = 2**20
@@ -109,9 +118,7 @@ class RowGradient:
         self._num_slots = num_slots
         self._parts: list[Part] = []
         self._merged: SummedRows | None = None
-        self._uncommitted: list[Part] = []
-        self._backward_pass = -1
-        self._starts_anew = True
+        self._uncommitted: dict[int, list[Part]] = {}
         self._seen: tuple[Tensor | None, int] = (None, 0)
         # Weakly: torch keeps the hook where Python's collector cannot see the cycle.
         commit = weakref.WeakMethod(self._commit)
@@ -126,10 +133,12 @@ class RowGradient:
     # What a loop or an optimizer may do with it.
 
     def add(self, slots_TK: Tensor, weights_TK: Tensor, grad_TV: Tensor) -> None:
-        """Add sum over (t, k) of weights[t, k] * grad[t] to row slots[t, k]."""
-        self._parts.append(Part(slots_TK, weights_TK, grad_TV))
-        if sum(part.size for part in self._parts) > self._num_slots * grad_TV.shape[1]:
-            self._merge()
+        """Add sum over (t, k) of weights[t, k] * grad[t] to row slots[t, k], as a backward pass would."""
+        if self._was_cleared():
+            self._forget()
+            self._mark.grad = torch.full_like(self._mark, MARK)
+            self._seen = (self._mark.grad, self._mark.grad._version)
+        self._add(Part(slots_TK, weights_TK, grad_TV))
 
     @property
     def is_empty(self) -> bool:
@@ -164,7 +173,8 @@ class RowGradient:
             summed = sum_parts(self._parts, self._num_slots)
         if self._was_written(grad):  # Whether it was cleared is left to the device: no row is live then.
             assert summed.live_P is not None
-            summed = summed._replace(live_P=summed.live_P & grad.any())
+            is_there = grad.any()
+            summed = SummedRows(summed.rows_P, summed.live_P & is_there, torch.where(is_there, summed.grad_PV, 0))
         return summed
 
     def consume(self) -> SummedRows | None:
@@ -177,21 +187,27 @@ class RowGradient:
 
     def _append(self, part: Part) -> None:
         backward_pass = torch._C._current_graph_task_id()
-        if backward_pass != self._backward_pass:
-            self._backward_pass = backward_pass
-            self._uncommitted = []
-            self._starts_anew = self._was_cleared()
-        self._uncommitted.append(part)
+        if backward_pass not in self._uncommitted:
+            if self._was_cleared():
+                self._parts, self._merged = [], None
+            self._uncommitted[backward_pass] = []
+            # After the pass, whatever it did not commit was computed on the side.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_of_pass, backward_pass))
+        self._uncommitted[backward_pass].append(part)
 
     def _commit(self, mark: Tensor) -> None:
-        if self._starts_anew:
-            self._forget(uncommitted=False)
-            self._starts_anew = False
-        for part in self._uncommitted:
-            self.add(*part)
-        self._uncommitted = []
+        for part in self._uncommitted.pop(torch._C._current_graph_task_id(), []):
+            self._add(part)
         assert mark.grad is not None
         self._seen = (mark.grad, mark.grad._version)
+
+    def _end_of_pass(self, backward_pass: int) -> None:
+        self._uncommitted.pop(backward_pass, None)
+
+    def _add(self, part: Part) -> None:
+        self._parts.append(part)
+        if sum(part.size for part in self._parts) > self._num_slots * part.grad_TV.shape[1]:
+            self._merge()
 
     def _was_cleared(self) -> bool:
         grad = self._mark.grad
@@ -201,10 +217,8 @@ class RowGradient:
         """Whether somebody wrote to it: a clipping, which leaves it above zero, or zero_grad(set_to_none=False)."""
         return self._seen[0] is not grad or self._seen[1] != grad._version
 
-    def _forget(self, uncommitted: bool = True) -> None:
-        self._parts, self._merged = [], None
-        if uncommitted:
-            self._uncommitted = []
+    def _forget(self) -> None:
+        self._parts, self._merged, self._uncommitted = [], None, {}
 
     def _merge(self) -> None:
         """One dense gradient instead of factors that have grown larger than that."""
@@ -222,50 +236,61 @@ def sum_parts(parts: list[Part], num_slots: int) -> SummedRows:
     """Sum by slot: sort, then one segmented sum. Every shape is static, so no device is waited for."""
     if sum(part.slots_TK.numel() for part in parts) >= num_slots:
         return dense_sum(parts, num_slots)
-    entries = _Entries(parts)
-    touched_S = entries.touched(num_slots)
+    entries = _Entries(parts, num_slots)
+    touched_S = entries.touched()
     # P = M rows, all distinct: those that were read, in order, then as many others as it takes.
     read_S, unread_S = touched_S.cumsum(0), (~touched_S).cumsum(0)
     place_S = torch.where(touched_S, read_S - 1, read_S[-1] + unread_S - 1)
     slots_S = torch.arange(num_slots, device=place_S.device)
     rows_P = torch.empty_like(slots_S).scatter_(0, place_S, slots_S)[: entries.count]
     live_P = touched_S[rows_P]
-    starts_P = torch.searchsorted(entries.sorted_slots_M, rows_P).masked_fill(~live_P, entries.count)
-    return SummedRows(rows_P, live_P, entries.segments(starts_P))
+    return SummedRows(rows_P, live_P, entries.sums(torch.where(live_P, rows_P, num_slots)))
 
 
 def dense_sum(parts: list[Part], num_slots: int) -> SummedRows:
     """The same for all S rows."""
-    entries = _Entries(parts)
+    entries = _Entries(parts, num_slots)
     slots_S = torch.arange(num_slots, device=entries.sorted_slots_M.device)
-    starts_S = torch.searchsorted(entries.sorted_slots_M, slots_S)
-    return SummedRows(None, entries.touched(num_slots), entries.segments(starts_S))
+    return SummedRows(None, entries.touched(), entries.sums(slots_S))
 
 
 class _Entries:
-    """The M entries (slot, weight, token) of several parts, sorted by slot; equal slots keep their order."""
+    """The M entries (slot, weight, token) of several parts, sorted by slot; equal slots keep their order.
 
-    def __init__(self, parts: list[Part]):
+    Entries of weight zero are sorted behind all slots, as slot S.
+    """
+
+    def __init__(self, parts: list[Part], num_slots: int):
         dtype = torch.float64 if parts[0].grad_TV.dtype == torch.float64 else torch.float32
-        self.sorted_slots_M, order_M = torch.cat([part.slots_TK.flatten() for part in parts]).sort(stable=True)
-        self.weight_M = torch.cat([part.weights_TK.flatten().to(dtype) for part in parts])[order_M]
+        self.num_slots = num_slots
+        weight_M = torch.cat([part.weights_TK.flatten().to(dtype) for part in parts])
+        slots_M = torch.cat([part.slots_TK.flatten() for part in parts])
+        self.sorted_slots_M, order_M = torch.where(weight_M == 0, num_slots, slots_M).sort(stable=True)
+        self.weight_M = weight_M[order_M]
         self.grad_RV = torch.cat([part.grad_TV.to(dtype) for part in parts])
         first, tokens = 0, []
         for part in parts:
             num_tokens, topk = part.slots_TK.shape
-            tokens.append(
-                torch.arange(first, first + num_tokens, device=order_M.device).repeat_interleave(
-                    topk, output_size=num_tokens * topk
-                )
-            )
+            token_T = torch.arange(first, first + num_tokens, device=order_M.device)
+            tokens.append(token_T.repeat_interleave(topk, output_size=num_tokens * topk))
             first += num_tokens
         self.token_M = torch.cat(tokens)[order_M]
         self.count = len(order_M)
 
-    def touched(self, num_slots: int) -> Tensor:
-        touched_S = torch.zeros(num_slots, dtype=torch.bool, device=self.sorted_slots_M.device)
-        return touched_S.index_fill_(0, self.sorted_slots_M, True)
+    def touched(self) -> Tensor:
+        """Which of the S slots were read."""
+        touched = torch.zeros(self.num_slots + 1, dtype=torch.bool, device=self.sorted_slots_M.device)
+        return touched.index_fill_(0, self.sorted_slots_M, True)[:-1]
 
-    def segments(self, starts_P: Tensor) -> Tensor:
-        """Sums [P, V] of the sorted entries cut at the given starts; an empty segment sums to zero."""
-        return F.embedding_bag(self.token_M, self.grad_RV, starts_P, per_sample_weights=self.weight_M, mode="sum")
+    def sums(self, slots_P: Tensor) -> Tensor:
+        """Sums [P, V] of the entries of each slot, zero for none; slots ascend, and S stands for no slot at all."""
+        ends = torch.full_like(slots_P[:1], self.num_slots)
+        starts = torch.searchsorted(self.sorted_slots_M, torch.cat([slots_P, ends]))
+        return F.embedding_bag(
+            self.token_M,
+            self.grad_RV,
+            starts,
+            per_sample_weights=self.weight_M,
+            mode="sum",
+            include_last_offset=True,
+        )

@@ -1,5 +1,6 @@
 """MemoryAdamW: one optimizer for a whole model, AdamW for its dense parameters and RowAdam for its value tables."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ class MemoryAdamW(torch.optim.Optimizer):
     without memories is trained by AdamW alone. Raises as `RowAdam` does, and `ValueError` when nothing is trainable.
     """
 
+    _is_built = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -46,8 +49,8 @@ class MemoryAdamW(torch.optim.Optimizer):
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module (tables are found in it), got {type(model).__name__}")
         check_adam_settings(lr=lr, betas=betas, eps=eps, max_grad_norm=None)
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
+        if not (isinstance(weight_decay, (int, float)) and 0 <= weight_decay < math.inf):
+            raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
         check_adam_settings(
             lr=value_lr,
             betas=betas,
@@ -73,7 +76,9 @@ class MemoryAdamW(torch.optim.Optimizer):
             )
         # See RowAdam; without tables a GradScaler is welcome.
         self._step_supports_amp_scaling = bool(tables)
-        super().__init__([group for part in self._parts() for group in part.param_groups], {})
+        groups = [group for part in self._parts() for group in part.param_groups]
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+        self._is_built = True
         self._share()
 
     @torch.no_grad()
@@ -95,6 +100,15 @@ class MemoryAdamW(torch.optim.Optimizer):
         if self._rows is not None:
             self._rows.zero_grad(set_to_none)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused with a `ValueError` once the optimizer is built: its groups are made from the model."""
+        if self._is_built:
+            raise ValueError(
+                "param_group cannot be added: the groups are made from the model's trainable parameters; call "
+                "release() and build another optimizer"
+            )
+        super().add_param_group(param_group)
+
     def release(self) -> None:
         """Give the value tables back: they are trained by dense gradients again, and not by this optimizer."""
         if self._rows is not None:
@@ -110,9 +124,7 @@ class MemoryAdamW(torch.optim.Optimizer):
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._rows is not None:
-            return self._rows.__getstate__()
-        return super().__getstate__()
+        raise TypeError("an optimizer that may own value tables cannot be copied or pickled; use state_dict()")
 
     def _parts(self) -> list[torch.optim.Optimizer]:
         return [part for part in (self._dense, self._rows) if part is not None]

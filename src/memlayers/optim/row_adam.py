@@ -1,5 +1,6 @@
 """RowAdam: Adam with lazy moments for value tables, fed by their row gradients."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,13 +16,15 @@ class RowAdam(torch.optim.Optimizer):
 
     tables: value tables, or a module whose value tables are all taken. It becomes their owner (`ValueTable.own`):
     their `.grad` stays None, and `release` gives them back. A table that has an owner already, or a run of more than
-    one process (replicas would drift apart), is a `ValueError`; a `torch.amp.GradScaler` is a `RuntimeError`, since
-    row gradients are not among the gradients that it unscales.
+    one process (replicas would drift apart), is a `ValueError`; a step by `torch.amp.GradScaler` is a `RuntimeError`,
+    since row gradients are not among the gradients that it unscales. (Beside another optimizer that a scaler steps, a
+    plain `step` of this one would not know of the scale: do not mix the two.)
 
     lr is constant: it lives in the group's ``value_lr``, where no learning-rate scheduler looks, unless
     ``schedule_values``, when the group's ``lr`` counts. max_grad_norm clips the gradient of each table by its own norm.
     """
 
+    _is_built = False
     # Makes GradScaler.step call `step` whatever it found, with `found_inf` set here, so that we can refuse.
     _step_supports_amp_scaling = True
 
@@ -53,7 +56,8 @@ class RowAdam(torch.optim.Optimizer):
             "max_grad_norm": max_grad_norm,
             "schedule_values": schedule_values,
         }
-        super().__init__([group], {})
+        super().__init__([group], {"lr": lr, "betas": betas, "eps": eps})
+        self._is_built = True
         try:
             for table in tables:
                 table.own(self)
@@ -98,6 +102,15 @@ class RowAdam(torch.optim.Optimizer):
             if table.row_gradient is not None:
                 table.row_gradient.discard()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused with a `ValueError` once the optimizer is built: tables are taken when it is."""
+        if self._is_built:
+            raise ValueError(
+                "param_group cannot be added: an optimizer of value tables takes them when it is built; call release() "
+                "and build another"
+            )
+        super().add_param_group(param_group)
+
     def release(self) -> None:
         """Give the tables back: they are trained by dense gradients again, and this optimizer has nothing to step."""
         for table in self._tables:
@@ -141,6 +154,7 @@ def restore_row_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
 def refuse_grad_scaler(optimizer: torch.optim.Optimizer) -> None:
     """Raises `RuntimeError` inside `GradScaler.step`, which marks the optimizer that it steps."""
     if getattr(optimizer, "found_inf", None) is not None:
+        del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]  # the scaler will not get to it
         raise RuntimeError(
             "row gradients are not unscaled by GradScaler: train in bfloat16 (no scaler), or call release() and train "
             "the value tables with dense gradients"
@@ -157,14 +171,19 @@ def check_adam_settings(
     max_grad_norm_name: str = "max_grad_norm",
 ) -> None:
     """Raises `ValueError` naming the setting, its value and what is allowed."""
-    if not lr >= 0:
-        raise ValueError(f"{lr_name} must be at least 0, got {lr!r}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if not (_is_finite(lr) and lr >= 0):
+        raise ValueError(f"{lr_name} must be a finite number of at least 0, got {lr!r}")
+    are_two = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not (are_two and all(_is_finite(beta) and 0 <= beta < 1 for beta in betas)):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    if not eps > 0:
-        raise ValueError(f"eps must be above 0, got {eps!r}")
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    if not (_is_finite(eps) and eps > 0):
+        raise ValueError(f"eps must be a finite number above 0, got {eps!r}")
+    if max_grad_norm is not None and not (_is_finite(max_grad_norm) and max_grad_norm > 0):
         raise ValueError(f"{max_grad_norm_name} must be above 0 or None, got {max_grad_norm!r}")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _require_one_process() -> None:
