@@ -129,6 +129,11 @@ def test_what_cannot_be_compared_is_refused_before_any_work(comparison, corpus, 
     for tokens in (-1, 1):
         with pytest.raises(ValueError, match=f"test_tokens must be 0 or at least 2, got {tokens}"):
             compare(comparison, tmp_path / "out", corpus=corpus, test_tokens=tokens)
+    for context in (1, 10_000):
+        model = dataclasses.replace(comparison.model, context=context)
+        training = dataclasses.replace(comparison.training, batch_tokens=context * 2)
+        with pytest.raises(ValueError, match=f"model.context must be from 2 to the number .*, got {context}"):
+            compare(dataclasses.replace(comparison, model=model, training=training), tmp_path / "out", corpus=corpus)
     assert not (tmp_path / "out").exists()
 
 

@@ -66,6 +66,23 @@ def test_parts_that_do_not_fit_together_are_refused(fields, message):
         RunConfig(**fields)
 
 
+@pytest.mark.parametrize("fields", [{"model": 3}, {"memory": 3}, {"training": [1]}])
+def test_a_part_that_is_no_mapping_is_named(fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} must hold fields and their values"):
+        RunConfig.from_dict(fields)
+
+
+def test_a_batch_norm_needs_two_tokens_a_step():
+    fields = {
+        "model": ModelConfig(dim=8, heads=2, context=1),
+        "memory": MemoryConfig(dim=8, topk=1, num_subkeys=2, query_dim=2),
+        "training": TrainingConfig(batch_tokens=1),
+    }
+    RunConfig(**fields)
+    with pytest.raises(ValueError, match="batch_tokens must be at least 2 with memory.query_norm 'batch'.* got 1"):
+        RunConfig(memory_layers=(1,), **fields)
+
+
 def test_llama_needs_an_even_width_per_head():
     with pytest.raises(ValueError, match="model.dim / model.heads must be even"):
         ModelConfig(family="llama", dim=12, heads=4)

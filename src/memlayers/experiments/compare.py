@@ -13,7 +13,7 @@ from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus, prepare
 from memlayers.lm.evaluate import Speed, evaluate, measure_speed
 from memlayers.lm.presets import Comparison
-from memlayers.lm.run import RunFolder
+from memlayers.lm.run import RunFolder, check_output
 from memlayers.lm.train import pick_device, resolve_precision, train
 
 
@@ -50,8 +50,15 @@ def compare(
     folders = {name: RunFolder(output / name) for name in runs}
     for name, folder in folders.items():
         _require_same(folder, runs[name])
+    check_output(output)
     if not isinstance(corpus, Corpus):
         corpus = prepare(config.data, output / "corpus" if corpus is None else corpus, progress=progress)
+    context = config.model.context
+    if not 2 <= context <= corpus.validation.num_tokens:
+        raise ValueError(
+            "model.context must be from 2 to the number of validation tokens, on which inference speed is measured, "
+            f"{corpus.validation.num_tokens}, got {context}"
+        )
     for folder in folders.values():
         _require_corpus(folder, corpus)
     for number, (name, run) in enumerate(runs.items(), start=1):

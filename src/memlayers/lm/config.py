@@ -123,6 +123,11 @@ class RunConfig:
                 f"training.batch_tokens must be a multiple of model.context = {self.model.context}, "
                 f"got {self.training.batch_tokens}"
             )
+        if self.memory_layers and self.memory.query_norm == "batch" and self.training.batch_tokens < 2:
+            raise ValueError(
+                "training.batch_tokens must be at least 2 with memory.query_norm 'batch', whose statistics are over "
+                f"the tokens of a step, got {self.training.batch_tokens}"
+            )
         if self.training.precision == "fp16" and self.memory_layers:
             raise ValueError(
                 "training.precision must be auto, fp32 or bf16 with a memory, got 'fp16': "
@@ -146,6 +151,7 @@ class RunConfig:
         built: dict[str, Any] = {}
         for name, value in fields.items():
             if name == "memory":
+                _require_known(name, value, MemoryConfig)
                 built[name] = MemoryConfig.from_dict(value)
             elif name in parts:
                 _require_known(name, value, parts[name])
@@ -185,6 +191,8 @@ def _tuples(value: Any) -> Any:
 
 
 def _require_known(what: str, fields: Mapping[str, Any], cls: type) -> None:
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{what} must hold fields and their values, got {fields!r}")
     known = [entry.name for entry in dataclasses.fields(cls)]
     for name in fields:
         if name not in known:

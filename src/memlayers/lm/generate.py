@@ -34,6 +34,10 @@ def generate(
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt must be valid UTF-8, got {prompt!r}") from error
     folder = RunFolder(run)
     context = folder.read_config().model.context
     model, tokenizer = folder.load_model(), folder.load_tokenizer()

@@ -1,6 +1,7 @@
 """RunFolder: where the parts of one run lie on disk, and how they are written and read back."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,21 @@ from memlayers.lm.config import RunConfig
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_output(path: Path) -> None:
+    """Raises `ValueError` if `path` is no folder that results can go to, nor can become one; leaves it as it is."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output must be a folder, got the file {str(path)!r}")
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output must be a folder that can be made, got {str(path)!r}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"output must be a folder that can be written to, got {str(path)!r}")
+    for folder in missing:
+        folder.rmdir()
 
 
 class RunFolder:
@@ -44,9 +60,8 @@ class RunFolder:
         return self.result.is_file()
 
     def check(self, *, overwrite: bool = False) -> None:
-        """Raises `ValueError` if the folder holds a run already and may not be overwritten; changes nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output must be a folder, got the file {str(self.path)!r}")
+        """Raises `ValueError` if the folder cannot be, or holds a run already that may not be overwritten."""
+        check_output(self.path)
         if self.begun and not overwrite:
             state = "a finished run" if self.finished else "a run that did not finish"
             raise ValueError(

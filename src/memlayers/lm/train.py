@@ -73,8 +73,8 @@ def train(
     if config.training.gradient_checkpointing:
         model.activation_checkpointing_enable()
 
-    folder.start(config, overwrite=overwrite)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that loses its signature
+    folder.start(config, overwrite=overwrite)
     trainer = _LanguageModelTrainer(
         model, config, folder, Subset(windows, cast(Sequence[int], order)), corpus, precision, progress
     )
