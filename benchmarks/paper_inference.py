@@ -12,11 +12,36 @@ import numpy as np
 import torch
 from jsonargparse import auto_cli
 
+from memlayers import MemoryLayer
 from memlayers.info import count_parameters, hardware, versions
 from memlayers.lm.data import DOCUMENT, Split
 from memlayers.lm.evaluate import measure_speed
 from memlayers.lm.presets import preset
 from memlayers.lm.train import build_model, pick_device, resolve_precision
+from memlayers.minimal import MinimalMemory
+from memlayers.models import memory_layers
+
+
+@torch.no_grad()
+def check(layer: MemoryLayer) -> None:
+    """No speed without a right result: the layer must be the one-page layer, which has the same weights here."""
+    config = layer.config
+    with torch.device("meta"):
+        minimal = MinimalMemory(config.dim, config.heads, config.topk, config.num_subkeys, config.query_dim)
+    weights = {
+        "query.weight": layer.query.projections[0].weight,
+        "query.bias": layer.query.projections[0].bias,
+        "norm.weight": layer.query.norm.weight.flatten(),
+        "norm.bias": layer.query.norm.bias.flatten(),
+        "norm.running_mean": layer.query.norm.running_mean.flatten(),
+        "norm.running_var": layer.query.norm.running_var.flatten(),
+        "norm.num_batches_tracked": torch.tensor(0),
+        "keys": layer.keys.weight,
+        "values": layer.values.weight,
+    }
+    minimal.load_state_dict(weights, assign=True)
+    x = torch.randn(64, config.dim, device=layer.values.weight.device)
+    torch.testing.assert_close(layer.eval()(x), minimal.eval()(x), rtol=1e-4, atol=1e-4)
 
 
 def main(batch_windows: int = 2, repeats: int = 5, new_tokens: int = 64) -> None:
@@ -33,6 +58,8 @@ def main(batch_windows: int = 2, repeats: int = 5, new_tokens: int = 64) -> None
     for name, config in configs.items():
         torch.manual_seed(0)
         models[name] = build_model(config, vocab_size=vocab_size, eot_id=0).to(device).eval()
+    for layer in memory_layers(models["12 layers + memory"]).values():
+        check(layer)
     tokens = np.random.default_rng(0).integers(vocab_size, size=batch_windows * context, dtype=np.uint16)
     text = Split(tokens=tokens, documents=np.array([(0, len(tokens), len(tokens))], dtype=DOCUMENT))
     speeds = measure_speed(

@@ -1,0 +1,47 @@
+"""`import memlayers` is quick, silent, and needs torch and numpy only."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import sys, time
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"transformers", "tokenizers", "accelerate", "safetensors", "jsonargparse", "tqdm"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+import numpy, torch, torch.library
+import torch._dynamo  # torch's own, imported by its custom operations
+start = time.perf_counter()
+import memlayers
+assert time.perf_counter() - start < 1, time.perf_counter() - start
+assert not torch.cuda.is_initialized()
+config = memlayers.MemoryConfig(dim=8, topk=2, num_subkeys=4, query_dim=4)
+layer = memlayers.MemoryLayer(config)
+optimizer = memlayers.RowAdam(layer)
+layer(torch.randn(3, 8)).sum().backward()
+for name in memlayers.__all__:
+    if name != "add_memory":
+        getattr(memlayers, name)
+try:
+    memlayers.no_such_name
+except AttributeError:
+    pass
+else:
+    raise AssertionError
+"""
+
+
+def test_it_needs_torch_and_numpy_only_and_says_nothing():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_what_needs_transformers_comes_on_demand():
+    import memlayers
+    from memlayers.models import add_memory
+
+    assert memlayers.add_memory is add_memory
