@@ -8,12 +8,11 @@ import sys, time
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"transformers", "tokenizers", "accelerate", "safetensors", "jsonargparse", "tqdm"}:
+        if name.split(".")[0] in {"transformers", "tokenizers", "accelerate", "safetensors", "jsonargparse"}:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Blocked())
 import numpy, torch, torch.library
-import torch._dynamo  # torch's own, imported by its custom operations
 start = time.perf_counter()
 import memlayers
 assert time.perf_counter() - start < 1, time.perf_counter() - start
