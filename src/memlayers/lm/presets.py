@@ -85,7 +85,7 @@ def _demo() -> Comparison:
             eval_every_tokens=100_000,
             eval_tokens=60_000,
         ),
-        base_learning_rate=2e-3,
+        base_learning_rate=2.8e-3,
         deep_learning_rate=2e-3,
     )
 
