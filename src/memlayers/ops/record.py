@@ -154,7 +154,10 @@ class RowGradient:
     def norm(self) -> Tensor:
         """Euclidean norm of the summed rows, a scalar; zero when nothing is recorded."""
         summed = self.summed()
-        return torch.zeros((), device=self._mark.device) if summed is None else summed.norm()
+        if summed is None:
+            return torch.zeros((), device=self._mark.device)
+        assert summed.live_P is not None
+        return summed.norm() * summed.live_P.any()
 
     def discard(self) -> None:
         """Forget what is recorded, as `zero_grad` does."""
@@ -173,8 +176,7 @@ class RowGradient:
             summed = sum_parts(self._parts, self._num_slots)
         if self._was_written(grad):  # Whether it was cleared is left to the device: no row is live then.
             assert summed.live_P is not None
-            is_there = grad.any()
-            summed = SummedRows(summed.rows_P, summed.live_P & is_there, torch.where(is_there, summed.grad_PV, 0))
+            summed = summed._replace(live_P=summed.live_P & grad.any())
         return summed
 
     def consume(self) -> SummedRows | None:
