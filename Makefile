@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Caches of pip, matplotlib, transformers and inductor, too.
+export XDG_CACHE_HOME := $(CURDIR)/$(VENV)/cache
+export MPLCONFIGDIR := $(XDG_CACHE_HOME)/matplotlib
+export TORCHINDUCTOR_CACHE_DIR := $(XDG_CACHE_HOME)/inductor
 
 .PHONY: demo test test-slow lint clean
 
