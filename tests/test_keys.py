@@ -81,7 +81,7 @@ def test_flat_search_in_blocks_equals_search_in_one(monkeypatch, topk):
 def test_flat_keys_search_262_144_slots_without_holding_all_scores():
     keys = FlatKeys(1, 512**2, 4, 32)
     query = torch.randn(256, 1, 4)  # all scores at once would be 268 MB
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         scores = keys(query).scores
     held = max(event.self_cpu_memory_usage for event in profile.events())
     assert held < 50e6

@@ -111,9 +111,7 @@ class FlatKeys(nn.Module):
     @torch.no_grad()
     def _search(self, query_THQ: Tensor) -> Tensor:
         # Searched as exactly as scored, whatever a surrounding autocast says.
-        device = query_THQ.device.type
-        exactly = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-        with exactly:
+        with nullcontext() if query_THQ.is_meta else torch.autocast(query_THQ.device.type, enabled=False):
             return self._search_blocks(query_THQ if query_THQ.dtype == torch.float64 else query_THQ.float())
 
     def _search_blocks(self, query_THQ: Tensor) -> Tensor:
