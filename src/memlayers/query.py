@@ -92,7 +92,7 @@ class MaskedBatchNorm(nn.Module):
                 # Selected, not multiplied: whatever padding holds, NaN included, must not come through.
                 wide_THQ = torch.where(mask_T[:, None, None], wide_THQ, 0)
             mean_HQ, var_HQ, count = self._statistics(wide_THQ, mask_T)
-            if not _is_recomputation():
+            if not is_recomputation():
                 self._fold_in(mean_HQ, var_HQ, count)
         else:
             mean_HQ, var_HQ = self.running_mean, self.running_var
@@ -168,7 +168,7 @@ class NoNorm(nn.Module):
         return query_THQ
 
 
-def _is_recomputation() -> bool:
+def is_recomputation() -> bool:
     """Whether this forward runs inside a backward pass: checkpointing recomputes what was counted already.
 
     A compiled graph does not recompute its mutations, and the question cannot be traced.

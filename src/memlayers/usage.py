@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
-from memlayers.query import _is_recomputation
+from memlayers.query import is_recomputation
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class UsageMeter:
 
     def _after_search(self, keys: torch.nn.Module, args: tuple, hits: Hits) -> None:
         mask_T, self._mask_T = self._mask_T, None
-        if not _is_recomputation():
+        if not is_recomputation():
             self.add(hits, mask_T)
 
     @torch.no_grad()
