@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from memlayers.config import MemoryConfig
 from memlayers.keys import FlatKeys, Hits, ProductKeys
 from memlayers.layer import MemoryLayer
-from memlayers.optim import RowAdam
+from memlayers.optim import RowAdagrad, RowAdam, RowSGD
 from memlayers.usage import UsageMeter
 from memlayers.values import ValueTable
 
@@ -20,7 +20,9 @@ __all__ = [
     "MemoryConfig",
     "MemoryLayer",
     "ProductKeys",
+    "RowAdagrad",
     "RowAdam",
+    "RowSGD",
     "UsageMeter",
     "ValueTable",
     "add_memory",

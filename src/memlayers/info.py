@@ -11,8 +11,17 @@ from torch import nn
 
 import memlayers
 from memlayers.layer import MemoryLayer
+from memlayers.ops import cpu
 
-REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy")
+REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "numba")
+
+
+# Operations, and the tables that their kernels know beside float32 ones.
+_OPERATIONS = {
+    "search, select, decode": "",
+    "read and its gradients": ", and tables in bfloat16 and float16",
+    "row step": ", and tables in bfloat16",
+}
 
 
 def versions() -> dict[str, str]:
@@ -37,6 +46,16 @@ def hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "gpu_gigabytes": round(properties.total_memory / 2**30, 1)}
+    return found
+
+
+def operations() -> dict[str, str]:
+    """What runs each operation on this machine's devices, and why."""
+    why_not = cpu.why_not()
+    found = {}
+    for name, also in _OPERATIONS.items():
+        on_cpu = f"Numba on the CPU (float32{also})" if why_not is None else f"PyTorch on the CPU ({why_not})"
+        found[name] = f"{on_cpu}, PyTorch elsewhere"
     return found
 
 

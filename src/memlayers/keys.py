@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.ops.read import dot
-from memlayers.ops.select import best, select_pairs
+from memlayers.ops.search import search
+from memlayers.ops.select import best
 
 
 class Hits(NamedTuple):
@@ -49,18 +50,13 @@ class ProductKeys(nn.Module):
         bound = 1 / math.sqrt(self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def half_scores(self, query: Tensor) -> Tensor:
-        """query: [..., H, Q] -> [2, H, T, N], the scores of both halves against their codebooks."""
-        _, heads, _, half = self.weight.shape
-        halves = query.reshape(-1, heads, 2, half).permute(2, 1, 0, 3)  # [2, H, T, Q/2]
-        return halves @ self.weight.transpose(-1, -2)
-
     def forward(self, query: Tensor) -> Hits:
         """query: [..., H, Q] -> Hits of shape [..., H, K]."""
-        first_HTN, second_HTN = self.half_scores(query)
-        scores_HTK, slots_HTK = select_pairs(first_HTN, second_HTN, self.topk)
+        query_THQ = query.reshape(-1, *query.shape[-2:])
+        # The query comes in 16 bits out of autocast; the products are computed in its dtype.
+        scores_THK, slots_THK = search(query_THQ, self.weight.to(query.dtype), self.topk)
         shape = (*query.shape[:-1], self.topk)
-        return Hits(scores_HTK.transpose(0, 1).reshape(shape), slots_HTK.transpose(0, 1).reshape(shape))
+        return Hits(scores_THK.view(shape), slots_THK.view(shape))
 
     def extra_repr(self) -> str:
         _, heads, num_subkeys, half = self.weight.shape

@@ -82,33 +82,37 @@ class MaskedBatchNorm(nn.Module):
 
     def forward(self, query_THQ: Tensor, mask_T: Tensor | None = None) -> Tensor:
         """Raises `ValueError` in training for a single token, whose statistics say nothing."""
-        wide_THQ = query_THQ.to(torch.promote_types(query_THQ.dtype, self.running_mean.dtype))
-        if self.training and query_THQ.shape[0] > 0:
-            if query_THQ.shape[0] == 1:
-                raise ValueError(
-                    "query_norm 'batch' needs more than one token in training, got 1; use query_norm 'rms' for that"
-                )
-            if mask_T is not None:
-                # Selected, not multiplied: whatever padding holds, NaN included, must not come through.
-                wide_THQ = torch.where(mask_T[:, None, None], wide_THQ, 0)
-            mean_HQ, var_HQ, count = self._statistics(wide_THQ, mask_T)
-            if not is_recomputation():
-                self._fold_in(mean_HQ, var_HQ, count)
+        wide_TF = query_THQ.to(torch.promote_types(query_THQ.dtype, self.running_mean.dtype)).flatten(1)
+        is_training = self.training and query_THQ.shape[0] > 0
+        if is_training and query_THQ.shape[0] == 1:
+            raise ValueError(
+                "query_norm 'batch' needs more than one token in training, got 1; use query_norm 'rms' for that"
+            )
+        if is_training and mask_T is not None:
+            wide_TF = self._normalise_masked(wide_TF, mask_T)
         else:
-            mean_HQ, var_HQ = self.running_mean, self.running_var
-        scale_HQ = torch.rsqrt(var_HQ + self.eps) * self.weight
-        return ((wide_THQ - mean_HQ) * scale_HQ + self.bias).to(query_THQ.dtype)
+            wide_TF = self._normalise(wide_TF, is_training)
+        return wide_TF.view(query_THQ.shape).to(query_THQ.dtype)
 
-    @staticmethod
-    def _statistics(wide_THQ: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, biased variance and number of the real tokens; padding holds zeros."""
-        if mask_T is None:
-            var_HQ, mean_HQ = torch.var_mean(wide_THQ, dim=0, correction=0)
-            return mean_HQ, var_HQ, wide_THQ.new_tensor(wide_THQ.shape[0])
-        count = mask_T.sum().to(wide_THQ.dtype)
-        mean_HQ = wide_THQ.sum(0) / count.clamp(min=1)
-        centred_THQ = torch.where(mask_T[:, None, None], wide_THQ - mean_HQ, 0)
-        return mean_HQ, centred_THQ.square().sum(0) / count.clamp(min=1), count
+    def _normalise(self, wide_TF: Tensor, is_training: bool) -> Tensor:
+        weight_F, bias_F = self.weight.view(-1).to(wide_TF.dtype), self.bias.view(-1).to(wide_TF.dtype)
+        mean_F, var_F = self.running_mean.view(-1), self.running_var.view(-1)
+        if is_training and is_recomputation():
+            # Folded into copies: checkpointing wants the same tensors saved as in the first pass.
+            mean_F, var_F = mean_F.clone(), var_F.clone()
+        return F.batch_norm(wide_TF, mean_F, var_F, weight_F, bias_F, is_training, self.momentum, self.eps)
+
+    def _normalise_masked(self, wide_TF: Tensor, mask_T: Tensor) -> Tensor:
+        # Selected, not multiplied: whatever padding holds, NaN included, must not come through.
+        wide_TF = torch.where(mask_T[:, None], wide_TF, 0)
+        count = mask_T.sum().to(wide_TF.dtype)
+        share_T = mask_T.to(wide_TF.dtype) / count.clamp(min=1)
+        mean_F = share_T @ wide_TF
+        var_F = share_T @ (wide_TF - mean_F).square()
+        if not is_recomputation():
+            self._fold_in(mean_F.view_as(self.running_mean), var_F.view_as(self.running_var), count)
+        scale_F = torch.rsqrt(var_F + self.eps) * self.weight.view(-1)
+        return torch.addcmul(self.bias.view(-1) - mean_F * scale_F, wide_TF, scale_F)
 
     @torch.no_grad()
     def _fold_in(self, mean_HQ: Tensor, var_HQ: Tensor, count: Tensor) -> None:

@@ -3,7 +3,9 @@ import gc
 import pytest
 import torch
 
-from memlayers.ops.record import Part, RowGradient, sum_parts
+from memlayers.ops import cpu
+from memlayers.ops.record import RowGradient
+from memlayers.ops.row_sum import Part, sum_parts
 
 
 class Owner:
@@ -46,7 +48,7 @@ def test_sums_are_exact_distinct_and_know_which_rows_were_read(sizes, num_slots)
 
 
 def test_chunks_cover_every_row_once(monkeypatch):
-    monkeypatch.setattr("memlayers.ops.record._CHUNK_ELEMENTS", 9)
+    monkeypatch.setattr("memlayers.ops.row_sum._CHUNK_ELEMENTS", 9)
     summed = sum_parts(parts(50, [(4, 5)]), 50)
     pieces = list(summed.chunks())
     assert len(pieces) > 3
@@ -61,7 +63,13 @@ def row_gradient(num_slots=50):
     return gradient, owner, mark
 
 
-def test_add_norm_scale_and_discard():
+@pytest.fixture(params=["kernel", "reference"])
+def path(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr(cpu, "kernels", lambda operation: None)
+
+
+def test_add_norm_scale_and_discard(path):
     gradient, _owner, _ = row_gradient()
     recorded = parts(50, [(3, 4), (2, 4)])
     for part in recorded:
@@ -75,7 +83,7 @@ def test_add_norm_scale_and_discard():
     assert gradient.consume() is None
 
 
-def test_norm_of_what_was_cleared_is_zero():
+def test_norm_of_what_was_cleared_is_zero(path):
     gradient, _owner, mark = row_gradient()
     gradient.add(*parts(50, [(3, 4)])[0])
     mark.grad.zero_()
@@ -83,24 +91,67 @@ def test_norm_of_what_was_cleared_is_zero():
     assert gradient.norm() == 0
 
 
-def test_consume_leaves_nothing():
+@pytest.mark.parametrize("size", [(3, 4), (90, 4)], ids=["factored", "merged"])
+def test_what_was_cleared_on_the_device_has_no_reads_left_be_it_finite_or_not(size):
+    gradient, _owner, mark = row_gradient()
+    (recorded,) = parts(50, [size])
+    recorded.weights_TK[0, 0] = torch.nan
+    gradient.add(*recorded)
+    mark.grad.zero_()
+    assert not gradient.summed().live_P.any()
+    assert not any(part.weights_TK.any() for part in gradient.consume())
+
+
+def test_consume_gives_what_was_recorded_and_leaves_nothing():
     gradient, _owner, _ = row_gradient()
-    gradient.add(*parts(50, [(3, 4)])[0])
-    assert gradient.consume() is not None
+    recorded = parts(50, [(3, 4), (2, 5)])
+    for part in recorded:
+        gradient.add(*part)
+    consumed = gradient.consume()
+    for part, expected in zip(consumed, recorded, strict=True):
+        assert all(one is other for one, other in zip(part, expected, strict=True))
     assert gradient.consume() is None
+    assert gradient.is_empty
+
+
+def test_what_was_written_without_being_cleared_is_consumed_as_it_was():
+    gradient, _owner, mark = row_gradient()
+    recorded = parts(50, [(3, 4)])
+    gradient.add(*recorded[0])
+    mark.grad.mul_(0.5)
+    (part,) = gradient.consume()
+    assert torch.equal(part.weights_TK, recorded[0].weights_TK)
 
 
 def test_factors_larger_than_a_dense_gradient_are_merged_and_go_on_adding():
-    gradient, _owner, _ = row_gradient(num_slots=6)
-    recorded = parts(6, [(3, 4), (1, 2), (5, 4), (1, 1)])
+    gradient, _owner, _ = row_gradient(num_slots=8)
+    recorded = parts(7, [(3, 4), (1, 2), (5, 4), (1, 1), (1, 3)])  # slot 7 is never read
+    merges = 0
     for part in recorded:
         gradient.add(*part)
-        assert sum(part.size for part in gradient._parts) <= 6 * 3
-    assert gradient._merged is not None
+        merges += len(gradient._parts) == 1
+        assert sum(part.size for part in gradient._parts) <= 2 * 8 * 3 + 2 * 8
+    assert 2 <= merges < len(recorded)
     gradient.scale(2.0)
-    total, live = spread_out(gradient.consume(), 6)
-    torch.testing.assert_close(total, 2 * dense(recorded, 6))
+    torch.testing.assert_close(gradient.norm(), 2 * dense(recorded, 8).norm())
+    consumed = gradient.consume()
+    assert consumed[0].slots_TK.flatten().tolist() == list(range(8))
+    total, live = spread_out(sum_parts(consumed, 8), 8)
+    torch.testing.assert_close(total, 2 * dense(recorded, 8))
     assert live == {slot for part in recorded for slot in part.slots_TK.flatten().tolist()}
+
+
+def test_a_scaled_merged_gradient_keeps_its_scale_and_its_reads_when_merged_again():
+    gradient, _owner, _ = row_gradient(num_slots=6)
+    first, second = parts(3, [(9, 4), (9, 4)])
+    second.slots_TK.add_(2)
+    gradient.add(*first)
+    gradient.scale(0.5)
+    gradient.add(*second)
+    assert len(gradient._parts) == 1
+    total, live = spread_out(gradient.summed(), 6)
+    assert live == {0, 1, 2, 3, 4}
+    torch.testing.assert_close(total, 0.5 * dense([first], 6) + dense([second], 6))
 
 
 def test_nothing_keeps_a_row_gradient_alive():

@@ -64,12 +64,16 @@ def test_a_scheduler_moves_the_dense_rate_only():
     assert (model[2].values.weight - before).abs().max().item() == pytest.approx(0.25, rel=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_round_trip_of_the_state_in_mid_run_changes_nothing(dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.float32, "nearest"), (torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic")],
+    ids=str,
+)
+def test_a_round_trip_of_the_state_in_mid_run_changes_nothing(dtype, rounding, tmp_path):
     def run(restart):
         torch.manual_seed(0)
         model = make().to(dtype)
-        optimizer = MemoryAdamW(model, lr=0.05, value_lr=0.1)
+        optimizer = MemoryAdamW(model, lr=0.05, value_lr=0.1, value_rounding=rounding)
         for step in range(5):
             model(torch.randn(9, 6).to(dtype)).square().mean().backward()
             optimizer.step()
@@ -91,6 +95,18 @@ def test_a_round_trip_of_the_state_in_mid_run_changes_nothing(dtype, tmp_path):
         for name, value in entries.items():
             assert state2[number][name].dtype == value.dtype, name
             assert torch.equal(value, state2[number][name]), name
+
+
+def test_value_rounding_reaches_the_tables():
+    weights = {}
+    for rounding in ("nearest", "stochastic"):
+        torch.manual_seed(0)
+        model = make().bfloat16()
+        optimizer = MemoryAdamW(model, value_lr=1e-3, value_rounding=rounding)
+        model(torch.randn(9, 6).bfloat16()).square().mean().backward()
+        optimizer.step()
+        weights[rounding] = model[2].values.weight.detach()
+    assert not torch.equal(weights["nearest"], weights["stochastic"])
 
 
 def test_after_loading_a_state_schedulers_still_reach_the_steps():
@@ -170,6 +186,11 @@ def test_release_gives_dense_gradients_back():
         ({"lr": -1.0}, "lr must be a finite number of at least 0"),
         ({"value_lr": -1.0}, "value_lr must be a finite number of at least 0, got -1.0"),
         ({"value_max_grad_norm": 0.0}, "value_max_grad_norm must be above 0 or None"),
+        ({"value_rounding": "down"}, 'value_rounding must be "nearest" or "stochastic", got \'down\''),
+        (
+            {"value_rounding": "stochastic"},
+            'value_rounding must be "nearest" unless .* torch.bfloat16, got torch.float32',
+        ),
         ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
     ],
 )

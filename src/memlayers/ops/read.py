@@ -10,11 +10,15 @@ Sums are accumulated in float32 (float64 for float64), and so is what is returne
 never materialised as a whole. Letters: T tokens, K rows a token, S slots, V width, M = T * K.
 """
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops.record import MARK, Part, dense_sum, record_
+from memlayers.ops import cpu
+from memlayers.ops.record import MARK, record_
+from memlayers.ops.row_sum import Part, dense_sum, kernel_part
 
 # Elements of gathered rows held at once where rows must be gathered at all: 16 MB in float32.
 _CHUNK_ELEMENTS = 2**22
@@ -53,7 +57,40 @@ def sum_rows(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots
     return dense_sum([Part(slots_TK, weights_TK, outputs_TV)], num_slots).grad_PV
 
 
+@sum_rows.register_kernel("cpu")
+def _(slots_TK, weights_TK, outputs_TV, num_slots):
+    part = Part(slots_TK, weights_TK, outputs_TV)
+    kernels = cpu.kernels("rows") if outputs_TV.dtype != torch.float64 else None
+    if kernels is None:
+        return dense_sum([part], num_slots).grad_PV
+    g_SV = torch.zeros(num_slots, outputs_TV.shape[1])
+    entries = kernels.SortedEntries([kernel_part(part)], num_slots)
+    kernels.step_(kernels.SGD, entries, g_SV, None, None, None, scale=1.0, lr=-1.0)  # one step up from zero
+    return g_SV
+
+
 def _read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    kernels = _kernels(table_SV)
+    if kernels is not None:
+        return kernels.read(table_SV, slots_TK.contiguous(), weights_TK.float().contiguous())
+    return read_reference(table_SV, slots_TK, weights_TK)
+
+
+def _dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
+    kernels = _kernels(table_SV)
+    if kernels is not None:
+        return kernels.dot(table_SV, slots_TK.contiguous(), outputs_TV.float().contiguous())
+    return dot_reference(table_SV, slots_TK, outputs_TV)
+
+
+def _kernels(table_SV: Tensor) -> ModuleType | None:
+    if table_SV.device.type != "cpu" or table_SV.dtype == torch.float64 or not table_SV.is_contiguous():
+        return None
+    return cpu.kernels("read")
+
+
+def read_reference(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """`read` in PyTorch's own operations."""
     dtype = accumulation_dtype(table_SV.dtype)
     if table_SV.dtype == dtype:
         return F.embedding_bag(slots_TK, table_SV, per_sample_weights=weights_TK.to(dtype), mode="sum")
@@ -64,17 +101,11 @@ def _read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
     return y_TV
 
 
-def _dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
+def dot_reference(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
+    """`dot` in PyTorch's own operations."""
     dtype = accumulation_dtype(table_SV.dtype)
-    outputs_TV = outputs_TV.to(dtype).contiguous()
-    num_tokens, topk = slots_TK.shape
-    if table_SV.dtype == dtype and table_SV.is_contiguous():
-        # The kernel behind embedding_bag's own backward; a bmm over gathered rows takes four times as long on a CPU.
-        bag_T = torch.arange(num_tokens, device=slots_TK.device)
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            outputs_TV, table_SV, slots_TK.flatten(), bag_T * topk, bag_T.repeat_interleave(topk), 0
-        ).view(num_tokens, topk)
-    d_TK = outputs_TV.new_empty(num_tokens, topk)
+    outputs_TV = outputs_TV.to(dtype)
+    d_TK = outputs_TV.new_empty(slots_TK.shape)
     for tokens in _chunks(slots_TK, table_SV):
         rows_CKV = F.embedding(slots_TK[tokens], table_SV).to(dtype)
         d_TK[tokens] = (rows_CKV @ outputs_TV[tokens, :, None]).squeeze(-1)

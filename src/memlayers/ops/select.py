@@ -10,27 +10,76 @@ Letters: N sub-keys a codebook, K neighbours, P pairs of the staircase, ... any 
 import torch
 from torch import Tensor
 
+from memlayers.ops import cpu
+
 _LOW_WORD = 0xFFFFFFFF  # ties are broken by what is packed here, so it bounds the slots: 2**32
 
 
+@torch.library.custom_op("memlayers::select", mutates_args=())
 def select_pairs(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """The K best pair sums of each row.
 
     first_N, second_N: [..., N], half scores. Returns (scores [..., K] descending, slots [..., K] int64, the slot of
     (i, j) being i * N + j). Equal sums go to the lower slot. Scores are differentiable, and at least float32.
     """
-    num_subkeys = first_N.shape[-1]
+    return select_reference(_at_least_float32(first_N), _at_least_float32(second_N), topk)
+
+
+@select_pairs.register_kernel("cpu")
+def _(first_N, second_N, topk):
     first_N, second_N = _at_least_float32(first_N), _at_least_float32(second_N)
-    with torch.no_grad():
-        index_N = torch.arange(num_subkeys, device=first_N.device)
-        first_K, second_K = best(first_N, index_N, topk), best(second_N, index_N, topk)
-        rank_first_P, rank_second_P = staircase(topk, first_N.device)
-        row_P, column_P = first_K[..., rank_first_P], second_K[..., rank_second_P]
-        sum_P = first_N.gather(-1, row_P) + second_N.gather(-1, column_P)
-        slots_K = best(sum_P, row_P * num_subkeys + column_P, topk)
-    row_K = torch.div(slots_K, num_subkeys, rounding_mode="floor")
-    scores_K = first_N.gather(-1, row_K) + second_N.gather(-1, slots_K - row_K * num_subkeys)
-    return scores_K, slots_K
+    kernels = cpu.kernels("select") if first_N.dtype == second_N.dtype == torch.float32 else None
+    if kernels is None:
+        return select_reference(first_N, second_N, topk)
+    leading, num_subkeys = first_N.shape[:-1], first_N.shape[-1]
+    if first_N.ndim != 3 or first_N.stride(-1) != 1 or second_N.stride(-1) != 1:
+        first_N, second_N = (half.contiguous().view(1, -1, num_subkeys) for half in (first_N, second_N))
+    scores_K, slots_K = kernels.select(first_N, second_N, topk)
+    return scores_K.view(*leading, topk), slots_K.view(*leading, topk)
+
+
+def select_reference(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The same in PyTorch's own operations."""
+    num_subkeys = first_N.shape[-1]
+    index_N = torch.arange(num_subkeys, device=first_N.device)
+    first_K, second_K = best(first_N, index_N, topk), best(second_N, index_N, topk)
+    rank_first_P, rank_second_P = staircase(topk, first_N.device)
+    row_P, column_P = first_K[..., rank_first_P], second_K[..., rank_second_P]
+    sum_P = first_N.gather(-1, row_P) + second_N.gather(-1, column_P)
+    slots_K = best(sum_P, row_P * num_subkeys + column_P, topk)
+    row_K, column_K = halves(slots_K, num_subkeys)
+    return first_N.gather(-1, row_K) + second_N.gather(-1, column_K), slots_K
+
+
+def halves(slots: Tensor, num_subkeys: int) -> tuple[Tensor, Tensor]:
+    """The sub-keys (i, j) of each slot i * N + j."""
+    first = torch.div(slots, num_subkeys, rounding_mode="floor")
+    return first, slots - first * num_subkeys
+
+
+@select_pairs.register_fake
+def _(first_N, second_N, topk):
+    shape = (*first_N.shape[:-1], topk)
+    dtype = torch.float64 if first_N.dtype == torch.float64 else torch.float32
+    return first_N.new_empty(shape, dtype=dtype), first_N.new_empty(shape, dtype=torch.int64)
+
+
+def _save_slots(ctx, inputs, output):
+    first_N, second_N, _ = inputs
+    ctx.save_for_backward(output[1])
+    ctx.num_subkeys, ctx.dtypes = first_N.shape[-1], (first_N.dtype, second_N.dtype)
+
+
+def _scatter_to_halves(ctx, grad_K, _):
+    (slots_K,) = ctx.saved_tensors
+    grads = []
+    for subkey_K, dtype in zip(halves(slots_K, ctx.num_subkeys), ctx.dtypes, strict=True):
+        zeros_N = grad_K.new_zeros(*grad_K.shape[:-1], ctx.num_subkeys)
+        grads.append(zeros_N.scatter_add(-1, subkey_K, grad_K).to(dtype))
+    return *grads, None
+
+
+select_pairs.register_autograd(_scatter_to_halves, setup_context=_save_slots)
 
 
 def staircase(topk: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

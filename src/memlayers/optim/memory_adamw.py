@@ -1,15 +1,18 @@
 """MemoryAdamW: one optimizer for a whole model, AdamW for its dense parameters and RowAdam for its value tables."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from memlayers.optim.row_adam import (
-    RowAdam,
-    check_adam_settings,
+from memlayers.optim.row_adam import RowAdam
+from memlayers.optim.row_optimizer import (
+    Rounding,
+    check_at_least_0,
+    check_betas,
+    check_eps,
+    check_row_settings,
     find_tables,
     refuse_grad_scaler,
     restore_row_state,
@@ -28,8 +31,9 @@ class MemoryAdamW(torch.optim.Optimizer):
     ``Trainer(optimizer_cls_and_kwargs=(MemoryAdamW, {"model": model, "lr": ...}))``.
 
     Parameters that need no gradient are left out. Weight decay spares vectors (biases, gains), norms and tables. A
-    scheduler moves ``lr`` of the dense parameters; the values keep ``value_lr`` unless ``schedule_values``. A model
-    without memories is trained by AdamW alone. Raises as `RowAdam` does, and `ValueError` when nothing is trainable.
+    scheduler moves ``lr`` of the dense parameters; the values keep ``value_lr`` unless ``schedule_values``. The tables
+    have ``value_max_grad_norm`` and ``value_rounding`` as in `RowOptimizer`. A model without memories is trained by
+    AdamW alone. Raises as `RowAdam` does, and `ValueError` when nothing is trainable.
     """
 
     _is_built = False
@@ -44,23 +48,20 @@ class MemoryAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         value_lr: float = 1e-3,
         value_max_grad_norm: float | None = None,
+        value_rounding: Rounding = "nearest",
         schedule_values: bool = False,
     ):
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module (tables are found in it), got {type(model).__name__}")
-        check_adam_settings(lr=lr, betas=betas, eps=eps, max_grad_norm=None)
-        if not (isinstance(weight_decay, (int, float)) and 0 <= weight_decay < math.inf):
-            raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
-        check_adam_settings(
-            lr=value_lr,
-            betas=betas,
-            eps=eps,
-            max_grad_norm=value_max_grad_norm,
-            lr_name="value_lr",
-            max_grad_norm_name="value_max_grad_norm",
-        )
+        check_at_least_0("lr", lr)
+        check_betas(betas)
+        check_eps(eps)
+        check_at_least_0("weight_decay", weight_decay)
         groups = dense_groups(model, weight_decay)
         tables = [table for table in find_tables(model) if table.weight.requires_grad]
+        check_row_settings(
+            tables, lr=value_lr, max_grad_norm=value_max_grad_norm, rounding=value_rounding, prefix="value_"
+        )
         if not groups and not tables:
             raise ValueError("model must have at least one parameter that requires a gradient, got none")
         self._dense = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps) if groups else None
@@ -72,6 +73,7 @@ class MemoryAdamW(torch.optim.Optimizer):
                 betas=betas,
                 eps=eps,
                 max_grad_norm=value_max_grad_norm,
+                rounding=value_rounding,
                 schedule_values=schedule_values,
             )
         # See RowAdam; without tables a GradScaler is welcome.

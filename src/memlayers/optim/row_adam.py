@@ -1,32 +1,17 @@
 """RowAdam: Adam with lazy moments for value tables, fed by their row gradients."""
 
-import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from memlayers.ops.row_update import row_adam_
+from memlayers.ops.row_step import row_adam_
+from memlayers.optim.row_optimizer import Rounding, RowOptimizer, check_betas, check_eps, state_dtype
 from memlayers.values import ValueTable
 
 
-class RowAdam(torch.optim.Optimizer):
-    """Adam that touches only the rows that were read since the last step (paper, section 3.1: sparse updates).
-
-    tables: value tables, or a module whose value tables are all taken. It becomes their owner (`ValueTable.own`):
-    their `.grad` stays None, and `release` gives them back. A table that has an owner already, or a run of more than
-    one process (replicas would drift apart), is a `ValueError`; a step by `torch.amp.GradScaler` is a `RuntimeError`,
-    since row gradients are not among the gradients that it unscales. (Beside another optimizer that a scaler steps, a
-    plain `step` of this one would not know of the scale: do not mix the two.)
-
-    lr is constant: it lives in the group's ``value_lr``, where no learning-rate scheduler looks, unless
-    ``schedule_values``, when the group's ``lr`` counts. max_grad_norm clips the gradient of each table by its own norm.
-    """
-
-    _is_built = False
-    # Makes GradScaler.step call `step` whatever it found, with `found_inf` set here, so that we can refuse.
-    _step_supports_amp_scaling = True
+class RowAdam(RowOptimizer):
+    """Adam on the rows that were read (`memlayers.ops.row_step.adam`); the rest is as in `RowOptimizer`."""
 
     def __init__(
         self,
@@ -37,159 +22,40 @@ class RowAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         max_grad_norm: float | None = None,
         schedule_values: bool = False,
+        rounding: Rounding = "nearest",
     ):
-        tables = find_tables(tables) if isinstance(tables, nn.Module) else list(tables)
-        if not tables:
-            raise ValueError("tables must hold at least one ValueTable, got none")
-        for table in tables:
-            if not isinstance(table, ValueTable):
-                raise ValueError(f"tables must be ValueTable modules, got {type(table).__name__}")
-        check_adam_settings(lr=lr, betas=betas, eps=eps, max_grad_norm=max_grad_norm)
-        _require_one_process()
-        self._tables: list[ValueTable] = []
-        group = {
-            "params": [table.weight for table in tables],
-            "lr": lr,
-            "value_lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "max_grad_norm": max_grad_norm,
-            "schedule_values": schedule_values,
-        }
-        super().__init__([group], {"lr": lr, "betas": betas, "eps": eps})
-        self._is_built = True
-        try:
-            for table in tables:
-                table.own(self)
-                self._tables.append(table)
-        except ValueError:
-            self.release()
-            raise
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the rows read since the last step, and consume their gradients."""
-        refuse_grad_scaler(self)
-        _require_one_process()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        (group,) = self.param_groups
-        lr = group["lr"] if group["schedule_values"] else group["value_lr"]
-        for table in self._tables:
-            rows = None if table.row_gradient is None else table.row_gradient.consume()
-            if rows is None:
-                continue
-            state = self._state_of(table.weight)
-            row_adam_(
-                table.weight,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                state["steps"],
-                rows,
-                lr=lr,
-                betas=group["betas"],
-                eps=group["eps"],
-                max_grad_norm=group["max_grad_norm"],
-            )
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Discard the row gradients."""
-        super().zero_grad(set_to_none)
-        for table in self._tables:
-            if table.row_gradient is not None:
-                table.row_gradient.discard()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused with a `ValueError` once the optimizer is built: tables are taken when it is."""
-        if self._is_built:
-            raise ValueError(
-                "param_group cannot be added: an optimizer of value tables takes them when it is built; call release() "
-                "and build another"
-            )
-        super().add_param_group(param_group)
-
-    def release(self) -> None:
-        """Give the tables back: they are trained by dense gradients again, and this optimizer has nothing to step."""
-        for table in self._tables:
-            if table.row_gradient is not None and table.row_gradient.owner() is self:
-                table.release()
-        self._tables = []
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, except that moments keep their own dtype: torch would cast them to a 16-bit table's."""
-        super().load_state_dict(state_dict)
-        restore_row_state(self, state_dict, {table.weight for table in self._tables})
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a row optimizer owns its tables and cannot be copied or pickled; use state_dict()")
-
-    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
-        state = self.state[weight]
-        if not state:
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            state["exp_avg"] = torch.zeros_like(weight, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(weight, dtype=dtype)
-            state["steps"] = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
-        return state
-
-
-def find_tables(module: nn.Module) -> list[ValueTable]:
-    """All value tables of a module, each once."""
-    return [table for table in module.modules() if isinstance(table, ValueTable)]
-
-
-def restore_row_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], tables: set[Tensor]) -> None:
-    """Put the state of tables back as it was saved, where torch's `load_state_dict` cast it to the table's dtype."""
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    for number, weight in zip(numbers, weights, strict=True):
-        if weight in tables and number in state_dict["state"]:
-            saved = state_dict["state"][number]
-            optimizer.state[weight] = {name: value.to(weight.device, copy=True) for name, value in saved.items()}
-
-
-def refuse_grad_scaler(optimizer: torch.optim.Optimizer) -> None:
-    """Raises `RuntimeError` inside `GradScaler.step`, which marks the optimizer that it steps."""
-    if getattr(optimizer, "found_inf", None) is not None:
-        del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]  # the scaler will not get to it
-        raise RuntimeError(
-            "row gradients are not unscaled by GradScaler: train in bfloat16 (no scaler), or call release() and train "
-            "the value tables with dense gradients"
+        check_betas(betas)
+        check_eps(eps)
+        super().__init__(
+            tables,
+            lr=lr,
+            max_grad_norm=max_grad_norm,
+            schedule_values=schedule_values,
+            rounding=rounding,
+            betas=betas,
+            eps=eps,
         )
 
+    def new_state(self, weight_SV, group):
+        """Two moments [S, V], and counts of reads [S]."""
+        return {
+            "exp_avg": torch.zeros_like(weight_SV, dtype=state_dtype(weight_SV)),
+            "exp_avg_sq": torch.zeros_like(weight_SV, dtype=state_dtype(weight_SV)),
+            "steps": torch.zeros(len(weight_SV), dtype=torch.int32, device=weight_SV.device),
+        }
 
-def check_adam_settings(
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    max_grad_norm: float | None,
-    lr_name: str = "lr",
-    max_grad_norm_name: str = "max_grad_norm",
-) -> None:
-    """Raises `ValueError` naming the setting, its value and what is allowed."""
-    if not (_is_finite(lr) and lr >= 0):
-        raise ValueError(f"{lr_name} must be a finite number of at least 0, got {lr!r}")
-    are_two = isinstance(betas, (tuple, list)) and len(betas) == 2
-    if not (are_two and all(_is_finite(beta) and 0 <= beta < 1 for beta in betas)):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    if not (_is_finite(eps) and eps > 0):
-        raise ValueError(f"eps must be a finite number above 0, got {eps!r}")
-    if max_grad_norm is not None and not (_is_finite(max_grad_norm) and max_grad_norm > 0):
-        raise ValueError(f"{max_grad_norm_name} must be above 0 or None, got {max_grad_norm!r}")
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _require_one_process() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise ValueError(
-            f"row gradients are not exchanged between processes, so replicas would drift apart: got a world size of "
-            f"{distributed.get_world_size()}, allowed is 1; train the tables with dense gradients there"
+    def update(self, weight_SV, state, factors, group, *, lr, scale, seed):
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        beta1, beta2 = group["betas"]
+        row_adam_(
+            weight_SV,
+            *moments,
+            state["steps"],
+            *factors,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            scale=scale,
+            seed=seed,
         )

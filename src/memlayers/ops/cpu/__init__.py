@@ -1,0 +1,28 @@
+"""The kernels for a CPU, in Numba. Compiled at first use and kept on disk; without Numba the references are used."""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+SWITCH = "MEMLAYERS_REFERENCE"
+
+
+def kernels(operation: str) -> ModuleType | None:
+    """The module of an operation's kernels (``select``, ``search``, ``read``, ``rows``), or None: use the reference."""
+    return None if why_not() else importlib.import_module(f"memlayers.ops.cpu.{operation}")
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why the kernels are not used in this process, or None when they are."""
+    if os.environ.get(SWITCH, "0") not in ("", "0"):
+        return f"{SWITCH} is set"
+    if importlib.util.find_spec("numba") is None:
+        return "Numba is not installed"
+    try:
+        importlib.import_module("memlayers.ops.cpu.intrinsics")
+    except Exception as error:  # Numba refuses some versions of Python and NumPy in several ways
+        return f"Numba does not import: {error}"
+    return None

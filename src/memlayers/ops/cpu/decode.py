@@ -1,0 +1,148 @@
+"""decode on a CPU: query, key products, selection and softmax, and the read in one kernel.
+
+Its tasks are taken in the order of these phases, and one of a later phase waits until all of the earlier ones are done.
+A task that somebody waits for is always in work already, so however many threads there are, none waits for ever.
+
+Letters: see `memlayers.ops.decode`; M = H * K.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlayers.ops.cpu.intrinsics import f32, fetch_add, i64, kernel, part
+from memlayers.ops.cpu.launch import FIRST_FIELD, NEXT_TASK, launch, threads_for
+from memlayers.ops.cpu.products import ROWS, products
+from memlayers.ops.cpu.read import FLOAT32, add_rows
+from memlayers.ops.cpu.select import best_of_half, best_pairs, scratch_width, softmax
+
+_COLUMNS = 128  # columns of a row that a task reads
+_SIDE_BY_SIDE = 16  # rows read side by side
+
+
+def decode(
+    x_TD: Tensor,
+    projection_FD: Tensor,
+    bias_F: Tensor | None,
+    mean_HQ: Tensor,
+    var_HQ: Tensor,
+    gain_HQ: Tensor,
+    shift_HQ: Tensor,
+    eps: float,
+    keys_2HNC: Tensor,
+    topk: int,
+    table_SV: Tensor,
+) -> Tensor:
+    """y [T, V]. All float32 and contiguous."""
+    tokens, dim = x_TD.shape
+    _, heads, num_subkeys, half = keys_2HNC.shape
+    width, features = table_SV.shape[1], 2 * heads * half
+    scratch = scratch_width(num_subkeys, topk)
+    # Query, half scores, weights, and slots behind them; then what each selection needs.
+    sizes = features * tokens, 2 * heads * num_subkeys * tokens, heads * topk * tokens
+    memory = torch.empty(sum(sizes) + 2 * sizes[2] + tokens * heads * 10 * scratch + 2)
+    y_TV = torch.empty(tokens, width)
+    launch(
+        _decode,
+        threads_for(1 << 30),
+        x_TD.data_ptr(),
+        projection_FD.data_ptr(),
+        0 if bias_F is None else bias_F.data_ptr(),
+        mean_HQ.data_ptr(),
+        var_HQ.data_ptr(),
+        gain_HQ.data_ptr(),
+        shift_HQ.data_ptr(),
+        keys_2HNC.data_ptr(),
+        table_SV.data_ptr(),
+        y_TV.data_ptr(),
+        memory.data_ptr(),
+        tokens,
+        dim,
+        heads,
+        num_subkeys,
+        half,
+        topk,
+        width,
+        scratch,
+        round(eps * 2**60),
+        0,
+    )
+    return y_TV
+
+
+@part
+def _wait_for(fields, done, tasks):
+    while fetch_add(fields, done, 0) < tasks:
+        pass
+
+
+@kernel
+def _decode(fields):
+    x, projection, bias = fields[FIRST_FIELD], fields[FIRST_FIELD + 1], fields[FIRST_FIELD + 2]
+    means, variances = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4]
+    gains, shifts = fields[FIRST_FIELD + 5], fields[FIRST_FIELD + 6]
+    keys, table, y = fields[FIRST_FIELD + 7], fields[FIRST_FIELD + 8], fields[FIRST_FIELD + 9]
+    query, tokens, dim = fields[FIRST_FIELD + 10], fields[FIRST_FIELD + 11], fields[FIRST_FIELD + 12]
+    heads, num_subkeys, half = fields[FIRST_FIELD + 13], fields[FIRST_FIELD + 14], fields[FIRST_FIELD + 15]
+    topk, width, scratch = fields[FIRST_FIELD + 16], fields[FIRST_FIELD + 17], fields[FIRST_FIELD + 18] * 4
+    eps, done = np.float32(fields[FIRST_FIELD + 19] / 2**60), FIRST_FIELD + 20
+    features = 2 * heads * half
+    halves = query + features * tokens * 4
+    weights = halves + 2 * heads * num_subkeys * tokens * 4
+    slots = (weights + heads * topk * tokens * 4 + 7) // 8 * 8
+    selections = slots + heads * topk * tokens * 8
+    # The first task of each phase.
+    key_blocks, column_blocks = (num_subkeys + ROWS - 1) // ROWS, (width + _COLUMNS - 1) // _COLUMNS
+    first_keys = (features + ROWS - 1) // ROWS
+    first_select = first_keys + 2 * heads * key_blocks
+    first_read = first_select + tokens * heads
+    end = first_read + tokens * column_blocks
+    while True:
+        task = fetch_add(fields, NEXT_TASK, 1)
+        if task >= end:
+            return
+        if task < first_keys:
+            first, last = task * ROWS, min(features, (task + 1) * ROWS)
+            products(projection, x, bias, query, first, last, features, dim, tokens, dim)
+            for t in range(tokens):
+                out = f32(query + t * features * 4)
+                for f in range(first, last):
+                    scale = f32(gains)[f] / np.sqrt(f32(variances)[f] + eps)
+                    out[f] = (out[f] - f32(means)[f]) * scale + f32(shifts)[f]
+        elif task < first_select:
+            _wait_for(fields, done, first_keys)
+            x_half, first = (task - first_keys) // key_blocks, (task - first_keys) % key_blocks * ROWS
+            side, head = x_half // heads, x_half % heads
+            products(
+                keys + x_half * num_subkeys * half * 4,
+                query + (head * 2 + side) * half * 4,
+                0,
+                halves + x_half * tokens * num_subkeys * 4,
+                first,
+                min(num_subkeys, first + ROWS),
+                num_subkeys,
+                half,
+                tokens,
+                features,
+            )
+        elif task < first_read:
+            _wait_for(fields, done, first_select)
+            token, head = (task - first_select) // heads, (task - first_select) % heads
+            codes = selections + (task - first_select) * 10 * scratch
+            best1, best2, out = codes + 4 * scratch, codes + 6 * scratch, (token * heads + head) * topk
+            row = halves + (head * tokens + token) * num_subkeys * 4
+            best_of_half(row, num_subkeys, topk, codes, scratch, best1)
+            row += heads * tokens * num_subkeys * 4
+            best_of_half(row, num_subkeys, topk, codes, scratch, best2)
+            best_pairs(best1, best2, num_subkeys, topk, codes, scratch, weights + out * 4, slots + out * 8)
+            softmax(f32(weights + out * 4), topk)
+        else:
+            _wait_for(fields, done, first_read)
+            token, first = (task - first_read) // column_blocks, (task - first_read) % column_blocks * _COLUMNS
+            last, out = min(width, first + _COLUMNS), y + token * width * 4
+            for v in range(first, last):
+                f32(out)[v] = np.float32(0)
+            for k in range(token * heads * topk, (token + 1) * heads * topk, _SIDE_BY_SIDE):
+                stop = min(k + _SIDE_BY_SIDE, (token + 1) * heads * topk)
+                add_rows(table, i64(slots), f32(weights), k, stop, out, first, last, width, FLOAT32)
+        fetch_add(fields, done, 1)

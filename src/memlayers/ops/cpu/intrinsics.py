@@ -1,0 +1,188 @@
+"""What the kernels need of the machine and Numba does not offer: pointers, atomics, prefetch, bits.
+
+Each is a line or two of LLVM, the same on every processor.
+"""
+
+import functools
+import hashlib
+from pathlib import Path
+
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
+
+# Sums may be contracted and reordered; NaN and infinity mean what they mean.
+_FLOATS = {"contract", "reassoc", "nsz"}
+_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
+
+
+def kernel(function):
+    """Compile ``function(fields)``, fields a pointer to int64, to a C function; cached on disk."""
+    # Numba's cache looks for changes in the file of a kernel only, and under its name: so the name says all the rest.
+    function.__qualname__ += f"_{_sources()}"
+    signature = types.void(types.CPointer(types.int64))
+    return cfunc(signature, cache=True, fastmath=_FLOATS, error_model="numpy")(function)
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of all files of kernels."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def part(function):
+    """A function that kernels call; compiled into them."""
+    return njit(fastmath=_FLOATS, error_model="numpy", inline="never", forceinline=True)(function)
+
+
+def _pointer_to(element):
+    @intrinsic
+    def pointer(context, address):
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), generate
+
+    return pointer
+
+
+# address -> pointer: f32(address)[i]
+f32 = _pointer_to(types.float32)
+f64 = _pointer_to(types.float64)
+i64 = _pointer_to(types.int64)
+i32 = _pointer_to(types.int32)
+u16 = _pointer_to(types.uint16)
+
+
+@intrinsic
+def fetch_add(context, fields, index, amount):
+    """Add to ``fields[index]`` atomically; returns what it was. What was written before it is seen after it."""
+
+    def generate(context, builder, signature, arguments):
+        fields, index, amount = arguments
+        return builder.atomic_rmw("add", builder.gep(fields, [index]), amount, "acq_rel")
+
+    return types.int64(types.CPointer(types.int64), types.int64, types.int64), generate
+
+
+@intrinsic
+def prefetch(context, address):
+    """Ask for the cache line at an address, which need not be valid."""
+
+    def generate(context, builder, signature, arguments):
+        line = ir.PointerType(ir.IntType(8))
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [line], ir.FunctionType(ir.VoidType(), [line, _INT32, _INT32, _INT32])
+        )
+        builder.call(function, [builder.inttoptr(arguments[0], line), _INT32(0), _INT32(3), _INT32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def float_bits(context, value):
+    """The bits of a float32, as int32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], _INT32)
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def bits_float(context, bits):
+    """The float32 of these bits."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def mask_at_least_64(context, address, least):
+    """Which of the 64 int32 at an address are at least `least`: bit i for element i."""
+
+    def generate(context, builder, signature, arguments):
+        vector = ir.VectorType(_INT32, 64)
+        values = builder.load(builder.inttoptr(arguments[0], ir.PointerType(vector)), align=4)
+        return builder.bitcast(builder.icmp_signed(">=", values, _splat_64(builder, arguments[1])), _INT64)
+
+    return types.int64(types.int64, types.int32), generate
+
+
+@intrinsic
+def lowest_bit(context, mask):
+    """The number of the lowest bit that is set; undefined for 0."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def count_greater_64(context, values, count, at, ranks):
+    """For each of the 64 int32 at address `at`, how many of the `count` int32 at `values` are greater; to `ranks`."""
+
+    def generate(context, builder, signature, arguments):
+        values, count, at, ranks = arguments
+        vector = ir.VectorType(_INT32, 64)
+        pivots = builder.load(builder.inttoptr(at, ir.PointerType(vector)), align=4)
+        values = builder.inttoptr(values, ir.PointerType(_INT32))
+        before, body, after = builder.block, builder.append_basic_block("body"), builder.append_basic_block("after")
+        builder.cbranch(builder.icmp_signed(">", count, _INT64(0)), body, after)
+        builder.position_at_end(body)
+        index, total = builder.phi(_INT64), builder.phi(vector)
+        value_64 = _splat_64(builder, builder.load(builder.gep(values, [index])))
+        more = builder.sub(total, builder.sext(builder.icmp_signed(">", value_64, pivots), vector))
+        following = builder.add(index, _INT64(1))
+        for phi, first, later in ((index, _INT64(0), following), (total, ir.Constant(vector, [0] * 64), more)):
+            phi.add_incoming(first, before)
+            phi.add_incoming(later, body)
+        builder.cbranch(builder.icmp_signed("<", following, count), body, after)
+        builder.position_at_end(after)
+        result = builder.phi(vector)
+        result.add_incoming(ir.Constant(vector, [0] * 64), before)
+        result.add_incoming(more, body)
+        builder.store(result, builder.inttoptr(ranks, ir.PointerType(vector)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+def _splat_64(builder, value):
+    vector = ir.VectorType(_INT32, 64)
+    undefined = ir.Constant(vector, ir.Undefined)
+    return builder.shuffle_vector(
+        builder.insert_element(undefined, value, _INT32(0)), undefined, ir.Constant(vector, [0] * 64)
+    )
+
+
+@intrinsic
+def order_64(context, scores, codes, maxima):
+    """Write the codes of 64 float32, in their order; raise the 64 maxima to them.
+
+    Both zeros have the code 0. No score has the code -2**31.
+    """
+
+    def generate(context, builder, signature, arguments):
+        vector = ir.VectorType(_INT32, 64)
+        scores, codes, maxima = (builder.inttoptr(address, ir.PointerType(vector)) for address in arguments)
+        lowest = ir.Constant(vector, [-(2**31)] * 64)
+        bits = builder.load(scores, align=4)
+        bits = builder.select(builder.icmp_signed("==", bits, lowest), ir.Constant(vector, [0] * 64), bits)
+        sign = builder.ashr(bits, ir.Constant(vector, [31] * 64))
+        code = builder.xor(bits, builder.and_(sign, ir.Constant(vector, [2**31 - 1] * 64)))
+        code = _greater(builder, code, ir.Constant(vector, [-(2**31) + 1] * 64))
+        builder.store(code, codes, align=4)
+        builder.store(_greater(builder, code, builder.load(maxima, align=4)), maxima, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+def _greater(builder, one, other):
+    return builder.select(builder.icmp_signed(">", one, other), one, other)

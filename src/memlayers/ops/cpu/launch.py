@@ -1,0 +1,67 @@
+"""How a compiled kernel runs on the threads of PyTorch.
+
+A kernel is a C function ``void(int64 *fields)`` that takes tasks from a shared counter until none is left. It is
+handed to the OpenMP runtime that PyTorch itself is linked to, so there is one pool of threads: none spins against
+the other, two Python threads may call at once (each has a team of its own, as in PyTorch), and
+`torch.set_num_threads` counts. Where PyTorch brings no such runtime (macOS, Windows) Python threads run the kernel,
+without the GIL.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from memlayers.ops import IMPORTED_IN
+
+# Fields that every kernel has, before its own: the next task, threads that have begun, what went wrong (0: nothing).
+NEXT_TASK, THREAD, ERROR, FIRST_FIELD = 0, 1, 2, 3
+
+
+def threads_for(tasks: int) -> int:
+    """How many threads to launch a kernel on."""
+    # OpenMP's threads do not survive a fork, and a team that waits for them never ends: a forked process has one.
+    return max(1, min(torch.get_num_threads(), tasks)) if os.getpid() == IMPORTED_IN else 1
+
+
+def launch(kernel, threads: int, *fields: int) -> int:
+    """Run a kernel; returns its error field."""
+    block = (ctypes.c_int64 * (FIRST_FIELD + len(fields)))(0, 0, 0, *fields)
+    team()(kernel.address, ctypes.addressof(block), threads)
+    return block[ERROR]
+
+
+@functools.cache
+def team() -> Callable[[int, int, int], None]:
+    """What runs function(argument) once on each of so many threads and waits: (function, argument, threads)."""
+    try:
+        # Looked up through the library's own dependencies: the very runtime that PyTorch's loops use.
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        parallel = library.GOMP_parallel
+    except (OSError, AttributeError):
+        return python_threads
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+
+    def openmp_threads(function: int, argument: int, threads: int) -> None:
+        parallel(function, argument, threads, 0)
+
+    return openmp_threads
+
+
+def python_threads(function: int, argument: int, threads: int) -> None:
+    """The same on threads of Python's."""
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+    others = [_executor(os.getpid(), threads).submit(call, argument) for _ in range(threads - 1)]
+    call(argument)
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _executor(process: int, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="memlayers")

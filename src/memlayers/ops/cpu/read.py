@@ -1,0 +1,196 @@
+"""read and dot on a CPU: weighted sums of table rows, and products of rows with outputs, straight from the table.
+
+Random rows come as fast as memory gives them, when sixteen are read side by side, a cache line of each in turn: that
+many streams the processor's own prefetcher follows, and prefetch instructions add nothing. 16-bit rows are widened in
+registers. Nothing is gathered.
+
+Letters: T tokens, K rows a token, S slots, V width.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlayers.ops.cpu.intrinsics import bits_float, f32, fetch_add, i64, kernel, part, u16
+from memlayers.ops.cpu.launch import ERROR, FIRST_FIELD, NEXT_TASK, launch, threads_for
+from memlayers.ops.cpu.vectors import (
+    LANES,
+    add_scaled,
+    lane_sum,
+    load,
+    load_bfloat16,
+    load_float16,
+    multiply,
+    store,
+)
+
+# The tables that the kernels read, by the number that stands for their dtype in a field.
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+
+_TOKENS = 4  # tokens of a task
+_MANY = 64  # tokens from which on a task takes whole rows
+_COLUMNS = 256  # columns of a task otherwise
+_ROWS = 16  # rows read side by side
+
+
+def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """float32 [T, V]. All arguments contiguous, weights float32."""
+    y_TV = torch.empty(slots_TK.shape[0], table_SV.shape[1])
+    _launch(_read, table_SV, slots_TK, weights_TK, y_TV)
+    return y_TV
+
+
+def dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
+    """float32 [T, K]. All arguments contiguous, outputs float32."""
+    d_TK = torch.empty(slots_TK.shape)
+    _launch(_dot, table_SV, slots_TK, d_TK, outputs_TV)
+    return d_TK
+
+
+def _launch(function, table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor) -> None:
+    num_tokens, topk = slots_TK.shape
+    num_slots, width = table_SV.shape
+    # A few tokens are shared out by columns, and many by tokens.
+    tokens, columns = (_TOKENS, width) if num_tokens >= _MANY else (1, _COLUMNS)
+    error = launch(
+        function,
+        threads_for((num_tokens + tokens - 1) // tokens * ((width + columns - 1) // columns)),
+        table_SV.data_ptr(),
+        slots_TK.data_ptr(),
+        weights_TK.data_ptr(),
+        outputs_TV.data_ptr(),
+        num_tokens,
+        topk,
+        num_slots,
+        width,
+        KINDS[table_SV.dtype],
+        tokens,
+        columns,
+    )
+    if error:
+        raise IndexError(f"slots must be in [0, {num_slots}), got {int(slots_TK.min())} to {int(slots_TK.max())}")
+
+
+@part
+def bfloat16(bits):
+    """The float32 of a bfloat16's bits."""
+    return bits_float(np.int32(np.uint32(bits) << np.uint32(16)))
+
+
+@part
+def float16(bits):
+    """The float32 of a float16's bits (see `vectors.load_float16`)."""
+    wide = np.uint32(bits)
+    magnitude = (wide & np.uint32(0x7FFF)) << np.uint32(13)
+    value = bits_float(np.int32(magnitude)) * np.float32(2.0**112)
+    if magnitude >= np.uint32(0x7C00 << 13):
+        value = bits_float(np.int32(magnitude | np.uint32(0x7F800000)))
+    return -value if wide >= np.uint32(0x8000) else value
+
+
+@part
+def number(row, v, kind):
+    """Element v of a row."""
+    if kind == FLOAT32:
+        return f32(row)[v]
+    return bfloat16(u16(row)[v]) if kind == BFLOAT16 else float16(u16(row)[v])
+
+
+@part
+def _are_slots(slot, start, end, num_slots):
+    bad = 0
+    for k in range(start, end):
+        bad += (slot[k] < 0) | (slot[k] >= num_slots)
+    return bad == 0
+
+
+@part
+def add_rows(table, slot, weight, start, end, out, first, last, width, kind):
+    """out += the weighted sum of columns first to last of the rows of entries start to end."""
+    whole = first + (last - first) // LANES * LANES
+    size = 4 if kind == FLOAT32 else 2
+    for v in range(first, whole, LANES):
+        total = load(out + v * 4)
+        if kind == FLOAT32:
+            for k in range(start, end):
+                total = add_scaled(total, weight[k], load(table + (slot[k] * width + v) * 4))
+        elif kind == BFLOAT16:
+            for k in range(start, end):
+                total = add_scaled(total, weight[k], load_bfloat16(table + (slot[k] * width + v) * 2))
+        else:
+            for k in range(start, end):
+                total = add_scaled(total, weight[k], load_float16(table + (slot[k] * width + v) * 2))
+        store(out + v * 4, total)
+    for v in range(whole, last):
+        tail = f32(out)[v]
+        for k in range(start, end):
+            tail += weight[k] * number(table + slot[k] * width * size, v, kind)
+        f32(out)[v] = tail
+
+
+@part
+def _products(table, slot, product, start, end, output, width, kind):
+    """product[k] = <row of entry k, output> for entries start to end."""
+    whole = width // LANES * LANES
+    size = 4 if kind == FLOAT32 else 2
+    for k in range(start, end):
+        product[k] = np.float32(0)
+    for v in range(0, whole, LANES):
+        values = load(output + v * 4)
+        if kind == FLOAT32:
+            for k in range(start, end):
+                product[k] += lane_sum(multiply(values, load(table + (slot[k] * width + v) * 4)))
+        elif kind == BFLOAT16:
+            for k in range(start, end):
+                product[k] += lane_sum(multiply(values, load_bfloat16(table + (slot[k] * width + v) * 2)))
+        else:
+            for k in range(start, end):
+                product[k] += lane_sum(multiply(values, load_float16(table + (slot[k] * width + v) * 2)))
+    for v in range(whole, width):
+        for k in range(start, end):
+            product[k] += number(table + slot[k] * width * size, v, kind) * f32(output)[v]
+
+
+@kernel
+def _read(fields):
+    table, slot, weight = fields[FIRST_FIELD], i64(fields[FIRST_FIELD + 1]), f32(fields[FIRST_FIELD + 2])
+    outputs, num_tokens, topk = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4], fields[FIRST_FIELD + 5]
+    num_slots, width, kind = fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7], fields[FIRST_FIELD + 8]
+    tokens, columns = fields[FIRST_FIELD + 9], fields[FIRST_FIELD + 10]
+    blocks = (width + columns - 1) // columns
+    while True:
+        task = fetch_add(fields, NEXT_TASK, 1)
+        first, column = task // blocks * tokens, task % blocks * columns
+        if first >= num_tokens:
+            return
+        last = min(width, column + columns)
+        for token in range(first, min(num_tokens, first + tokens)):
+            start, end = token * topk, (token + 1) * topk
+            if not _are_slots(slot, start, end, num_slots):
+                fields[ERROR] = 1
+                return
+            out = outputs + token * width * 4
+            for v in range(column, last):
+                f32(out)[v] = np.float32(0)
+            for k in range(start, end, _ROWS):
+                add_rows(table, slot, weight, k, min(k + _ROWS, end), out, column, last, width, kind)
+
+
+@kernel
+def _dot(fields):
+    table, slot, product = fields[FIRST_FIELD], i64(fields[FIRST_FIELD + 1]), f32(fields[FIRST_FIELD + 2])
+    outputs, num_tokens, topk = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4], fields[FIRST_FIELD + 5]
+    num_slots, width, kind = fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7], fields[FIRST_FIELD + 8]
+    while True:
+        first = fetch_add(fields, NEXT_TASK, 1) * fields[FIRST_FIELD + 9]
+        if first >= num_tokens:
+            return
+        for token in range(first, min(num_tokens, first + fields[FIRST_FIELD + 9])):
+            start, end = token * topk, (token + 1) * topk
+            if not _are_slots(slot, start, end, num_slots):
+                fields[ERROR] = 1
+                return
+            output = outputs + token * width * 4
+            for k in range(start, end, _ROWS):
+                _products(table, slot, product, k, min(k + _ROWS, end), output, width, kind)

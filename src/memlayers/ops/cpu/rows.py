@@ -1,0 +1,389 @@
+"""The row step on a CPU: from factored row gradients to updated rows, one pass over each row that was read.
+
+Entries (slot, weight, token) are sorted by slot (radix sort, stable); each thread takes a stretch of them, and for each
+row sums its gradient into a buffer that stays in cache and applies it at once. No summed gradients are stored; a row is
+summed by one thread in the order of its entries, so the result is the same each time.
+
+Letters: M entries, S slots, V width.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlayers.ops.cpu.intrinsics import f32, f64, fetch_add, i32, i64, kernel, part, prefetch, u16
+from memlayers.ops.cpu.launch import ERROR, FIRST_FIELD, NEXT_TASK, THREAD, launch, threads_for
+from memlayers.ops.cpu.read import FLOAT32, KINDS
+from memlayers.ops.cpu.vectors import (
+    LANES,
+    add,
+    add_scaled,
+    divide,
+    fill,
+    lane_sum,
+    load,
+    load_bfloat16,
+    multiply,
+    square_root,
+    store,
+    store_bfloat16,
+    subtract,
+)
+
+# The rules, by the number that stands for them in a field.
+ADAM, ADAGRAD, ROW_ADAGRAD, SGD = 0, 1, 2, 3
+
+_ENTRIES = 256  # entries of a task
+_DIGIT = 11  # bits of a slot that a pass of the sort looks at
+
+
+class SortedEntries:
+    """The entries of several parts that are reads (their weight is not 0), by slot."""
+
+    def __init__(self, parts: list[tuple[Tensor, Tensor, Tensor]], num_slots: int):
+        """parts: (slots [T, K] int64, weights [T, K] float32, gradients of the output [T, V] float32), contiguous."""
+        most = sum(slots_TK.numel() for slots_TK, _, _ in parts)
+        if num_slots > 2**32 or most > 2**32:
+            raise ValueError(f"at most 2**32 slots and entries are sorted, got {num_slots} and {most}")
+        passes = max(1, math.ceil((num_slots - 1).bit_length() / _DIGIT))
+        self.width = parts[0][2].shape[1]
+        self._parts = parts  # their memory is pointed to
+        described = [
+            number
+            for slots_TK, weights_TK, grad_TV in parts
+            for number in (slots_TK.data_ptr(), weights_TK.data_ptr(), grad_TV.data_ptr(), *slots_TK.shape)
+        ]
+        described_P5 = torch.tensor(described, dtype=torch.int64)
+        # Slot in the upper and number of the entry in the lower half; sorted from one array into the other.
+        self._sorted_2M = torch.empty(2, max(1, most), dtype=torch.int64)
+        self._weight_M = torch.empty(most)
+        self._gradient_M = torch.empty(most, dtype=torch.int64)  # addresses
+        counted = torch.zeros(1, dtype=torch.int64)
+        places = torch.empty(2**_DIGIT, dtype=torch.int64)
+        error = launch(
+            _sort,
+            1,
+            described_P5.data_ptr(),
+            len(parts),
+            self._sorted_2M[passes % 2].data_ptr(),
+            self._sorted_2M[(passes + 1) % 2].data_ptr(),
+            self._weight_M.data_ptr(),
+            self._gradient_M.data_ptr(),
+            counted.data_ptr(),
+            num_slots,
+            passes,
+            self.width,
+            places.data_ptr(),
+        )
+        if error:
+            low, high = (min(int(f(part[0])) for part in parts) for f in (torch.min, torch.max))
+            raise IndexError(f"slots must be in [0, {num_slots}), got {low} to {high}")
+        self.count = int(counted)
+
+    def fields(self) -> tuple[int, int, int, int, int]:
+        """What a kernel needs of them."""
+        pointers = self._sorted_2M.data_ptr(), self._weight_M.data_ptr(), self._gradient_M.data_ptr()
+        return *pointers, self.count, self.width
+
+
+def square_sum(entries: SortedEntries) -> Tensor:
+    """The sum of the squares of the summed rows, a float64 scalar."""
+    tasks = (entries.count + _ENTRIES - 1) // _ENTRIES
+    threads = threads_for(tasks)
+    buffer = torch.empty(threads, entries.width + LANES)
+    sums = torch.zeros(tasks, dtype=torch.float64)
+    launch(_square_sum, threads, *entries.fields(), buffer.data_ptr(), sums.data_ptr())
+    return sums.sum()
+
+
+def step_(
+    rule: int,
+    entries: SortedEntries,
+    table_SV: Tensor,
+    first_SV: Tensor | None,
+    second_SV: Tensor | None,
+    steps_S: Tensor | None,
+    *,
+    scale: float,
+    lr: float,
+    beta1: float = 0.0,
+    beta2: float = 0.0,
+    eps: float = 0.0,
+    seed: int = -1,
+) -> None:
+    """Update the rows of a float32 or bfloat16 table, in place; states are float32, contiguous.
+
+    seed: of stochastic rounding; negative: to the nearest.
+    """
+    tasks = (entries.count + _ENTRIES - 1) // _ENTRIES
+    threads = threads_for(tasks)
+    # The summed row, and the last few elements of a row and of its states, where they fill no vector.
+    buffer = torch.empty(threads, entries.width + 4 * LANES)
+    numbers = torch.tensor([scale, lr, beta1, beta2, eps], dtype=torch.float64)
+    states = (0 if state is None else state.data_ptr() for state in (first_SV, second_SV, steps_S))
+    launch(
+        _step,
+        threads,
+        *entries.fields(),
+        buffer.data_ptr(),
+        rule,
+        KINDS[table_SV.dtype],
+        table_SV.data_ptr(),
+        *states,
+        numbers.data_ptr(),
+        seed,
+    )
+
+
+@part
+def _slot_at(entry, j):
+    return np.int64(np.uint64(entry[j]) >> np.uint64(32))
+
+
+@part
+def _sum_row(entry, weight, gradient, start, end, total, width, scale):
+    """total = scale * the summed gradient of the row of entries start to end; zeros behind it, up to a whole vector."""
+    whole = width // LANES * LANES
+    for v in range(0, whole, LANES):
+        lanes = fill(np.float32(0))
+        for j in range(start, end):
+            number = entry[j] & 0xFFFFFFFF
+            lanes = add_scaled(lanes, weight[number], load(gradient[number] + v * 4))
+        store(total + v * 4, multiply(lanes, fill(scale)))
+    if whole < width:
+        store(total + whole * 4, fill(np.float32(0)))
+        out = f32(total)
+        for j in range(start, end):
+            number = entry[j] & 0xFFFFFFFF
+            for v in range(whole, width):
+                out[v] += weight[number] * f32(gradient[number])[v]
+        for v in range(whole, width):
+            out[v] *= scale
+
+
+@part
+def _load_row(row, kind):
+    return load(row) if kind == FLOAT32 else load_bfloat16(row)
+
+
+@part
+def _store_row(row, values, kind, noise):
+    if kind == FLOAT32:
+        store(row, values)
+    else:
+        store_bfloat16(row, values, noise)
+
+
+@part
+def _adam(row, first, second, grad, kind, noise, keep1, beta2, keep2, step, root, eps):
+    """m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, row -= step * m / (sqrt(v) * root + eps), of 16 elements."""
+    g, m = load(grad), load(first)
+    m = add_scaled(m, keep1, subtract(g, m))
+    v = add_scaled(multiply(load(second), fill(beta2)), keep2, multiply(g, g))
+    store(first, m)
+    store(second, v)
+    length = divide(m, add_scaled(fill(eps), root, square_root(v)))
+    _store_row(row, add_scaled(_load_row(row, kind), -step, length), kind, noise)
+
+
+@part
+def _adagrad(row, first, grad, kind, noise, lr, eps):
+    """s += g^2, row -= lr * g / (sqrt(s) + eps), of 16 elements."""
+    g = load(grad)
+    s = add(load(first), multiply(g, g))
+    store(first, s)
+    length = divide(g, add(square_root(s), fill(eps)))
+    _store_row(row, add_scaled(_load_row(row, kind), -lr, length), kind, noise)
+
+
+@part
+def _scaled(row, grad, kind, noise, factor):
+    """row -= factor * g, of 16 elements."""
+    _store_row(row, add_scaled(_load_row(row, kind), -factor, load(grad)), kind, noise)
+
+
+@part
+def _mean_square(total, width):
+    lanes = fill(np.float32(0))
+    for v in range(0, width, LANES):
+        values = load(total + v * 4)
+        lanes = add(lanes, multiply(values, values))
+    return lane_sum(lanes) / np.float32(width)
+
+
+@part
+def _copy(target, source, count, size):
+    if size == 4:
+        for i in range(count):
+            i32(target)[i] = i32(source)[i]
+    else:
+        for i in range(count):
+            u16(target)[i] = u16(source)[i]
+
+
+@part
+def _hash(value):
+    """Well mixed 32 bits of an integer (`memlayers.ops.rounding`)."""
+    # Numba computes with 32-bit integers in 64 bits, so each product is cut.
+    bits = np.uint32(value)
+    bits = np.uint32((bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B))
+    bits = np.uint32((bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+    return np.uint32(bits ^ (bits >> np.uint32(16)))
+
+
+@kernel
+def _sort(fields):
+    described, parts = i64(fields[FIRST_FIELD]), fields[FIRST_FIELD + 1]
+    source, target = fields[FIRST_FIELD + 2], fields[FIRST_FIELD + 3]
+    weight, gradient = f32(fields[FIRST_FIELD + 4]), i64(fields[FIRST_FIELD + 5])
+    num_slots, passes = fields[FIRST_FIELD + 7], fields[FIRST_FIELD + 8]
+    row_bytes = fields[FIRST_FIELD + 9] * 4
+    place = i64(fields[FIRST_FIELD + 10])
+    count = 0
+    entry = i64(source)
+    for p in range(parts):
+        slots, weights, grads = i64(described[p * 5]), f32(described[p * 5 + 1]), described[p * 5 + 2]
+        num_tokens, topk = described[p * 5 + 3], described[p * 5 + 4]
+        for t in range(num_tokens):
+            for k in range(t * topk, (t + 1) * topk):
+                if weights[k] != 0:
+                    if slots[k] < 0 or slots[k] >= num_slots:
+                        fields[ERROR] = 1
+                        return
+                    entry[count] = (slots[k] << 32) | count
+                    weight[count] = weights[k]
+                    gradient[count] = grads + t * row_bytes
+                    count += 1
+    for digit in range(passes):
+        shift = 32 + digit * _DIGIT
+        entry, other = i64(source), i64(target)
+        for d in range(2**_DIGIT):
+            place[d] = 0
+        for j in range(count):
+            place[(entry[j] >> shift) & (2**_DIGIT - 1)] += 1
+        before = 0
+        for d in range(2**_DIGIT):
+            before, place[d] = before + place[d], before
+        for j in range(count):
+            d = (entry[j] >> shift) & (2**_DIGIT - 1)
+            other[place[d]] = entry[j]
+            place[d] += 1
+        source, target = target, source
+    i64(fields[FIRST_FIELD + 6])[0] = count
+
+
+@kernel
+def _square_sum(fields):
+    entry, weight, gradient = i64(fields[FIRST_FIELD]), f32(fields[FIRST_FIELD + 1]), i64(fields[FIRST_FIELD + 2])
+    count, width = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4]
+    total = fields[FIRST_FIELD + 5] + fetch_add(fields, THREAD, 1) * (width + LANES) * 4
+    sums = f64(fields[FIRST_FIELD + 6])
+    while True:
+        task = fetch_add(fields, NEXT_TASK, 1)
+        start, stop = task * _ENTRIES, min(count, (task + 1) * _ENTRIES)
+        if start >= count:
+            return
+        while start < stop and start > 0 and _slot_at(entry, start) == _slot_at(entry, start - 1):
+            start += 1
+        square = 0.0
+        while start < stop:
+            slot = _slot_at(entry, start)
+            end = start + 1
+            while end < count and _slot_at(entry, end) == slot:
+                end += 1
+            _sum_row(entry, weight, gradient, start, end, total, width, np.float32(1))
+            square += np.float64(_mean_square(total, width)) * width
+            start = end
+        sums[task] = square
+
+
+@part
+def _apply(rule, row, first, second, grad, kind, noise, keep1, beta2, keep2, length, root, eps):
+    """The rule on 16 elements of a row, of its states and of its summed gradient."""
+    if rule == ADAM:
+        _adam(row, first, second, grad, kind, noise, keep1, beta2, keep2, length, root, eps)
+    elif rule == ADAGRAD:
+        _adagrad(row, first, grad, kind, noise, length, eps)
+    else:
+        _scaled(row, grad, kind, noise, length)
+
+
+@part
+def _ask_for(row):
+    """Prefetch the beginning of a row; the processor's own prefetcher follows."""
+    for line in range(4):
+        prefetch(row + line * 64)
+
+
+@kernel
+def _step(fields):
+    entry, weight, gradient = i64(fields[FIRST_FIELD]), f32(fields[FIRST_FIELD + 1]), i64(fields[FIRST_FIELD + 2])
+    count, width = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4]
+    total = fields[FIRST_FIELD + 5] + fetch_add(fields, THREAD, 1) * (width + 4 * LANES) * 4
+    rule, kind, table = fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7], fields[FIRST_FIELD + 8]
+    firsts, seconds, steps = fields[FIRST_FIELD + 9], fields[FIRST_FIELD + 10], fields[FIRST_FIELD + 11]
+    numbers, seed = f64(fields[FIRST_FIELD + 12]), fields[FIRST_FIELD + 13]
+    scale, lr, beta1, beta2, eps = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    keep1_32, keep2_32 = np.float32(1 - beta1), np.float32(1 - beta2)
+    beta2_32, eps_32 = np.float32(beta2), np.float32(eps)
+    size = 4 if kind == FLOAT32 else 2
+    whole = width // LANES * LANES
+    tail = width - whole
+    edge = total + (width + LANES) * 4
+    length, root, random = np.float32(lr), np.float32(1), np.int64(0)
+    while True:
+        task = fetch_add(fields, NEXT_TASK, 1)
+        start, stop = task * _ENTRIES, min(count, (task + 1) * _ENTRIES)
+        if start >= count:
+            return
+        while start < stop and start > 0 and _slot_at(entry, start) == _slot_at(entry, start - 1):
+            start += 1
+        while start < stop:
+            slot = _slot_at(entry, start)
+            row, first, second = table + slot * width * size, firsts + slot * width * 4, seconds + slot * width * 4
+            _ask_for(row)
+            if rule <= ADAGRAD:
+                _ask_for(first)
+            if rule == ADAM:
+                _ask_for(second)
+            end = start + 1
+            while end < count and _slot_at(entry, end) == slot:
+                end += 1
+            _sum_row(entry, weight, gradient, start, end, total, width, np.float32(scale))
+            start = end
+            if rule == ADAM:
+                i32(steps)[slot] += np.int32(1)
+                times = np.float64(i32(steps)[slot])
+                length = np.float32(lr / (1 - beta1**times))
+                root = np.float32(1 / math.sqrt(1 - beta2**times))
+            elif rule == ROW_ADAGRAD:
+                f32(firsts)[slot] += _mean_square(total, width)
+                length = np.float32(lr / (math.sqrt(np.float64(f32(firsts)[slot])) + eps))
+            if seed >= 0:
+                random = np.int64(_hash(np.uint32(slot) + _hash(np.uint32(seed))))
+            for v in range(0, whole, LANES):
+                noise = random + v if seed >= 0 else np.int64(-1)
+                _apply(
+                    rule, row + v * size, first + v * 4, second + v * 4, total + v * 4,
+                    kind, noise, keep1_32, beta2_32, keep2_32, length, root, eps_32,
+                )  # fmt: skip
+            if tail > 0:
+                # What is left fills no vector, so it is worked on elsewhere.
+                edge1, edge2 = edge + LANES * 4, edge + 2 * LANES * 4
+                _copy(edge, row + whole * size, tail, size)
+                if rule <= ADAGRAD:
+                    _copy(edge1, first + whole * 4, tail, 4)
+                if rule == ADAM:
+                    _copy(edge2, second + whole * 4, tail, 4)
+                noise = random + whole if seed >= 0 else np.int64(-1)
+                _apply(
+                    rule, edge, edge1, edge2, total + whole * 4,
+                    kind, noise, keep1_32, beta2_32, keep2_32, length, root, eps_32,
+                )  # fmt: skip
+                _copy(row + whole * size, edge, tail, size)
+                if rule <= ADAGRAD:
+                    _copy(first + whole * 4, edge1, tail, 4)
+                if rule == ADAM:
+                    _copy(second + whole * 4, edge2, tail, 4)

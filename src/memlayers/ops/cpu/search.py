@@ -1,0 +1,183 @@
+"""search on a CPU: key products and selection a block of tokens at a time; gradients from the slots that were found.
+
+Of a token's N half scores only those of its K slots have a gradient, some twelve distinct sub-keys a half at K = 32. So
+backward costs a fraction of two dense products with N columns, and not more when there are more keys.
+
+Letters: T tokens, H heads, Q query width of a head, C = Q / 2, N sub-keys a codebook, K neighbours, X = 2 * H halves of
+heads (head first), t tokens of a block.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlayers.ops.cpu.intrinsics import f32, fetch_add, i32, i64, kernel, part
+from memlayers.ops.cpu.launch import ERROR, FIRST_FIELD, NEXT_TASK, THREAD, launch, threads_for
+from memlayers.ops.cpu.select import select_into
+from memlayers.ops.cpu.vectors import LANES, add_scaled, fill, load, store
+
+_BLOCK = 2**21  # half scores held at once: 8 MB, which stay in cache between product and selection
+_TOKENS = 64  # tokens of a task
+_COLUMNS = 64  # columns of the keys' gradient that a task sums
+
+
+def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """float32 -> (scores [T, H, K], slots [T, H, K] int64)."""
+    num_tokens, heads, _ = query_THQ.shape
+    _, _, num_subkeys, half = weight_2HNC.shape
+    scores_THK = query_THQ.new_empty(num_tokens, heads, topk)
+    slots_THK = torch.empty(num_tokens, heads, topk, dtype=torch.int64)
+    block = max(1, min(num_tokens, _BLOCK // (2 * heads * num_subkeys)))
+    products_2HtN = query_THQ.new_empty(2, heads, block, num_subkeys)
+    for start in range(0, num_tokens, block):
+        tokens = slice(start, min(start + block, num_tokens))
+        query_tH2C = query_THQ[tokens].unflatten(-1, (2, half))
+        halves_2HtN = products_2HtN[:, :, : len(query_tH2C)]
+        for query_tHC, keys_HNC, out_HtN in zip(query_tH2C.unbind(2), weight_2HNC, halves_2HtN, strict=True):
+            torch.bmm(query_tHC.transpose(0, 1), keys_HNC.transpose(1, 2), out=out_HtN)
+        first_HtN, second_HtN = halves_2HtN
+        select_into(first_HtN.transpose(0, 1), second_HtN.transpose(0, 1), scores_THK[tokens], slots_THK[tokens])
+    return scores_THK, slots_THK
+
+
+def search_backward(
+    grad_THK: Tensor, slots_THK: Tensor, query_THQ: Tensor, weight_2HNC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and keys, both float32. All arguments contiguous float32, slots int64."""
+    num_tokens, heads, topk = slots_THK.shape
+    _, _, num_subkeys, half = weight_2HNC.shape
+    grad_query_THQ, grad_keys_2HNC = torch.empty_like(query_THQ), torch.empty_like(weight_2HNC)
+    # Per half of a head and token: how many distinct sub-keys were found, which, and their gradients.
+    count_XT = torch.empty(2 * heads, num_tokens, dtype=torch.int32)
+    index_XTK = torch.empty(2 * heads, num_tokens, topk, dtype=torch.int32)
+    value_XTK = torch.empty(2 * heads, num_tokens, topk)
+    shared = (
+        query_THQ.data_ptr(),
+        weight_2HNC.data_ptr(),
+        count_XT.data_ptr(),
+        index_XTK.data_ptr(),
+        value_XTK.data_ptr(),
+        num_tokens,
+        heads,
+        num_subkeys,
+        half,
+        topk,
+    )
+    threads = threads_for(2 * heads * ((num_tokens + _TOKENS - 1) // _TOKENS))
+    place = torch.full((threads, num_subkeys), -1, dtype=torch.int32)
+    pointers = grad_THK.data_ptr(), slots_THK.data_ptr(), grad_query_THQ.data_ptr(), place.data_ptr()
+    if launch(_query_gradient, threads, *shared, *pointers):
+        low, high = int(slots_THK.min()), int(slots_THK.max())
+        raise IndexError(f"slots must be in [0, {num_subkeys**2}), got {low} to {high}")
+    launch(
+        _keys_gradient,
+        threads_for(2 * heads * ((half + _COLUMNS - 1) // _COLUMNS)),
+        *shared,
+        grad_keys_2HNC.data_ptr(),
+    )
+    return grad_query_THQ, grad_keys_2HNC
+
+
+@part
+def _distinct(grad, slots, topk, is_second, num_subkeys, place, index, value):
+    """Sum the gradients of K slots by sub-key; returns how many there are, or -1 for a slot out of range."""
+    count = 0
+    for k in range(topk):
+        slot = slots[k]
+        if slot < 0 or slot >= num_subkeys * num_subkeys:
+            return -1
+        row = np.uint32(slot) // np.uint32(num_subkeys)
+        subkey = np.int64(np.uint32(slot) - row * np.uint32(num_subkeys)) if is_second else np.int64(row)
+        if place[subkey] < 0:
+            place[subkey] = count
+            index[count] = subkey
+            value[count] = grad[k]
+            count += 1
+        else:
+            value[place[subkey]] += grad[k]
+    for k in range(count):
+        place[index[k]] = -1
+    return count
+
+
+@kernel
+def _query_gradient(fields):
+    keys, count, indices, values = (
+        fields[FIRST_FIELD + 1],
+        i32(fields[FIRST_FIELD + 2]),
+        fields[FIRST_FIELD + 3],
+        fields[FIRST_FIELD + 4],
+    )
+    num_tokens, heads, num_subkeys = fields[FIRST_FIELD + 5], fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7]
+    half, topk = fields[FIRST_FIELD + 8], fields[FIRST_FIELD + 9]
+    grads, slots, grad_query = fields[FIRST_FIELD + 10], fields[FIRST_FIELD + 11], fields[FIRST_FIELD + 12]
+    place = i32(fields[FIRST_FIELD + 13] + fetch_add(fields, THREAD, 1) * num_subkeys * 4)
+    blocks = (num_tokens + _TOKENS - 1) // _TOKENS
+    whole = half // LANES * LANES
+    while True:
+        task = fetch_add(fields, NEXT_TASK, 1)
+        x, first = task // max(blocks, 1), task % max(blocks, 1) * _TOKENS
+        if x >= 2 * heads or blocks == 0:
+            return
+        head, side = x // 2, x % 2
+        codebook = keys + (side * heads + head) * num_subkeys * half * 4
+        for token in range(first, min(num_tokens, first + _TOKENS)):
+            at = x * num_tokens + token
+            index, value = i32(indices + at * topk * 4), f32(values + at * topk * 4)
+            found = (token * heads + head) * topk
+            distinct = _distinct(
+                f32(grads + found * 4), i64(slots + found * 8), topk, side == 1, num_subkeys, place, index, value
+            )
+            if distinct < 0:
+                fields[ERROR] = 1
+                return
+            count[at] = distinct
+            out = grad_query + ((token * heads + head) * 2 + side) * half * 4
+            for v in range(0, whole, LANES):
+                lanes = fill(np.float32(0))
+                for k in range(distinct):
+                    lanes = add_scaled(lanes, value[k], load(codebook + (np.int64(index[k]) * half + v) * 4))
+                store(out + v * 4, lanes)
+            for v in range(whole, half):
+                total = np.float32(0)
+                for k in range(distinct):
+                    total += value[k] * f32(codebook)[np.int64(index[k]) * half + v]
+                f32(out)[v] = total
+
+
+@kernel
+def _keys_gradient(fields):
+    query, count, indices, values = (
+        fields[FIRST_FIELD],
+        i32(fields[FIRST_FIELD + 2]),
+        fields[FIRST_FIELD + 3],
+        fields[FIRST_FIELD + 4],
+    )
+    num_tokens, heads, num_subkeys = fields[FIRST_FIELD + 5], fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7]
+    half, topk, grad_keys = fields[FIRST_FIELD + 8], fields[FIRST_FIELD + 9], fields[FIRST_FIELD + 10]
+    blocks = (half + _COLUMNS - 1) // _COLUMNS
+    while True:
+        task = fetch_add(fields, NEXT_TASK, 1)
+        x, first = task // blocks, task % blocks * _COLUMNS
+        if x >= 2 * heads:
+            return
+        head, side = x // 2, x % 2
+        last = min(half, first + _COLUMNS)
+        whole = first + (last - first) // LANES * LANES
+        codebook = grad_keys + (side * heads + head) * num_subkeys * half * 4
+        for subkey in range(num_subkeys):
+            for v in range(first, last):
+                f32(codebook)[subkey * half + v] = np.float32(0)
+        for token in range(num_tokens):
+            at = x * num_tokens + token
+            index, value = i32(indices + at * topk * 4), f32(values + at * topk * 4)
+            distinct = np.int64(count[at])
+            source = query + ((token * heads + head) * 2 + side) * half * 4
+            for v in range(first, whole, LANES):
+                lanes = load(source + v * 4)
+                for k in range(distinct):
+                    target = codebook + (np.int64(index[k]) * half + v) * 4
+                    store(target, add_scaled(load(target), value[k], lanes))
+            for v in range(whole, last):
+                for k in range(distinct):
+                    f32(codebook)[np.int64(index[k]) * half + v] += value[k] * f32(source)[v]

@@ -1,0 +1,273 @@
+"""select on a CPU: the K best pair sums of each row, as `memlayers.ops.select` promises them.
+
+A half's K best, sorted, are found in five steps: integer codes in the order of the scores, and the maxima of groups of
+them; a bound between the K-th greatest maximum and the next, by bisection; what is at or above it, in order; how many
+of these are greater than each, which is its rank; the ranks below K. Pairs likewise: a lower bound of the K-th best
+sum, the pairs of the staircase that reach it (a prefix of each of its rows), their ranks.
+
+Codes are compared, never scores, so NaN has a place in the order (the greatest) and nothing is left undefined.
+
+Letters: A leading rows, B trailing rows, N sub-keys a codebook, K neighbours, G groups.
+"""
+
+import functools
+import math
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from memlayers.ops.cpu.intrinsics import (
+    bits_float,
+    count_greater_64,
+    f32,
+    fetch_add,
+    float_bits,
+    i32,
+    i64,
+    kernel,
+    lowest_bit,
+    mask_at_least_64,
+    order_64,
+    part,
+)
+from memlayers.ops.cpu.launch import FIRST_FIELD, NEXT_TASK, THREAD, launch, threads_for
+
+_ROWS = 16  # rows of a task
+_LOWEST = np.int32(-(2**31))  # below the code of every score
+_RANKED = 256  # as many candidates are ranked by counting; more are sorted
+
+
+def select(first_ABN: Tensor, second_ABN: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """float32 [A, B, N] with adjacent scores -> (scores [A, B, K], slots [A, B, K] int64)."""
+    shape = (*first_ABN.shape[:2], topk)
+    scores_ABK, slots_ABK = first_ABN.new_empty(shape), torch.empty(shape, dtype=torch.int64)
+    select_into(first_ABN, second_ABN, scores_ABK, slots_ABK)
+    return scores_ABK, slots_ABK
+
+
+def select_into(first_ABN: Tensor, second_ABN: Tensor, scores_ABK: Tensor, slots_ABK: Tensor) -> None:
+    """The same into contiguous tensors."""
+    rows_a, rows_b, num_subkeys = first_ABN.shape
+    topk = scores_ABK.shape[-1]
+    rows = rows_a * rows_b
+    threads = threads_for((rows + _ROWS - 1) // _ROWS)
+    width = scratch_width(num_subkeys, topk)
+    scratch = torch.empty(threads, 10, width, dtype=torch.int32)
+    launch(
+        _select,
+        threads,
+        first_ABN.data_ptr(),
+        first_ABN.stride(0),
+        first_ABN.stride(1),
+        second_ABN.data_ptr(),
+        second_ABN.stride(0),
+        second_ABN.stride(1),
+        scores_ABK.data_ptr(),
+        slots_ABK.data_ptr(),
+        rows,
+        rows_b,
+        num_subkeys,
+        topk,
+        scratch.data_ptr(),
+        width,
+    )
+
+
+@functools.cache
+def scratch_width(num_subkeys: int, topk: int) -> int:
+    """int32 of a row of scratch: as many as there are sub-keys or pairs, and 64 more."""
+    return max((num_subkeys + 63) // 64 * 64, sum(topk // (i + 1) for i in range(topk))) + 64
+
+
+@part
+def best_of_half(half, num_subkeys, topk, codes, step, best):
+    """The K best codes of the N scores at `half`, best first, at `best`, and where they stand, behind them.
+
+    codes: scratch of ten rows of `step` bytes, as `select` lays it out.
+    """
+    candidates, ids, ranks = codes + step, codes + 2 * step, codes + 3 * step
+    groups = _code(half, num_subkeys, topk, codes, ranks)
+    bound = _LOWEST
+    if groups > 0:
+        bound = _kth_maximum(ranks, groups, topk)
+    # The candidates, by index.
+    code, candidate, identity = i32(codes), i32(candidates), i32(ids)
+    count = 0
+    for block in range(0, num_subkeys, 64):
+        mask = mask_at_least_64(codes + block * 4, bound)
+        while mask != 0:
+            where = block + lowest_bit(mask)
+            candidate[count] = code[where]
+            identity[count] = where
+            count += 1
+            mask &= mask - 1
+    count = min(count, num_subkeys)  # not what fills the last 64
+    _keep_best(candidates, ids, count, topk, ranks, codes + 8 * step, best, best + step)
+
+
+@part
+def _code(half, num_subkeys, topk, codes, maxima):
+    """Codes of the scores, and the maxima of G groups of them; returns G, or 0 for too few scores to be worth it."""
+    score, code, maximum = f32(half), i32(codes), i32(maxima)
+    groups = (2 * topk + 63) // 64 * 64
+    whole = num_subkeys // groups * groups
+    if whole < 2 * groups:
+        for j in range(num_subkeys):
+            code[j] = _ordered(score[j])
+        for j in range(num_subkeys, (num_subkeys + 63) // 64 * 64):
+            code[j] = _LOWEST
+        return 0
+    for j in range(groups):
+        maximum[j] = _LOWEST
+    for start in range(0, whole, groups):
+        for group in range(0, groups, 64):
+            order_64(half + (start + group) * 4, codes + (start + group) * 4, maxima + group * 4)
+    for j in range(whole, num_subkeys):
+        code[j] = _ordered(score[j])
+        maximum[j - whole] = max(maximum[j - whole], code[j])
+    for j in range(num_subkeys, (num_subkeys + 63) // 64 * 64):
+        code[j] = _LOWEST
+    return groups
+
+
+@part
+def _ordered(score):
+    """An int32 in the order of the scores; both zeros are 0, and no score is `_LOWEST`."""
+    bits = float_bits(score)
+    bits = np.int32(0) if bits == _LOWEST else bits
+    return max(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)), np.int32(-(2**31) + 1))
+
+
+@part
+def _score(code):
+    return bits_float(code ^ ((code >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@part
+def _kth_maximum(maxima, groups, topk):
+    """A bound that at least K of the maxima reach, and hardly more."""
+    maximum = i32(maxima)
+    low, high = np.int64(2**31), -np.int64(2**31)
+    for j in range(groups):
+        low, high = min(low, np.int64(maximum[j])), max(high, np.int64(maximum[j]))
+    high += 1
+    for _ in range(12):
+        middle = low + (high - low) // 2
+        bound = np.int32(middle)
+        count = np.int32(0)
+        for j in range(groups):
+            count += np.int32(maximum[j] >= bound)
+        if count >= topk:
+            low = middle
+            if count <= topk + 1:
+                break
+        else:
+            high = middle
+    return np.int32(low)
+
+
+@part
+def _keep_best(candidates, ids, count, topk, ranks, packed, best, index):
+    """The K best of the candidates, in order; of equal ones the lower id is better."""
+    candidate, identity, rank = i32(candidates), i32(ids), i32(ranks)
+    chosen, where = i32(best), i32(index)
+    if count > _RANKED:
+        keys = carray(i64(packed), count)
+        for j in range(count):
+            # Ascending order of the packed integers is descending order of codes, then ascending of ids.
+            keys[j] = (~np.int64(candidate[j]) << 32) | np.int64(np.uint32(identity[j]))
+        keys.sort()
+        for j in range(topk):
+            chosen[j] = np.int32(~(keys[j] >> 32))
+            where[j] = np.int32(keys[j] & 0xFFFFFFFF)
+        return
+    for j in range(count, count + 64):
+        candidate[j] = _LOWEST
+    total = 0
+    for block in range(0, count, 64):
+        count_greater_64(candidates, count, candidates + block * 4, ranks + block * 4)
+    for j in range(count):
+        total += rank[j]
+    if total != count * (count - 1) // 2:  # some are equal
+        for j in range(count):
+            for other in range(count):
+                is_equal = candidate[other] == candidate[j]
+                rank[j] += np.int32(is_equal & (np.uint32(identity[other]) < np.uint32(identity[j])))
+    for j in range(count):
+        if rank[j] < topk:
+            chosen[rank[j]] = candidate[j]
+            where[rank[j]] = identity[j]
+
+
+@part
+def best_pairs(best1, best2, num_subkeys, topk, codes, step, scores, slots):
+    """The K best sums of the staircase of two sorted halves: scores and slots."""
+    candidates, ids, ranks = codes + step, codes + 2 * step, codes + 3 * step
+    code1, code2, subkey1, subkey2 = i32(best1), i32(best2), i32(best1 + step), i32(best2 + step)
+    candidate, identity = i32(candidates), i32(ids)
+    # The pairs of the i best and the j best are i * j pairs that score at least as much as pair (i, j).
+    bound = _LOWEST
+    for i in range(topk):
+        j = (topk + i) // (i + 1)
+        bound = max(bound, _ordered(_score(code1[i]) + _score(code2[j - 1])))
+    count = 0
+    for i in range(topk):
+        score1, slot = _score(code1[i]), np.int64(subkey1[i]) * num_subkeys
+        for j in range(topk // (i + 1)):
+            code = _ordered(score1 + _score(code2[j]))
+            if code < bound:
+                break
+            candidate[count] = code
+            identity[count] = np.int32(np.uint32(slot + subkey2[j]))
+            count += 1
+    if count < topk:  # infinities of both signs among the scores: their sums are in no order
+        count = 0
+        for i in range(topk):
+            score1, slot = _score(code1[i]), np.int64(subkey1[i]) * num_subkeys
+            for j in range(topk // (i + 1)):
+                candidate[count] = _ordered(score1 + _score(code2[j]))
+                identity[count] = np.int32(np.uint32(slot + subkey2[j]))
+                count += 1
+    # The halves are done with: their place takes the result.
+    _keep_best(candidates, ids, count, topk, ranks, codes + 8 * step, best1, best1 + step)
+    score, slot_of = f32(scores), i64(slots)
+    for j in range(topk):
+        score[j] = _score(code1[j])
+        slot_of[j] = np.int64(np.uint32(subkey1[j]))
+
+
+@part
+def softmax(score, topk):
+    """In place; the first score is the greatest."""
+    greatest, total = score[0], np.float32(0)
+    for j in range(topk):
+        score[j] = math.exp(score[j] - greatest)
+        total += score[j]
+    for j in range(topk):
+        score[j] /= total
+
+
+@kernel
+def _select(fields):
+    first, first_a, first_b = fields[FIRST_FIELD], fields[FIRST_FIELD + 1], fields[FIRST_FIELD + 2]
+    second, second_a, second_b = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4], fields[FIRST_FIELD + 5]
+    scores, slots = fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7]
+    rows, rows_b, num_subkeys = fields[FIRST_FIELD + 8], fields[FIRST_FIELD + 9], fields[FIRST_FIELD + 10]
+    topk = fields[FIRST_FIELD + 11]
+
+    # Rows of scratch: codes; codes, ids and ranks of candidates; both halves' best codes and indices; sorting (two).
+    step = fields[FIRST_FIELD + 13] * 4
+    codes = fields[FIRST_FIELD + 12] + fetch_add(fields, THREAD, 1) * step * 10
+    best1, best2 = codes + 4 * step, codes + 6 * step
+    while True:
+        start = fetch_add(fields, NEXT_TASK, 1) * _ROWS
+        if start >= rows:
+            return
+        for row in range(start, min(rows, start + _ROWS)):
+            a, b = row // rows_b, row % rows_b
+            best_of_half(first + (a * first_a + b * first_b) * 4, num_subkeys, topk, codes, step, best1)
+            best_of_half(second + (a * second_a + b * second_b) * 4, num_subkeys, topk, codes, step, best2)
+            out = row * topk
+            best_pairs(best1, best2, num_subkeys, topk, codes, step, scores + out * 4, slots + out * 8)

@@ -1,0 +1,55 @@
+"""decode: a whole memory layer for the few tokens that generation has at a time, as one operation.
+
+What costs then is reading weights that are not in cache, and everything that is not that: an operation of PyTorch costs
+as much as reading a tenth of the query projection. For inference only: it has no backward.
+
+Letters: T tokens, D model width, H heads, Q query width of a head, F = H * Q features, N sub-keys a codebook,
+C = Q / 2, K neighbours, S slots, V value width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memlayers.ops import cpu
+from memlayers.ops.read import read
+from memlayers.ops.search import search
+
+FEW_TOKENS = 4  # up to which reading the weights is what costs
+
+
+# Not a `torch.library.custom_op`, whose wrappers cost more than the arithmetic of one token.
+_library = torch.library.Library("memlayers", "FRAGMENT")
+_library.define(
+    "decode(Tensor x, Tensor projection, Tensor? bias, Tensor mean, Tensor var, Tensor gain, Tensor shift, float eps, "
+    "Tensor keys, int topk, Tensor table) -> Tensor"
+)
+# y [T, V] of a layer with a linear query network and BatchNorm by its running statistics.
+decode = torch.ops.memlayers.decode.default
+
+
+def decode_reference(
+    x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps, keys_2HNC, topk, table_SV
+) -> Tensor:
+    """The layer's own operations."""
+    query_TF = F.linear(x_TD, projection_FD, bias_F)
+    mean_F, var_F, gain_F, shift_F = (stat_HQ.flatten() for stat_HQ in (mean_HQ, var_HQ, gain_HQ, shift_HQ))
+    query_TF = F.batch_norm(query_TF, mean_F, var_F, gain_F, shift_F, eps=eps)
+    scores_THK, slots_THK = search(query_TF.view(-1, *mean_HQ.shape), keys_2HNC, topk)
+    return read(table_SV, slots_THK.flatten(1), scores_THK.softmax(-1).flatten(1))
+
+
+def _decode_on_cpu(x_TD, *arguments) -> Tensor:
+    kernels = cpu.kernels("decode")
+    if kernels is None:
+        return decode_reference(x_TD, *arguments)
+    return kernels.decode(x_TD.contiguous(), *arguments)
+
+
+def _fake(x_TD, *arguments) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0], arguments[-1].shape[1], dtype=torch.float32)
+
+
+_library.impl("decode", decode_reference, "CompositeExplicitAutograd")
+_library.impl("decode", _decode_on_cpu, "CPU")
+torch.library.register_fake("memlayers::decode", _fake, lib=_library)

@@ -1,0 +1,315 @@
+from functools import partial
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from memlayers.ops import cpu, row_step
+from memlayers.ops.rounding import round_to_bfloat16
+from memlayers.ops.row_step import row_adagrad_, row_adam_, row_sgd_
+from memlayers.ops.row_sum import Part, SummedRows, row_norm
+
+# Slots, [(tokens, rows a token) of each part], width.
+CASES = [
+    (13, [(4, 3)], 1),
+    (5, [(9, 4)], 7),
+    (50, [(9, 3), (2, 1)], 16),
+    (1, [(3, 1)], 67),
+    (997, [(40, 5), (0, 3), (7, 2)], 131),
+    (3, [(700, 2)], 5),  # more entries of a row than a task has
+    (2048, [(900, 3)], 33),
+    (5_000_000, [(30, 4)], 3),
+]
+RULES = ["adam", "adagrad", "row adagrad", "sgd"]
+ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6}
+ADAGRAD = {"lr": 0.1, "eps": 1e-6}
+
+needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty():
+    """`torch.empty` gives NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(cpu, "kernels", lambda operation: None)
+
+
+@pytest.fixture(params=[pytest.param("kernel", marks=needs_kernels), "reference"])
+def path(request):
+    if request.param == "reference":
+        request.getfixturevalue("no_kernels")
+    return request.param
+
+
+def operation(rule, slots, width, dtype=torch.float32):
+    """(operation with its settings, [table, *states])."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    table = torch.randn(slots, width).to(dtype)
+    if rule == "adam":
+        moments = torch.randn(slots, width, dtype=wide), torch.rand(slots, width, dtype=wide) + 0.5
+        return partial(row_adam_, **ADAM), [table, *moments, torch.randint(5, (slots,), dtype=torch.int32)]
+    if rule == "sgd":
+        return partial(row_sgd_, lr=0.1), [table]
+    shape = (slots, width) if rule == "adagrad" else (slots,)
+    return partial(row_adagrad_, **ADAGRAD), [table, torch.rand(shape, dtype=wide) + 0.5]
+
+
+def factors(num_slots, sizes, width, dtype=torch.float32):
+    """Three lists; a fifth of the weights are zero."""
+    parts = []
+    for tokens, topk in sizes:
+        weights = torch.randn(tokens, topk, dtype=dtype) * (torch.rand(tokens, topk) > 0.2)
+        parts.append((torch.randint(num_slots, (tokens, topk)), weights, torch.randn(tokens, width, dtype=dtype)))
+    return [list(column) for column in zip(*parts, strict=True)]
+
+
+def read_slots(slots, weights, grads):
+    return torch.cat([s[w != 0] for s, w in zip(slots, weights, strict=True)]).unique()
+
+
+def copies(tensors, dtype=None):
+    return [t.to(dtype, copy=True) if dtype is not None and t.is_floating_point() else t.clone() for t in tensors]
+
+
+def summed(slots, weights, grads, num_slots):
+    total = torch.zeros(num_slots, grads[0].shape[1], dtype=torch.float64)
+    for s, w, g in zip(slots, weights, grads, strict=True):
+        total.index_add_(0, s.flatten(), (w[..., None].double() * g[:, None].double()).flatten(0, 1))
+    return total
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_kernel_does_what_the_reference_does_in_float64(rule, case, monkeypatch):
+    num_slots, _, width = case
+    step, tensors = operation(rule, num_slots, width)
+    gradient, scale = factors(*case), torch.tensor(0.3)
+    result, expected = copies(tensors), copies(tensors, torch.float64)
+    step(*result, *gradient, scale=scale)
+    monkeypatch.setattr(cpu, "kernels", lambda operation: None)
+    step(*expected, *gradient, scale=scale.double())
+    for one, other, before in zip(result, expected, tensors, strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype), rtol=3e-6, atol=3e-6)
+        assert not torch.equal(one, before)
+
+
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_off_the_cpu_the_reference_masks_rows_and_gives_the_same(rule, case, no_kernels, monkeypatch):
+    step, tensors = operation(rule, case[0], case[2])
+    gradient = factors(*case)
+    results = []
+    for static in (False, True):
+        if static:
+            monkeypatch.setattr(SummedRows, "compact", lambda rows: rows)
+        results.append(copies(tensors))
+        step(*results[-1], *gradient)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_that_were_not_read_stay_bit_identical_state_included(rule, path):
+    step, tensors = operation(rule, 50, 7)
+    gradient = factors(50, [(5, 3), (2, 4)], 7)
+    read = read_slots(*gradient)
+    unread = torch.ones(50, dtype=torch.bool).index_fill(0, read, False)
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            tensor[unread] = torch.nan
+    result = copies(tensors)
+    step(*result, *gradient)
+    for one, before in zip(result, tensors, strict=True):
+        torch.testing.assert_close(one[unread], before[unread], rtol=0, atol=0, equal_nan=True)
+        assert one[read].isfinite().all()
+        assert (one[read] != before[read]).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", ["no parts", "no tokens", "weights of zero"])
+def test_without_a_read_nothing_changes(rule, kind, path):
+    step, tensors = operation(rule, 50, 7)
+    sizes = {"no tokens": [(0, 3)], "weights of zero": [(4, 3)]}
+    slots, weights, grads = ([], [], []) if kind == "no parts" else factors(50, sizes[kind], 7)
+    result = copies(tensors)
+    step(*result, slots, [weight * 0 for weight in weights], grads)
+    assert all(torch.equal(one, before) for one, before in zip(result, tensors, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [1, 7, 16, 67, 131])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", [-1, 0, 7, 2**40 + 3])
+def test_bfloat16_rows_are_float32_ones_rounded_once(rule, width, seed):
+    step, tensors = operation(rule, 60, width, torch.bfloat16)
+    gradient = factors(60, [(9, 3), (4, 2)], width)
+    narrow, wide = copies(tensors), copies(tensors, torch.float32)
+    step(*narrow, *gradient, seed=seed)
+    step(*wide, *gradient)
+    read = read_slots(*gradient)
+    new = wide[0][read]
+    assert torch.equal(narrow[0][read], new.bfloat16() if seed < 0 else round_to_bfloat16(new, read, seed))
+    for one, other in zip(narrow[1:], wide[1:], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_reference_rounds_as_the_kernel_does(static, no_kernels, monkeypatch):
+    monkeypatch.setattr("memlayers.ops.row_sum._CHUNK_ELEMENTS", 35)  # a piece's slots count, not their order in it
+    if static:
+        monkeypatch.setattr(SummedRows, "compact", lambda rows: rows)
+    for sizes in ([(9, 3), (4, 2)], [(9, 30)]):
+        step, tensors = operation("adam", 60, 7, torch.bfloat16)
+        gradient = factors(60, sizes, 7)
+        narrow, wide = copies(tensors), copies(tensors, torch.float32)
+        step(*narrow, *gradient, seed=3)
+        step(*wide, *gradient)
+        read = read_slots(*gradient)
+        assert torch.equal(narrow[0][read], round_to_bfloat16(wide[0][read], read, 3))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [CASES[5], CASES[6]], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_number_of_threads_changes_no_bit(rule, case, dtype):
+    step, tensors = operation(rule, case[0], case[2], dtype)
+    gradient = factors(*case)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(copies(tensors))
+            scale = 1 / row_norm(*gradient, case[0])
+            step(*results[-1], *gradient, scale=scale, seed=5 if dtype == torch.bfloat16 else -1)
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+
+def test_small_numbers_of_adam_are_exact_in_float32(path):
+    """1 - 0.999 and 1 - 0.999^t, where a plain difference in float32 is wrong in the fifth digit."""
+    table, average, square = torch.zeros(3, 2, 5)
+    steps = torch.zeros(2, dtype=torch.int32)
+    part = [torch.tensor([[1]])], [torch.ones(1, 1)], [torch.full((1, 5), 3.0)]
+    row_adam_(table, average, square, steps, *part, lr=1.0, beta1=0.9, beta2=0.999, eps=0.0)
+    torch.testing.assert_close(square[1], torch.full((5,), 0.009), rtol=3e-7, atol=0)
+    torch.testing.assert_close(table[1], torch.full((5,), -1.0), rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.0), (0.0, 0.99), (0.9, 0.0)], ids=str)
+def test_betas_may_be_0(betas, path):
+    table, average, square = torch.zeros(3, 2, 3)
+    part = [torch.tensor([[0]])], [torch.ones(1, 1)], [torch.tensor([[2.0, -1.0, 0.5]])]
+    steps = torch.zeros(2, dtype=torch.int32)
+    row_adam_(table, average, square, steps, *part, lr=0.1, beta1=betas[0], beta2=betas[1], eps=1e-8)
+    torch.testing.assert_close(table, torch.tensor([[-0.1, 0.1, -0.1], [0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", ["float64", "float16", "columns first", "strided gradient", "16-bit gradient"])
+def test_whatever_the_dtype_or_layout(rule, kind, path):
+    dtype = {"float64": torch.float64, "float16": torch.float16}.get(kind, torch.float32)
+    step, tensors = operation(rule, 30, 6, dtype)
+    slots, weights, grads = gradient = factors(30, [(5, 3)], 6)
+    if kind == "16-bit gradient":
+        weights[0], grads[0] = weights[0].bfloat16(), grads[0].bfloat16()
+    expected = copies(tensors, torch.float64)
+    if kind == "columns first":
+        result = [tensor.t().contiguous().t() if tensor.ndim == 2 else tensor.clone() for tensor in tensors]
+        assert not result[0].is_contiguous()
+    else:
+        result = copies(tensors)
+    if kind == "strided gradient":
+        gradient = [[one.t().contiguous().t() for one in column] for column in gradient]
+        gradient[0][0] = gradient[0][0].int()
+    step(*expected, slots, [weights[0].double()], [grads[0].double()])
+    step(*result, *gradient)
+    for one, other in zip(result, expected, strict=True):
+        tolerance = 2e-3 if one.dtype == torch.float16 else 3e-6
+        torch.testing.assert_close(one, other.to(one.dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_norm_is_that_of_the_summed_rows(case, path):
+    gradient = factors(*case)
+    norm = row_norm(*gradient, case[0])
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm, summed(*gradient, case[0]).norm().float(), rtol=1e-5, atol=0)
+    exact = row_norm(*factors(*case, dtype=torch.float64), case[0])
+    assert exact.dtype == torch.float64
+
+
+def test_the_norm_of_no_reads_is_zero(path):
+    for sizes in ([(0, 3)], [(4, 0)]):
+        assert row_norm(*factors(50, sizes, 7), 50) == 0
+
+
+@pytest.mark.parametrize("slot", [-1, 50, 2**40])
+def test_slots_that_do_not_exist_are_an_index_error(slot, path):
+    table = torch.zeros(50, 3)
+    part = [torch.tensor([[4, slot]])], [torch.ones(1, 2)], [torch.ones(1, 3)]
+    with pytest.raises(IndexError, match=r"slots must be in \[0, 50\), got"):
+        row_sgd_(table, *part, lr=1.0)
+    with pytest.raises(IndexError, match=r"slots must be in \[0, 50\), got"):
+        row_norm(*part, 50)
+    assert not table.any()
+
+
+def test_the_slot_of_a_weight_of_zero_may_be_anything(path):
+    table = torch.zeros(50, 3)
+    part = [torch.tensor([[4, -7, 1000]])], [torch.tensor([[1.0, 0.0, 0.0]])], [torch.ones(1, 3)]
+    row_sgd_(table, *part, lr=1.0)
+    assert table.nonzero()[:, 0].unique().tolist() == [4]
+
+
+def test_shapes_and_seeds_that_do_not_fit_are_named(path):
+    table, slots, weights, grads = torch.zeros(9, 3), torch.zeros(2, 4).long(), torch.ones(2, 4), torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"\[T, K\] and \[T, V\], got \[2, 4\], \[2, 3\] and \[2, 3\]"):
+        row_sgd_(table, [slots], [weights[:, 1:]], [grads], lr=1.0)
+    with pytest.raises(ValueError, match=r"\[T, K\] and \[T, V\], got \[2, 4\], \[2, 4\] and \[1, 3\]"):
+        row_sgd_(table, [slots], [weights], [grads[1:]], lr=1.0)
+    with pytest.raises(ValueError, match=r"grads must be \[T, 3\], got \[2, 4\]"):
+        row_sgd_(table, [slots], [weights], [torch.ones(2, 4)], lr=1.0)
+    with pytest.raises(ValueError, match=r"states must be \[9\], as the table, got \[8\]"):
+        row_adagrad_(table, torch.zeros(8), [slots], [weights], [grads], lr=1.0, eps=1e-6)
+    with pytest.raises(ValueError, match=r"states must be \[9, 3\], as the table, got \[9\]"):
+        row_adam_(table, *torch.zeros(2, 9), torch.zeros(9).int(), [slots], [weights], [grads], **ADAM)
+    with pytest.raises(ValueError, match=r"seed must be negative .* torch.float32 table, got 3"):
+        row_sgd_(table, [slots], [weights], [grads], lr=1.0, seed=3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("num_slots", [5, 100])
+def test_no_shape_depends_on_data_off_the_cpu(rule, num_slots):
+    """The reference on tensors without data: a shape that depended on data, or a wait for it, would raise."""
+    _, tensors = operation(rule, num_slots, 2, torch.bfloat16)
+    tensors = [tensor.to("meta") for tensor in tensors]
+    gradient = [[one.to("meta") for one in column] for column in factors(num_slots, [(4, 3), (1, 2)], 2)]
+    function = getattr(row_step, rule.replace(" ", "_"))
+    settings = {"adam": ADAM, "sgd": {"lr": 0.1}}.get(rule, ADAGRAD)
+    scale = torch.ones((), device="meta")
+    row_step.step_(function, tensors[0], tensors[1:], gradient, scale, 3, **settings)
+    rows = row_step.sum_parts([Part(*part) for part in zip(*gradient, strict=True)], num_slots)
+    with pytest.raises(RuntimeError, match="meta"):
+        rows.compact()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_operations_are_registered_as_torch_expects(rule, path):
+    torch.use_deterministic_algorithms(False)  # opcheck compares what it does not initialise
+    step, tensors = operation(rule, 13, 5)
+    gradient = factors(13, [(4, 3), (2, 1)], 5)
+    for scale in (None, torch.tensor(0.5)):
+        opcheck(step.func, (*tensors, *gradient), {**step.keywords, "scale": scale})
+
+
+def test_the_norm_is_registered_as_torch_expects(path):
+    opcheck(row_norm, (*factors(13, [(4, 3), (2, 1)], 5), 13))
