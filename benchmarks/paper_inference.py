@@ -1,9 +1,10 @@
 """Inference speed of the paper's 12-layer model with a memory against 24 layers without, on random weights.
 
-    python benchmarks/paper_inference.py [--batch_windows 2] [--repeats 5]
+    python benchmarks/paper_inference.py [--num_subkeys '[128,256,512,1024]'] [--batch_windows 2] [--repeats 5]
 
-One run, interleaved: `paper-12x1024` with its memory, the same without it (the most that a memory could reach), and
-`paper-24x1024`. Random tokens; speeds in tokens, which have the ratios of words. Needs 6 GB of memory.
+One run, interleaved: `paper-12x1024` with memories of 16k to 1M slots, the same without a memory (the most that one
+could reach), and `paper-24x1024`. The 12-layer models share all weights but the memory's. Random tokens; speeds in
+tokens, which have the ratios of words. Needs 12 GB of memory.
 """
 
 import dataclasses
@@ -44,22 +45,45 @@ def check(layer: MemoryLayer) -> None:
     torch.testing.assert_close(layer.eval()(x), minimal.eval()(x), rtol=1e-4, atol=1e-4)
 
 
-def main(batch_windows: int = 2, repeats: int = 5, new_tokens: int = 64) -> None:
-    """Prints one line a model."""
+def share_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Give `model` the weights of `other` wherever both have a weight of that name and shape."""
+    weights = dict(other.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            same = weights.get(f"{path}.{name}")
+            if same is not None and same.shape == weight.shape:
+                setattr(module, name, same)
+
+
+def main(
+    num_subkeys: tuple[int, ...] = (128, 256, 512, 1024),
+    batch_windows: int = 2,
+    repeats: int = 5,
+    new_tokens: int = 64,
+) -> None:
+    """Prints one line a model.
+
+    Args:
+        num_subkeys: a memory of so many squared slots each
+        batch_windows: windows read at a time
+        repeats: medians are over so many runs of each model
+        new_tokens: tokens written
+    """
     with_memory, deep = preset("paper-12x1024").run(), preset("paper-24x1024").run()
-    configs = {
-        "12 layers + memory": with_memory,
-        "12 layers": dataclasses.replace(with_memory, memory_layers=()),
-        "24 layers": deep,
-    }
+    configs = {"12 layers": dataclasses.replace(with_memory, memory_layers=()), "24 layers": deep}
+    for number in num_subkeys:
+        memory = dataclasses.replace(with_memory.memory, num_subkeys=number)
+        configs[f"12 layers + {memory.slots:,} slots"] = dataclasses.replace(with_memory, memory=memory)
     device = pick_device()
     vocab_size, context = with_memory.data.vocab_size, with_memory.model.context
     models = {}
     for name, config in configs.items():
         torch.manual_seed(0)
         models[name] = build_model(config, vocab_size=vocab_size, eot_id=0).to(device).eval()
-    for layer in memory_layers(models["12 layers + memory"]).values():
-        check(layer)
+        if config.memory_layers:
+            share_weights(models[name], models["12 layers"])
+        for layer in memory_layers(models[name]).values():
+            check(layer)
     tokens = np.random.default_rng(0).integers(vocab_size, size=batch_windows * context, dtype=np.uint16)
     text = Split(tokens=tokens, documents=np.array([(0, len(tokens), len(tokens))], dtype=DOCUMENT))
     speeds = measure_speed(
@@ -73,12 +97,14 @@ def main(batch_windows: int = 2, repeats: int = 5, new_tokens: int = 64) -> None
     )
     print(hardware(), versions())
     for name, speed in speeds.items():
-        prefill = speed.prefill_tokens_per_s / speeds["24 layers"].prefill_tokens_per_s
-        decode = speed.decode_tokens_per_s / speeds["24 layers"].decode_tokens_per_s
+        reads = [
+            speed.prefill_tokens_per_s / speeds[other].prefill_tokens_per_s for other in ("12 layers", "24 layers")
+        ]
+        writes = [speed.decode_tokens_per_s / speeds[other].decode_tokens_per_s for other in ("12 layers", "24 layers")]
         print(
-            f"{name:20} {count_parameters(models[name])['total'] / 1e6:6.0f} M parameters"
-            f"  reads {speed.prefill_tokens_per_s:8.1f} tokens/s = {prefill:.2f} x 24 layers"
-            f"  writes {speed.decode_tokens_per_s:6.2f} tokens/s = {decode:.2f} x"
+            f"{name:28} {count_parameters(models[name])['total'] / 1e6:6.0f} M parameters"
+            f"  reads {speed.prefill_tokens_per_s:8.1f} tokens/s = {reads[0]:.3f} x 12 layers, {reads[1]:.2f} x 24"
+            f"  writes {speed.decode_tokens_per_s:6.2f} tokens/s = {writes[0]:.3f} x 12 layers, {writes[1]:.2f} x 24"
         )
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``memlayers train | compare | eval | generate | info``.
+"""The command line: ``memlayers train | compare | eval | generate | bench | info``.
 
 Options are the fields of the configuration's dataclasses, read from them by jsonargparse; their help is the comment
 that stands beside each field.
@@ -60,6 +60,7 @@ def _run(arguments: Sequence[str]) -> int:
         "compare": (_compare_parser, _compare, "N layers with a memory against N and 2N layers without"),
         "eval": (_eval_parser, _eval, "perplexity, bits per byte and memory usage of a trained model"),
         "generate": (_generate_parser, _generate, "continue a text with a trained model"),
+        "bench": (_bench_parser, _bench, "speed and peak memory of the layer on this machine, against baselines"),
         "info": (_info_parser, _info, "versions and devices; parameters of a run or a preset"),
     }
     subcommands = parser.add_subcommands(dest="command", required=True)
@@ -195,6 +196,33 @@ def _generate(options: "Namespace") -> None:
     )
 
 
+def _bench_parser(preset_name: str) -> "ArgumentParser":
+    from memlayers.bench.run import BenchConfig, case_names
+    from memlayers.bench.shapes import shape_names
+
+    parser = _parser()
+    helps = _field_comments(BenchConfig)
+    for field, known in (("cases", case_names()), ("shapes", shape_names())):
+        parser.add_argument(f"--{field}", nargs="+", default=None, help=f"{helps[field]}; of {', '.join(known)}")
+    parser.add_class_arguments(BenchConfig, nested_key=None, skip={"cases", "shapes"})
+    for action in parser._actions:
+        if action.dest in helps and action.dest not in ("cases", "shapes"):
+            action.help = helps[action.dest]
+    return parser
+
+
+def _bench(options: "Namespace") -> None:
+    from memlayers.bench.gate import GateError
+    from memlayers.bench.run import BenchConfig, run
+
+    given = {field.name: options[field.name] for field in dataclasses.fields(BenchConfig)}
+    config = BenchConfig(**{name: value for name, value in given.items() if value is not None})
+    try:
+        print(run(config, say=lambda line: print(line, file=sys.stderr)))
+    except GateError as error:  # not the user's mistake
+        raise SystemExit(f"memlayers: error: {error}") from None
+
+
 def _info_parser(preset_name: str) -> "ArgumentParser":
     from memlayers.lm.presets import preset_names
 
@@ -204,7 +232,7 @@ def _info_parser(preset_name: str) -> "ArgumentParser":
 
 
 def _info(options: "Namespace") -> None:
-    from memlayers.info import count_parameters, hardware, versions
+    from memlayers.info import count_parameters, hardware, operations, versions
     from memlayers.lm.presets import preset, preset_names
     from memlayers.lm.run import RunFolder
     from memlayers.lm.train import build_model
@@ -214,6 +242,7 @@ def _info(options: "Namespace") -> None:
     lines.append(("cpu", f"{machine['cpu']}, {machine['cpu_cores']} cores, {machine['threads']} threads"))
     gpu = f"{machine['gpu']}, {machine['gpu_gigabytes']} GiB" if machine["gpu"] else "none"
     lines.append(("gpu", gpu))
+    lines += operations().items()
     if options.what is not None:
         if options.what in preset_names():
             config: RunConfig = preset(options.what).run()

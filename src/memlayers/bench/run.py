@@ -1,0 +1,167 @@
+"""A run of the bench: check what was asked for, open the gate, run the cases, write what came out."""
+
+import dataclasses
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memlayers.bench import cases, gate, report
+from memlayers.bench.machine import commit, device_of, quiet_collector, threads
+from memlayers.bench.result import Result
+from memlayers.bench.shapes import AXES, Axis, Shape, shape
+from memlayers.bench.sweeps import sweep_axis
+from memlayers.bench.timing import Stopwatch
+from memlayers.files import new_folder, write_json, write_text
+from memlayers.info import hardware, versions
+
+_BARS = ("512x512", "1024x1024")  # the shapes of the published figures
+
+
+@dataclass(frozen=True)
+class Case:
+    """One entry of the list of cases."""
+
+    name: str
+    run: cases.Run
+    shapes: tuple[str, ...] = _BARS  # where it is measured unless shapes are named; a sweep starts from each
+    tables: float = 0.0  # float32 tables that it cannot run without; 0 where that is the contenders' affair
+
+
+def registry() -> tuple[Case, ...]:
+    """All cases, in the order in which they run."""
+    return (
+        Case("machine", cases.machine, tables=3),
+        Case("select", cases.select),
+        Case("read", cases.read, tables=1.5),
+        Case("forward", cases.forward, tables=1),
+        Case("train", cases.train),
+        Case("memory", cases.memory, (*_BARS, "2048x2048")),
+        Case("decode", cases.decode, tables=1),
+        *(Case(axis, _sweep(axis), _BARS[:1]) for axis in AXES),
+    )
+
+
+def case_names() -> tuple[str, ...]:
+    """Their names."""
+    return tuple(case.name for case in registry())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to measure, and how long.
+
+    Raises `ValueError` naming the field, its value and what is allowed.
+    """
+
+    cases: tuple[str, ...] = field(default_factory=case_names)  # what to measure; not given: everything
+    shapes: tuple[str, ...] = ()  # at which shapes; not given: those of the published figures
+    tokens: int | None = None  # tokens of a batch; null: those of the shape
+    device: str = "auto"  # auto, cpu or cuda; auto: the GPU if there is one
+    threads: int | None = None  # CPU threads; null: as many as PyTorch uses
+    repeats: int = 11  # rounds of a case that are counted
+    budget: float = 20.0  # seconds of a case after which no further round begins, once there were three
+    output: str | None = None  # folder to write results.json, table.md and plots to; it must not exist yet
+
+    def __post_init__(self) -> None:
+        for name in ("cases", "shapes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        known = case_names()
+        for case in self.cases or [""]:
+            if case not in known:
+                raise ValueError(f"cases must be some of {', '.join(known)}, got {case!r}")
+        for name in ("threads", "repeats"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not self.budget > 0:
+            raise ValueError(f"budget must be above 0 seconds, got {self.budget!r}")
+        device_of(self.device)
+        for _ in self.pairs():  # names of shapes, and numbers of tokens
+            pass
+        if self.tokens == 1 and {"train", "memory"} & set(self.cases):
+            raise ValueError("tokens must be at least 2 where BatchNorm is trained (train, memory), got 1")
+        if self.output is not None:
+            _check_output(Path(self.output))
+
+    def pairs(self) -> Iterator[tuple[Case, Shape]]:
+        """The cases that are asked for, each with each of its shapes."""
+        for case in registry():
+            for name in self.shapes or case.shapes:
+                one = shape(name)
+                if case.name in self.cases:
+                    yield case, one if self.tokens is None else dataclasses.replace(one, tokens=self.tokens)
+
+
+def run(config: BenchConfig, *, say: Callable[[str], None], command: str | None = None) -> str:
+    """Run the bench; returns the table.
+
+    say: takes lines about the progress. command: what was typed, for the record. Raises `gate.GateError` if a result is
+    wrong: before anything is timed, unless it is wrong at full size only.
+    """
+    device = device_of(config.device)
+    results: list[Result] = []
+    with threads(config.threads), quiet_collector():
+        content: dict[str, Any] = {
+            "command": command or shlex.join(sys.argv),
+            "config": dataclasses.asdict(config),
+            "commit": commit(),
+            "hardware": hardware(),
+            "versions": versions(),
+            "device": str(device),
+        }
+        _open_gate(config, device, say)
+        bench = cases.Bench.on(Stopwatch(device=device, repeats=config.repeats, budget=config.budget))
+        for case, one in config.pairs():
+            say(f"{case.name}: {one.name}, {one.describe()}")
+            torch.manual_seed(0)
+            for result in _results(case, bench, one):
+                for line in report.lines(result):
+                    say(f"  {line}")
+                results.append(result)
+    table = report.markdown(content, results)
+    if config.output is not None:
+        with new_folder(Path(config.output)) as folder:
+            write_json(folder / "results.json", {**content, "results": [result.to_dict() for result in results]})
+            write_text(folder / "table.md", table)
+            for axis in AXES:
+                report.plot(axis, [result for result in results if result.case == axis], folder / f"{axis}.png")
+    return table
+
+
+def _open_gate(config: BenchConfig, device: torch.device, say: Callable[[str], None]) -> None:
+    checked: list[Shape] = []
+    for _, one in config.pairs():
+        for smaller in gate.smaller_shapes(one):
+            if not any(smaller == dataclasses.replace(other, name=smaller.name) for other in checked):
+                say(f"gate: for {smaller.name}, {smaller.describe()}")
+                gate.check(smaller, device)
+                checked.append(smaller)
+
+
+def _results(case: Case, bench: cases.Bench, one: Shape) -> Iterator[Result]:
+    lack = bench.lacks(int(case.tables * one.table_bytes) + one.workspace_bytes)
+    if lack:
+        yield Result(case=case.name, shape=one, notes=(f"skipped: {lack}",))
+    else:
+        yield from case.run(bench, one)
+
+
+def _sweep(axis: Axis) -> cases.Run:
+    return lambda bench, base: sweep_axis(bench, axis, base)
+
+
+def _check_output(folder: Path) -> None:
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"output must be a folder that does not exist yet, got {str(folder)!r}")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    try:  # in earnest: access rights do not say all
+        os.rmdir(tempfile.mkdtemp(dir=parent))
+    except OSError as error:
+        raise ValueError(f"output must be in a folder that can be written to, got {str(folder)!r} ({error})") from None

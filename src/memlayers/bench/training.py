@@ -1,0 +1,130 @@
+"""Training steps that share one table and one pair of moments, so that all of them fit where one does.
+
+Letters: T tokens, D model width, S slots, V value width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memlayers.bench.baselines import PackageMemory, TextbookMemory, why_not
+from memlayers.bench.layers import make_layer, make_table, make_textbook, share_textbook
+from memlayers.bench.shapes import Shape
+from memlayers.layer import MemoryLayer
+from memlayers.optim import RowAdam
+
+OURS, DENSE, SPARSE, PACKAGE = "ours", "textbook, fused Adam", "textbook, SparseAdam", "product-key-memory, fused Adam"
+TRAINED = (OURS, DENSE, SPARSE, PACKAGE)
+
+# SparseAdam takes its seconds whatever the table, so one shape of the bars is enough.
+_SPARSE_ADAM_SLOTS = 2**18
+_LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's state of the table, which every optimizer here works on in its turn."""
+
+    exp_avg_SV: Tensor
+    exp_avg_sq_SV: Tensor
+
+    @classmethod
+    def of(cls, table_SV: Tensor) -> "Moments":
+        """Zeros, every page of them written."""
+        return cls(torch.empty_like(table_SV).zero_(), torch.empty_like(table_SV).zero_())
+
+
+def contender_bytes(name: str, shape: Shape) -> int:
+    """What a training step holds at its peak: table, two moments, and what is its own."""
+    row_bytes = 4 * shape.value_dim
+    touched = min(shape.reads, shape.slots)
+    own = {
+        OURS: touched * row_bytes,
+        DENSE: shape.table_bytes,
+        PACKAGE: shape.table_bytes,
+        SPARSE: 2 * shape.reads * row_bytes + 5 * touched * row_bytes,  # as recorded, coalesced, and what Adam makes
+    }[name]
+    return 3 * shape.table_bytes + own + shape.workspace_bytes
+
+
+def takes_part(name: str, shape: Shape) -> bool:
+    """Whether a contender is measured at a shape at all."""
+    return name != SPARSE or shape.slots <= _SPARSE_ADAM_SLOTS
+
+
+def make_steps(
+    names: tuple[str, ...], shape: Shape, device: torch.device
+) -> tuple[dict[str, Callable[[], None]], list[str]]:
+    """A training step of each: forward, backward, update. Second, a line for each that does not run."""
+    table_SV = make_table(shape, device)
+    moments = Moments.of(table_SV)
+    textbook = make_textbook(shape, table_SV)
+    x_TD = torch.randn(shape.tokens, shape.dim, device=device)
+    grad_TD = torch.randn_like(x_TD)
+    steps, notes = {}, []
+    for name in names:
+        try:
+            module, optimizers = _make(name, shape, textbook, moments)
+            step = _step(module.train(), optimizers, x_TD, grad_TD)
+            if name == PACKAGE:
+                step()  # it may fail where it runs as well as where it is built
+        except Exception as error:
+            if name != PACKAGE:
+                raise
+            notes.append(f"product-key-memory: {why_not(error)}")
+            continue
+        steps[name] = step
+    return steps, notes
+
+
+def _make(
+    name: str, shape: Shape, textbook: TextbookMemory, moments: Moments
+) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    if name == OURS:
+        layer = make_layer(textbook, shape)
+        return layer, our_optimizers(layer, moments)
+    if name == PACKAGE:
+        package = PackageMemory(shape, textbook.values.data)
+        return package, [_fused_adam(list(package.parameters()), package.values, moments)]
+    other = share_textbook(textbook, shape, sparse=name == SPARSE)
+    if name == DENSE:
+        return other, [_fused_adam(list(other.parameters()), other.values, moments)]
+    sparse = torch.optim.SparseAdam([other.values], lr=_LEARNING_RATE)
+    sparse.state[other.values] = {"step": 0, **_adam_state(moments)}
+    rest = [parameter for parameter in other.parameters() if parameter is not other.values]
+    return other, [sparse, torch.optim.Adam(rest, lr=_LEARNING_RATE, fused=True)]
+
+
+def our_optimizers(layer: MemoryLayer, moments: Moments) -> list[torch.optim.Optimizer]:
+    """`RowAdam` for the table, fused Adam for the rest."""
+    rest = [parameter for name, parameter in layer.named_parameters() if not name.startswith("values.")]
+    rows = RowAdam(layer.values, lr=_LEARNING_RATE)
+    steps_S = torch.zeros(len(moments.exp_avg_SV), dtype=torch.int32, device=moments.exp_avg_SV.device)
+    rows.state[layer.values.weight] = {**_adam_state(moments), "steps": steps_S}
+    return [rows, torch.optim.Adam(rest, lr=_LEARNING_RATE, fused=True)]
+
+
+def _fused_adam(parameters: list[nn.Parameter], table: Tensor, moments: Moments) -> torch.optim.Optimizer:
+    optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE, fused=True)
+    optimizer.state[table] = {"step": torch.zeros((), device=table.device), **_adam_state(moments)}
+    return optimizer
+
+
+def _adam_state(moments: Moments) -> dict[str, Any]:
+    return {"exp_avg": moments.exp_avg_SV, "exp_avg_sq": moments.exp_avg_sq_SV}
+
+
+def _step(
+    module: nn.Module, optimizers: list[torch.optim.Optimizer], x_TD: Tensor, grad_TD: Tensor
+) -> Callable[[], None]:
+    def step() -> None:
+        module(x_TD).backward(grad_TD)
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:  # frees the gradients, so that the next contender finds room
+            optimizer.zero_grad()
+
+    return step
