@@ -18,7 +18,7 @@ REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safet
 
 # Operations, and the tables that their kernels know beside float32 ones.
 _OPERATIONS = {
-    "search, select, decode": "",
+    "search, select, infer": "",
     "read and its gradients": ", and tables in bfloat16 and float16",
     "row step": ", and tables in bfloat16",
 }

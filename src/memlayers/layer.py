@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlayers.config import MemoryConfig
-from memlayers.decoding import try_decode
+from memlayers.inference import try_infer
 from memlayers.keys import FlatKeys, ProductKeys
 from memlayers.query import QueryNetwork
 from memlayers.values import ValueTable
@@ -81,8 +81,8 @@ class MemoryLayer(nn.Module):
             raise ValueError(f"x must have dim = {config.dim} as its last size, got {[*x.shape]}")
         mask_T = self.token_mask(x, mask)
         x_TD = x.reshape(-1, config.dim)
-        if mask_T is None and (y_TV := try_decode(self, x_TD)) is not None:
-            return self.output(y_TV).view(x.shape)
+        if mask_T is None and (y_TV := try_infer(self, x_TD)) is not None:
+            return self.output(y_TV.to(x.dtype)).view(x.shape)
         if mask_T is not None:  # selected, not multiplied: whatever padding holds, NaN included, must not come through
             x_TD = torch.where(mask_T[:, None], x_TD, 0)
         x_TD = F.dropout(x_TD, config.input_dropout, self.training)

@@ -11,6 +11,8 @@ from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
+from memlayers.ops.cpu.vectors import greater, ordered
+
 # Sums may be contracted and reordered; NaN and infinity mean what they mean.
 _FLOATS = {"contract", "reassoc", "nsz"}
 _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
@@ -171,18 +173,9 @@ def order_64(context, scores, codes, maxima):
     def generate(context, builder, signature, arguments):
         vector = ir.VectorType(_INT32, 64)
         scores, codes, maxima = (builder.inttoptr(address, ir.PointerType(vector)) for address in arguments)
-        lowest = ir.Constant(vector, [-(2**31)] * 64)
-        bits = builder.load(scores, align=4)
-        bits = builder.select(builder.icmp_signed("==", bits, lowest), ir.Constant(vector, [0] * 64), bits)
-        sign = builder.ashr(bits, ir.Constant(vector, [31] * 64))
-        code = builder.xor(bits, builder.and_(sign, ir.Constant(vector, [2**31 - 1] * 64)))
-        code = _greater(builder, code, ir.Constant(vector, [-(2**31) + 1] * 64))
+        code = ordered(builder, builder.load(scores, align=4))
         builder.store(code, codes, align=4)
-        builder.store(_greater(builder, code, builder.load(maxima, align=4)), maxima, align=4)
+        builder.store(greater(builder, code, builder.load(maxima, align=4)), maxima, align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
-
-
-def _greater(builder, one, other):
-    return builder.select(builder.icmp_signed(">", one, other), one, other)

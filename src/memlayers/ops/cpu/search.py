@@ -21,8 +21,8 @@ _TOKENS = 64  # tokens of a task
 _COLUMNS = 64  # columns of the keys' gradient that a task sums
 
 
-def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """float32 -> (scores [T, H, K], slots [T, H, K] int64)."""
+def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, *, softmax: bool = False) -> tuple[Tensor, Tensor]:
+    """float32 -> (scores [T, H, K], or their softmax; slots [T, H, K] int64)."""
     num_tokens, heads, _ = query_THQ.shape
     _, _, num_subkeys, half = weight_2HNC.shape
     scores_THK = query_THQ.new_empty(num_tokens, heads, topk)
@@ -36,7 +36,8 @@ def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, T
         for query_tHC, keys_HNC, out_HtN in zip(query_tH2C.unbind(2), weight_2HNC, halves_2HtN, strict=True):
             torch.bmm(query_tHC.transpose(0, 1), keys_HNC.transpose(1, 2), out=out_HtN)
         first_HtN, second_HtN = halves_2HtN
-        select_into(first_HtN.transpose(0, 1), second_HtN.transpose(0, 1), scores_THK[tokens], slots_THK[tokens])
+        found = scores_THK[tokens], slots_THK[tokens]
+        select_into(first_HtN.transpose(0, 1), second_HtN.transpose(0, 1), *found, softmax=softmax)
     return scores_THK, slots_THK
 
 

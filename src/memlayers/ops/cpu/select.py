@@ -33,6 +33,7 @@ from memlayers.ops.cpu.intrinsics import (
     part,
 )
 from memlayers.ops.cpu.launch import FIRST_FIELD, NEXT_TASK, THREAD, launch, threads_for
+from memlayers.ops.cpu.vectors import LANES, add, fill, load, store_ordered, store_sums
 
 _ROWS = 16  # rows of a task
 _LOWEST = np.int32(-(2**31))  # below the code of every score
@@ -47,8 +48,10 @@ def select(first_ABN: Tensor, second_ABN: Tensor, topk: int) -> tuple[Tensor, Te
     return scores_ABK, slots_ABK
 
 
-def select_into(first_ABN: Tensor, second_ABN: Tensor, scores_ABK: Tensor, slots_ABK: Tensor) -> None:
-    """The same into contiguous tensors."""
+def select_into(
+    first_ABN: Tensor, second_ABN: Tensor, scores_ABK: Tensor, slots_ABK: Tensor, *, softmax: bool = False
+) -> None:
+    """The same into contiguous tensors; with `softmax`, that of the K scores in their place."""
     rows_a, rows_b, num_subkeys = first_ABN.shape
     topk = scores_ABK.shape[-1]
     rows = rows_a * rows_b
@@ -72,6 +75,8 @@ def select_into(first_ABN: Tensor, second_ABN: Tensor, scores_ABK: Tensor, slots
         topk,
         scratch.data_ptr(),
         width,
+        pair_plan(topk).data_ptr(),
+        softmax,
     )
 
 
@@ -79,6 +84,20 @@ def select_into(first_ABN: Tensor, second_ABN: Tensor, scores_ABK: Tensor, slots
 def scratch_width(num_subkeys: int, topk: int) -> int:
     """int32 of a row of scratch: as many as there are sub-keys or pairs, and 64 more."""
     return max((num_subkeys + 63) // 64 * 64, sum(topk // (i + 1) for i in range(topk))) + 64
+
+
+@functools.cache
+def pair_plan(topk: int) -> Tensor:
+    """int32: how many corners, then each as (i, j), ranks from 0.
+
+    Of a corner, the pairs of ranks up to i and j are at least K; nothing smaller than a corner has as many.
+    """
+    corners: list[int] = []
+    for i in range(topk):
+        j = (topk + i) // (i + 1) - 1
+        if not corners or j < corners[-1]:
+            corners += [i, j]
+    return torch.tensor([len(corners) // 2, *corners], dtype=torch.int32)
 
 
 @part
@@ -91,7 +110,7 @@ def best_of_half(half, num_subkeys, topk, codes, step, best):
     groups = _code(half, num_subkeys, topk, codes, ranks)
     bound = _LOWEST
     if groups > 0:
-        bound = _kth_maximum(ranks, groups, topk)
+        bound = _raise_bound(ranks, groups, topk, _least(ranks, groups))
     # The candidates, by index.
     code, candidate, identity = i32(codes), i32(candidates), i32(ids)
     count = 0
@@ -146,26 +165,34 @@ def _score(code):
 
 
 @part
-def _kth_maximum(maxima, groups, topk):
-    """A bound that at least K of the maxima reach, and hardly more."""
-    maximum = i32(maxima)
-    low, high = np.int64(2**31), -np.int64(2**31)
-    for j in range(groups):
-        low, high = min(low, np.int64(maximum[j])), max(high, np.int64(maximum[j]))
+def _raise_bound(codes, count, topk, low):
+    """A bound of at least `low`, which K codes reach, that at least K reach, and few more."""
+    code = i32(codes)
+    low, high = np.int64(low), np.int64(_LOWEST)
+    for j in range(count):
+        high = max(high, np.int64(code[j]))
     high += 1
     for _ in range(12):
         middle = low + (high - low) // 2
         bound = np.int32(middle)
-        count = np.int32(0)
-        for j in range(groups):
-            count += np.int32(maximum[j] >= bound)
-        if count >= topk:
+        reach = np.int32(0)
+        for j in range(count):
+            reach += np.int32(code[j] >= bound)
+        if reach >= topk:
             low = middle
-            if count <= topk + 1:
+            if reach <= topk + topk // 8:
                 break
         else:
             high = middle
     return np.int32(low)
+
+
+@part
+def _least(codes, count):
+    code, least = i32(codes), np.int32(2**31 - 1)
+    for j in range(count):
+        least = min(least, code[j])
+    return least
 
 
 @part
@@ -185,7 +212,7 @@ def _keep_best(candidates, ids, count, topk, ranks, packed, best, index):
         return
     for j in range(count, count + 64):
         candidate[j] = _LOWEST
-    total = 0
+    total = np.int32(0)
     for block in range(0, count, 64):
         count_greater_64(candidates, count, candidates + block * 4, ranks + block * 4)
     for j in range(count):
@@ -196,42 +223,31 @@ def _keep_best(candidates, ids, count, topk, ranks, packed, best, index):
                 is_equal = candidate[other] == candidate[j]
                 rank[j] += np.int32(is_equal & (np.uint32(identity[other]) < np.uint32(identity[j])))
     for j in range(count):
-        if rank[j] < topk:
-            chosen[rank[j]] = candidate[j]
-            where[rank[j]] = identity[j]
+        # Those beyond the K-th, too: a branch that nobody can predict costs more.
+        chosen[rank[j]] = candidate[j]
+        where[rank[j]] = identity[j]
 
 
 @part
-def best_pairs(best1, best2, num_subkeys, topk, codes, step, scores, slots):
-    """The K best sums of the staircase of two sorted halves: scores and slots."""
-    candidates, ids, ranks = codes + step, codes + 2 * step, codes + 3 * step
-    code1, code2, subkey1, subkey2 = i32(best1), i32(best2), i32(best1 + step), i32(best2 + step)
-    candidate, identity = i32(candidates), i32(ids)
+def best_pairs(best1, best2, num_subkeys, topk, plan, codes, step, scores, slots):
+    """The K best sums of the staircase of two sorted halves, at `scores` and `slots`; the halves are used up."""
+    candidates, ids, ranks, places = codes + step, codes + 2 * step, codes + 3 * step, codes + 8 * step
+    code1, code2, subkey1 = i32(best1), i32(best2), i32(best1 + step)
+    score1, score2 = f32(best1), f32(best2)
+    for i in range(topk):
+        score1[i], score2[i] = _score(code1[i]), _score(code2[i])
+        subkey1[i] = np.int32(np.uint32(np.int64(subkey1[i]) * num_subkeys))
+    corner = i32(plan)
+    pairs = _pair_sums(best1, best2, step, topk, codes, places)
     # The pairs of the i best and the j best are i * j pairs that score at least as much as pair (i, j).
     bound = _LOWEST
-    for i in range(topk):
-        j = (topk + i) // (i + 1)
-        bound = max(bound, _ordered(_score(code1[i]) + _score(code2[j - 1])))
-    count = 0
-    for i in range(topk):
-        score1, slot = _score(code1[i]), np.int64(subkey1[i]) * num_subkeys
-        for j in range(topk // (i + 1)):
-            code = _ordered(score1 + _score(code2[j]))
-            if code < bound:
-                break
-            candidate[count] = code
-            identity[count] = np.int32(np.uint32(slot + subkey2[j]))
-            count += 1
+    for c in range(corner[0]):
+        bound = max(bound, _ordered(score1[corner[1 + 2 * c]] + score2[corner[2 + 2 * c]]))
+    bound = _raise_bound(codes, (pairs + 63) // 64 * 64, topk, bound)
+    count = _keep_at_least(bound, codes, places, pairs, candidates, ids)
     if count < topk:  # infinities of both signs among the scores: their sums are in no order
-        count = 0
-        for i in range(topk):
-            score1, slot = _score(code1[i]), np.int64(subkey1[i]) * num_subkeys
-            for j in range(topk // (i + 1)):
-                candidate[count] = _ordered(score1 + _score(code2[j]))
-                identity[count] = np.int32(np.uint32(slot + subkey2[j]))
-                count += 1
-    # The halves are done with: their place takes the result.
-    _keep_best(candidates, ids, count, topk, ranks, codes + 8 * step, best1, best1 + step)
+        count = _keep_at_least(_LOWEST, codes, places, pairs, candidates, ids)
+    _keep_best(candidates, ids, count, topk, ranks, places, best1, best1 + step)
     score, slot_of = f32(scores), i64(slots)
     for j in range(topk):
         score[j] = _score(code1[j])
@@ -239,7 +255,51 @@ def best_pairs(best1, best2, num_subkeys, topk, codes, step, scores, slots):
 
 
 @part
-def softmax(score, topk):
+def _pair_sums(best1, best2, step, topk, codes, ids):
+    """Codes and ids of the sums of all pairs (i, j) with i * j <= K, ranks from 1; how many. A rest is `_LOWEST`.
+
+    Along the rows of the staircase from its diagonal on, then along its columns, sixteen at a time: what is written
+    beyond the end of one is overwritten by the next.
+    """
+    score1, score2, id1, id2 = f32(best1), f32(best2), i32(best1 + step), i32(best2 + step)
+    pairs = 0
+    for i in range(topk):
+        length = topk // (i + 1)
+        if length <= i:
+            break
+        for j in range(i, length, LANES):
+            at = (pairs + j - i) * 4
+            store_ordered(codes + at, add(fill(score1[i]), load(best2 + j * 4)))
+            store_sums(ids + at, id1[i], best2 + step + j * 4)
+        pairs += length - i
+        for j in range(i + 1, length, LANES):
+            at = (pairs + j - i - 1) * 4
+            store_ordered(codes + at, add(fill(score2[i]), load(best1 + j * 4)))
+            store_sums(ids + at, id2[i], best1 + step + j * 4)
+        pairs += length - i - 1
+    for p in range(pairs, (pairs + 63) // 64 * 64):
+        i32(codes)[p] = _LOWEST
+    return pairs
+
+
+@part
+def _keep_at_least(bound, codes, ids, total, candidates, kept_ids):
+    """Copy the codes that reach a bound, and their ids, in order; how many."""
+    code, identity, candidate, kept = i32(codes), i32(ids), i32(candidates), i32(kept_ids)
+    count = 0
+    for block in range(0, total, 64):
+        mask = mask_at_least_64(codes + block * 4, bound)
+        while mask != 0:
+            where = block + lowest_bit(mask)
+            candidate[count] = code[where]
+            kept[count] = identity[where]
+            count += 1
+            mask &= mask - 1
+    return min(count, total)  # not what fills the last 64
+
+
+@part
+def softmax_of(score, topk):
     """In place; the first score is the greatest."""
     greatest, total = score[0], np.float32(0)
     for j in range(topk):
@@ -258,7 +318,7 @@ def _select(fields):
     topk = fields[FIRST_FIELD + 11]
 
     # Rows of scratch: codes; codes, ids and ranks of candidates; both halves' best codes and indices; sorting (two).
-    step = fields[FIRST_FIELD + 13] * 4
+    step, plan = fields[FIRST_FIELD + 13] * 4, fields[FIRST_FIELD + 14]
     codes = fields[FIRST_FIELD + 12] + fetch_add(fields, THREAD, 1) * step * 10
     best1, best2 = codes + 4 * step, codes + 6 * step
     while True:
@@ -270,4 +330,6 @@ def _select(fields):
             best_of_half(first + (a * first_a + b * first_b) * 4, num_subkeys, topk, codes, step, best1)
             best_of_half(second + (a * second_a + b * second_b) * 4, num_subkeys, topk, codes, step, best2)
             out = row * topk
-            best_pairs(best1, best2, num_subkeys, topk, codes, step, scores + out * 4, slots + out * 8)
+            best_pairs(best1, best2, num_subkeys, topk, plan, codes, step, scores + out * 4, slots + out * 8)
+            if fields[FIRST_FIELD + 15] != 0:
+                softmax_of(f32(scores + out * 4), topk)

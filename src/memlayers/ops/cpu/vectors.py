@@ -189,3 +189,44 @@ def lane_sum(context, values):
         return builder.call(function, [ir.Constant(_FLOAT, -0.0), arguments[0]], fastmath=_FLAGS)
 
     return types.float32(FLOATS), generate
+
+
+@intrinsic
+def store_ordered(context, address, values):
+    """Store the codes (`intrinsics.order_64`) of 16 float32."""
+
+    def generate(context, builder, signature, arguments):
+        address, values = arguments
+        codes = ordered(builder, builder.bitcast(values, ir.VectorType(_INT32, LANES)))
+        builder.store(codes, builder.inttoptr(address, ir.PointerType(codes.type)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, FLOATS), generate
+
+
+@intrinsic
+def store_sums(context, address, number, numbers):
+    """Store number + each of the 16 int32 at address `numbers`."""
+
+    def generate(context, builder, signature, arguments):
+        address, number, numbers = arguments
+        sums = builder.add(_load(builder, numbers, _INT32), broadcast(builder, number))
+        builder.store(sums, builder.inttoptr(address, ir.PointerType(sums.type)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int32, types.int64), generate
+
+
+def ordered(builder, bits):
+    """int32 in the order of the float32 of these bits: zeros of both signs are 0, and nothing is -2**31."""
+    vector = bits.type
+    lowest, zero = ir.Constant(vector, [-(2**31)] * vector.count), ir.Constant(vector, [0] * vector.count)
+    bits = builder.select(builder.icmp_signed("==", bits, lowest), zero, bits)
+    sign = builder.ashr(bits, ir.Constant(vector, [31] * vector.count))
+    codes = builder.xor(bits, builder.and_(sign, ir.Constant(vector, [2**31 - 1] * vector.count)))
+    return greater(builder, codes, ir.Constant(vector, [-(2**31) + 1] * vector.count))
+
+
+def greater(builder, one, other):
+    """The greater of two vectors of int32, lane by lane."""
+    return builder.select(builder.icmp_signed(">", one, other), one, other)

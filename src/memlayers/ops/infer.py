@@ -1,7 +1,7 @@
-"""decode: a whole memory layer for the few tokens that generation has at a time, as one operation.
+"""infer: a whole memory layer as one operation, without a backward.
 
-What costs then is reading weights that are not in cache, and everything that is not that: an operation of PyTorch costs
-as much as reading a tenth of the query projection. For inference only: it has no backward.
+Where there are no gradients to come, steps can share passes over memory. And for the one token of a generating model,
+whose weights are not in cache, an operation of PyTorch costs as much as reading a tenth of the query projection.
 
 Letters: T tokens, D model width, H heads, Q query width of a head, F = H * Q features, N sub-keys a codebook,
 C = Q / 2, K neighbours, S slots, V value width.
@@ -15,20 +15,18 @@ from memlayers.ops import cpu
 from memlayers.ops.read import read
 from memlayers.ops.search import search
 
-FEW_TOKENS = 4  # up to which reading the weights is what costs
-
 
 # Not a `torch.library.custom_op`, whose wrappers cost more than the arithmetic of one token.
 _library = torch.library.Library("memlayers", "FRAGMENT")
 _library.define(
-    "decode(Tensor x, Tensor projection, Tensor? bias, Tensor mean, Tensor var, Tensor gain, Tensor shift, float eps, "
+    "infer(Tensor x, Tensor projection, Tensor? bias, Tensor mean, Tensor var, Tensor gain, Tensor shift, float eps, "
     "Tensor keys, int topk, Tensor table) -> Tensor"
 )
 # y [T, V] of a layer with a linear query network and BatchNorm by its running statistics.
-decode = torch.ops.memlayers.decode.default
+infer = torch.ops.memlayers.infer.default
 
 
-def decode_reference(
+def infer_reference(
     x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps, keys_2HNC, topk, table_SV
 ) -> Tensor:
     """The layer's own operations."""
@@ -39,17 +37,17 @@ def decode_reference(
     return read(table_SV, slots_THK.flatten(1), scores_THK.softmax(-1).flatten(1))
 
 
-def _decode_on_cpu(x_TD, *arguments) -> Tensor:
-    kernels = cpu.kernels("decode")
-    if kernels is None:
-        return decode_reference(x_TD, *arguments)
-    return kernels.decode(x_TD.contiguous(), *arguments)
+def _infer_on_cpu(x_TD, *arguments) -> Tensor:
+    kernels = cpu.kernels("infer")
+    if kernels is None or not all(given.is_contiguous() for given in arguments if isinstance(given, Tensor)):
+        return infer_reference(x_TD, *arguments)
+    return kernels.infer(x_TD.contiguous(), *arguments)
 
 
 def _fake(x_TD, *arguments) -> Tensor:
     return x_TD.new_empty(x_TD.shape[0], arguments[-1].shape[1], dtype=torch.float32)
 
 
-_library.impl("decode", decode_reference, "CompositeExplicitAutograd")
-_library.impl("decode", _decode_on_cpu, "CPU")
-torch.library.register_fake("memlayers::decode", _fake, lib=_library)
+_library.impl("infer", infer_reference, "CompositeExplicitAutograd")
+_library.impl("infer", _infer_on_cpu, "CPU")
+torch.library.register_fake("memlayers::infer", _fake, lib=_library)

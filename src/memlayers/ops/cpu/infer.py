@@ -1,26 +1,31 @@
-"""decode on a CPU: query, key products, selection and softmax, and the read in one kernel.
+"""infer on a CPU. For the few tokens that generation has at a time: query, key products, selection and softmax, and the
+read in one kernel, which reads the weights at the speed of memory, with nothing in between.
 
 Its tasks are taken in the order of these phases, and one of a later phase waits until all of the earlier ones are done.
 A task that somebody waits for is always in work already, so however many threads there are, none waits for ever.
 
-Letters: see `memlayers.ops.decode`; M = H * K.
+Letters: see `memlayers.ops.infer`; M = H * K.
 """
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memlayers.ops.cpu.intrinsics import f32, fetch_add, i64, kernel, part
 from memlayers.ops.cpu.launch import FIRST_FIELD, NEXT_TASK, launch, threads_for
 from memlayers.ops.cpu.products import ROWS, products
-from memlayers.ops.cpu.read import FLOAT32, add_rows
-from memlayers.ops.cpu.select import best_of_half, best_pairs, scratch_width, softmax
+from memlayers.ops.cpu.read import KINDS, add_rows, read
+from memlayers.ops.cpu.search import search
+from memlayers.ops.cpu.select import best_of_half, best_pairs, pair_plan, scratch_width, softmax_of
+
+FEW_TOKENS = 4  # up to which reading the weights is what costs
 
 _COLUMNS = 128  # columns of a row that a task reads
 _SIDE_BY_SIDE = 16  # rows read side by side
 
 
-def decode(
+def infer(
     x_TD: Tensor,
     projection_FD: Tensor,
     bias_F: Tensor | None,
@@ -33,7 +38,21 @@ def decode(
     topk: int,
     table_SV: Tensor,
 ) -> Tensor:
-    """y [T, V]. All float32 and contiguous."""
+    """y [T, V]. All contiguous, and float32 but for the table."""
+    if len(x_TD) <= FEW_TOKENS:
+        return _decode(x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps, keys_2HNC, topk, table_SV)
+    # BatchNorm and the bias of the projection are one pass over the query, in its place.
+    scale_HQ = torch.rsqrt(var_HQ + eps).mul_(gain_HQ)
+    offset_HQ = shift_HQ - mean_HQ * scale_HQ
+    if bias_F is not None:
+        offset_HQ.addcmul_(bias_F.view_as(scale_HQ), scale_HQ)
+    query_THQ = F.linear(x_TD, projection_FD).unflatten(1, mean_HQ.shape)
+    torch.addcmul(offset_HQ, query_THQ, scale_HQ, out=query_THQ)
+    weights_THK, slots_THK = search(query_THQ, keys_2HNC, topk, softmax=True)
+    return read(table_SV, slots_THK.flatten(1), weights_THK.flatten(1))
+
+
+def _decode(x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps, keys_2HNC, topk, table_SV) -> Tensor:
     tokens, dim = x_TD.shape
     _, heads, num_subkeys, half = keys_2HNC.shape
     width, features = table_SV.shape[1], 2 * heads * half
@@ -43,7 +62,7 @@ def decode(
     memory = torch.empty(sum(sizes) + 2 * sizes[2] + tokens * heads * 10 * scratch + 2)
     y_TV = torch.empty(tokens, width)
     launch(
-        _decode,
+        _decode_kernel,
         threads_for(1 << 30),
         x_TD.data_ptr(),
         projection_FD.data_ptr(),
@@ -65,6 +84,8 @@ def decode(
         width,
         scratch,
         round(eps * 2**60),
+        pair_plan(topk).data_ptr(),
+        KINDS[table_SV.dtype],
         0,
     )
     return y_TV
@@ -77,7 +98,7 @@ def _wait_for(fields, done, tasks):
 
 
 @kernel
-def _decode(fields):
+def _decode_kernel(fields):
     x, projection, bias = fields[FIRST_FIELD], fields[FIRST_FIELD + 1], fields[FIRST_FIELD + 2]
     means, variances = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4]
     gains, shifts = fields[FIRST_FIELD + 5], fields[FIRST_FIELD + 6]
@@ -85,7 +106,7 @@ def _decode(fields):
     query, tokens, dim = fields[FIRST_FIELD + 10], fields[FIRST_FIELD + 11], fields[FIRST_FIELD + 12]
     heads, num_subkeys, half = fields[FIRST_FIELD + 13], fields[FIRST_FIELD + 14], fields[FIRST_FIELD + 15]
     topk, width, scratch = fields[FIRST_FIELD + 16], fields[FIRST_FIELD + 17], fields[FIRST_FIELD + 18] * 4
-    eps, done = np.float32(fields[FIRST_FIELD + 19] / 2**60), FIRST_FIELD + 20
+    eps, plan, done = np.float32(fields[FIRST_FIELD + 19] / 2**60), fields[FIRST_FIELD + 20], FIRST_FIELD + 22
     features = 2 * heads * half
     halves = query + features * tokens * 4
     weights = halves + 2 * heads * num_subkeys * tokens * 4
@@ -134,8 +155,8 @@ def _decode(fields):
             best_of_half(row, num_subkeys, topk, codes, scratch, best1)
             row += heads * tokens * num_subkeys * 4
             best_of_half(row, num_subkeys, topk, codes, scratch, best2)
-            best_pairs(best1, best2, num_subkeys, topk, codes, scratch, weights + out * 4, slots + out * 8)
-            softmax(f32(weights + out * 4), topk)
+            best_pairs(best1, best2, num_subkeys, topk, plan, codes, scratch, weights + out * 4, slots + out * 8)
+            softmax_of(f32(weights + out * 4), topk)
         else:
             _wait_for(fields, done, first_read)
             token, first = (task - first_read) // column_blocks, (task - first_read) % column_blocks * _COLUMNS
@@ -144,5 +165,5 @@ def _decode(fields):
                 f32(out)[v] = np.float32(0)
             for k in range(token * heads * topk, (token + 1) * heads * topk, _SIDE_BY_SIDE):
                 stop = min(k + _SIDE_BY_SIDE, (token + 1) * heads * topk)
-                add_rows(table, i64(slots), f32(weights), k, stop, out, first, last, width, FLOAT32)
+                add_rows(table, i64(slots), f32(weights), k, stop, out, first, last, width, fields[FIRST_FIELD + 21])
         fetch_add(fields, done, 1)

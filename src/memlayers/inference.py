@@ -1,4 +1,4 @@
-"""When a memory layer is run as one operation (`memlayers.ops.decode`).
+"""When a memory layer is run as one operation (`memlayers.ops.infer`).
 
 Letters: T tokens, D model width, V value width.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.keys import ProductKeys
-from memlayers.ops.decode import FEW_TOKENS, decode
+from memlayers.ops.infer import infer
 from memlayers.query import MaskedBatchNorm, QueryNetwork
 from memlayers.values import ValueTable
 
@@ -20,22 +20,23 @@ if TYPE_CHECKING:
 _PARTS = (QueryNetwork, nn.Linear, MaskedBatchNorm, ProductKeys, ValueTable)
 
 
-def try_decode(layer: "MemoryLayer", x_TD: Tensor) -> Tensor | None:
-    """y [T, V] for a few tokens, in inference in float32, of the paper's layer with nobody who listens to its parts.
+def try_infer(layer: "MemoryLayer", x_TD: Tensor) -> Tensor | None:
+    """y [T, V], without gradients and in float32, of the paper's layer with nobody who listens to its parts.
 
     None otherwise: then the parts are to be called.
     """
-    if x_TD.shape[0] > FEW_TOKENS or torch.is_grad_enabled() or layer.training or x_TD.dtype != torch.float32:
+    if torch.is_grad_enabled() or layer.training or x_TD.dtype != torch.float32:
         return None
     query, keys, values = layer.query, layer.keys, layer.values
     norm, projections = query.norm, query.projections
     projection = projections[0]
     for part, kind in zip((query, projection, norm, keys, values), _PARTS, strict=True):
-        if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks:
+        # Hooks, or a forward of its own: `accelerate` gives modules one where it moves their weights.
+        if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
             return None
     weight, table = projection.weight, values.weight
-    is_plain = weight.dtype == keys.weight.dtype == table.dtype == torch.float32 and table.device.type == "cpu"
-    if not is_plain or len(projections) > 1 or torch.is_autocast_enabled("cpu"):
+    is_float32 = weight.dtype == keys.weight.dtype == norm.weight.dtype == torch.float32
+    if not is_float32 or len(projections) > 1 or x_TD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     stats = norm.running_mean, norm.running_var, norm.weight, norm.bias
-    return decode(x_TD, weight, projection.bias, *stats, norm.eps, keys.weight, keys.topk, table)
+    return infer(x_TD, weight, projection.bias, *stats, norm.eps, keys.weight, keys.topk, table)

@@ -1,11 +1,11 @@
-"""A layer that decodes in one operation is the layer that calls its parts."""
+"""A layer that runs as one operation is the layer that calls its parts."""
 
 import pytest
 import torch
 
 from memlayers import MemoryConfig, MemoryLayer, UsageMeter
-from memlayers.decoding import try_decode
-from memlayers.ops.decode import decode
+from memlayers.inference import try_infer
+from memlayers.ops.infer import infer
 
 CONFIGS = {
     "odd": MemoryConfig(dim=33, value_dim=20, heads=1, topk=12, num_subkeys=12, query_dim=34, query_bias=False),
@@ -23,14 +23,14 @@ def trained(config):
     return layer.eval()
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 3, 4])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 90])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_is_the_layer(name, tokens, threads):
     layer = trained(CONFIGS[name])
     x = torch.randn(tokens, layer.config.dim)
     expected = layer(x).detach()
     with torch.no_grad():
-        assert try_decode(layer, x) is not None
+        assert try_infer(layer, x) is not None
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x[:, None]), expected[:, None], rtol=1e-4, atol=1e-5)
@@ -39,25 +39,24 @@ def test_it_is_the_layer(name, tokens, threads):
 def test_whoever_listens_or_needs_more_gets_the_parts():
     layer = trained(CONFIGS["small"])
     x = torch.randn(2, 64)
-    assert try_decode(layer, x) is None  # gradients may be wanted
+    assert try_infer(layer, x) is None  # gradients may be wanted
     with torch.no_grad():
-        assert try_decode(layer, torch.randn(5, 64)) is None
-        assert try_decode(layer, x.double()) is None
+        assert try_infer(layer, x.double()) is None
         with UsageMeter(layer) as meter:
-            assert try_decode(layer, x) is None
+            assert try_infer(layer, x) is None
             layer(x)
         assert meter.report().tokens == 2
-        assert try_decode(layer, x) is not None
+        assert try_infer(layer, x) is not None
         with torch.autocast("cpu", torch.bfloat16):
-            assert try_decode(layer, x) is None
+            assert try_infer(layer, x) is None
         with layer.values.register_forward_pre_hook(lambda *_: None):
-            assert try_decode(layer, x) is None
+            assert try_infer(layer, x) is None
         layer.train()
-        assert try_decode(layer, x) is None
+        assert try_infer(layer, x) is None
     for change in ({"query_norm": "rms"}, {"keys": "flat"}, {"query_hidden": (9,)}):
         other = MemoryLayer(MemoryConfig(dim=64, heads=3, topk=5, num_subkeys=12, query_dim=14, **change)).eval()
         with torch.no_grad():
-            assert try_decode(other, x) is None
+            assert try_infer(other, x) is None
             assert other(x).isfinite().all()
 
 
@@ -70,16 +69,28 @@ def test_padding_reads_nothing():
     assert y[0, 1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_16_bit_tables(dtype, tokens):
+    layer = trained(CONFIGS["small"])
+    layer.values.to(dtype)
+    x = torch.randn(tokens, 64)
+    expected = layer(x).detach()
+    with torch.no_grad():
+        assert try_infer(layer, x) is not None
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_operation_keeps_torch_s_rules():
     layer = trained(CONFIGS["small"])
     norm, linear = layer.query.norm, layer.query.projections[0]
     stats = norm.running_mean, norm.running_var, norm.weight.detach(), norm.bias.detach()
     arguments = (torch.randn(2, 64), linear.weight.detach(), linear.bias.detach(), *stats, norm.eps)
     arguments += (layer.keys.weight.detach(), 5, layer.values.weight.detach())
-    torch.library.opcheck(decode, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(infer, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_compiled_it_decodes_in_one_graph():
+def test_compiled_it_is_one_graph():
     layer = trained(CONFIGS["small"])
     x = torch.randn(2, 64)
     with torch.no_grad():
