@@ -188,6 +188,7 @@ import sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
+torch.set_grad_enabled(False)  # as the logits that it is compared with: inference has operations of its own
 assert not any(name.startswith("memlayers") for name in sys.modules)
 for family in ("gpt2", "llama"):
     source, target = f"{sys.argv[1]}/{family}", f"{sys.argv[2]}/{family}"

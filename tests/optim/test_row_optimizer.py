@@ -402,10 +402,6 @@ def test_it_cannot_be_copied_nor_given_more_groups(make):
         ({"lr": "fast"}, "lr must be a finite number .* got 'fast'"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0 or None, got 0.0"),
         ({"rounding": "up"}, 'rounding must be "nearest" or "stochastic", got \'up\''),
-        (
-            {"rounding": "stochastic"},
-            'rounding must be "nearest" unless all tables are torch.bfloat16, got torch.float32',
-        ),
     ],
 )
 def test_bad_settings_are_named_and_no_table_is_taken(make, settings, named):

@@ -48,7 +48,7 @@ class MemoryAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         value_lr: float = 1e-3,
         value_max_grad_norm: float | None = None,
-        value_rounding: Rounding = "nearest",
+        value_rounding: Rounding = "stochastic",
         schedule_values: bool = False,
     ):
         if not isinstance(model, nn.Module):
@@ -59,9 +59,7 @@ class MemoryAdamW(torch.optim.Optimizer):
         check_at_least_0("weight_decay", weight_decay)
         groups = dense_groups(model, weight_decay)
         tables = [table for table in find_tables(model) if table.weight.requires_grad]
-        check_row_settings(
-            tables, lr=value_lr, max_grad_norm=value_max_grad_norm, rounding=value_rounding, prefix="value_"
-        )
+        check_row_settings(lr=value_lr, max_grad_norm=value_max_grad_norm, rounding=value_rounding, prefix="value_")
         if not groups and not tables:
             raise ValueError("model must have at least one parameter that requires a gradient, got none")
         self._dense = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps) if groups else None

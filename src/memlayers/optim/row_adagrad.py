@@ -26,7 +26,7 @@ class RowAdagrad(RowOptimizer):
         per_row: bool = False,
         max_grad_norm: float | None = None,
         schedule_values: bool = False,
-        rounding: Rounding = "nearest",
+        rounding: Rounding = "stochastic",
     ):
         check_eps(eps)
         super().__init__(

@@ -22,7 +22,7 @@ class RowAdam(RowOptimizer):
         eps: float = 1e-8,
         max_grad_norm: float | None = None,
         schedule_values: bool = False,
-        rounding: Rounding = "nearest",
+        rounding: Rounding = "stochastic",
     ):
         check_betas(betas)
         check_eps(eps)

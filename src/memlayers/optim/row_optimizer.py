@@ -24,8 +24,9 @@ class RowOptimizer(torch.optim.Optimizer):
 
     lr is constant: it lives in the group's ``value_lr``, where no learning-rate scheduler looks, unless
     ``schedule_values``, when the group's ``lr`` counts. max_grad_norm clips the gradient of each table by its own norm.
-    rounding: of the rows of bfloat16 tables. To the "nearest", updates smaller than half a unit in the last place are
-    lost; "stochastic" rounding keeps them on average (`memlayers.ops.rounding`).
+    rounding: of the rows of bfloat16 tables; those of others are rounded to the nearest. "stochastic" keeps on average
+    what is smaller than half a unit in the last place (`memlayers.ops.rounding`); to the "nearest" loses it, and with
+    it most of the training at small rates (docs/log.md).
     """
 
     _is_built = False
@@ -48,7 +49,7 @@ class RowOptimizer(torch.optim.Optimizer):
         for table in tables:
             if not isinstance(table, ValueTable):
                 raise ValueError(f"tables must be ValueTable modules, got {type(table).__name__}")
-        check_row_settings(tables, lr=lr, max_grad_norm=max_grad_norm, rounding=rounding)
+        check_row_settings(lr=lr, max_grad_norm=max_grad_norm, rounding=rounding)
         _require_one_process()
         self._tables: list[ValueTable] = []
         group = {
@@ -112,8 +113,9 @@ class RowOptimizer(torch.optim.Optimizer):
             state = self.state[table.weight]
             if not state:
                 state.update(self.new_state(table.weight, group))
+            is_stochastic = group["rounding"] == "stochastic" and table.weight.dtype == torch.bfloat16
             # Another for each step and table, and the same when a run is resumed.
-            seed = group["updates"] * len(self._tables) + number if group["rounding"] == "stochastic" else -1
+            seed = group["updates"] * len(self._tables) + number if is_stochastic else -1
             self.update(table.weight, state, (slots, weights, grads), group, lr=lr, scale=scale, seed=seed)
         group["updates"] += 1
         return loss
@@ -183,19 +185,13 @@ def refuse_grad_scaler(optimizer: torch.optim.Optimizer) -> None:
 # Checks of settings: each raises `ValueError` naming the setting, its value and what is allowed.
 
 
-def check_row_settings(
-    tables: Iterable[ValueTable], *, lr: float, max_grad_norm: float | None, rounding: str, prefix: str = ""
-) -> None:
+def check_row_settings(*, lr: float, max_grad_norm: float | None, rounding: str, prefix: str = "") -> None:
     """What every row optimizer has; the names of its settings begin with a prefix."""
     check_at_least_0(f"{prefix}lr", lr)
     if max_grad_norm is not None and not (_is_finite(max_grad_norm) and max_grad_norm > 0):
         raise ValueError(f"{prefix}max_grad_norm must be above 0 or None, got {max_grad_norm!r}")
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f'{prefix}rounding must be "nearest" or "stochastic", got {rounding!r}')
-    others = {table.weight.dtype for table in tables} - {torch.bfloat16}
-    if rounding == "stochastic" and others:
-        names = ", ".join(sorted(map(str, others)))
-        raise ValueError(f'{prefix}rounding must be "nearest" unless all tables are torch.bfloat16, got {names}')
 
 
 def check_at_least_0(name: str, value: float) -> None:

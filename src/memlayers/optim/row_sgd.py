@@ -19,7 +19,7 @@ class RowSGD(RowOptimizer):
         lr: float = 1e-3,
         max_grad_norm: float | None = None,
         schedule_values: bool = False,
-        rounding: Rounding = "nearest",
+        rounding: Rounding = "stochastic",
     ):
         super().__init__(tables, lr=lr, max_grad_norm=max_grad_norm, schedule_values=schedule_values, rounding=rounding)
 

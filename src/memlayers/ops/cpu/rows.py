@@ -95,7 +95,7 @@ def square_sum(entries: SortedEntries) -> Tensor:
     buffer = torch.empty(threads, entries.width + LANES)
     sums = torch.zeros(tasks, dtype=torch.float64)
     launch(_square_sum, threads, *entries.fields(), buffer.data_ptr(), sums.data_ptr())
-    return sums.sum()
+    return torch.tensor(sums.numpy().sum())  # in one order, however many threads there are
 
 
 def step_(
