@@ -81,10 +81,12 @@ class MemoryLayer(nn.Module):
             raise ValueError(f"x must have dim = {config.dim} as its last size, got {[*x.shape]}")
         mask_T = self.token_mask(x, mask)
         x_TD = x.reshape(-1, config.dim)
-        if mask_T is None and (y_TV := try_infer(self, x_TD)) is not None:
-            return self.output(y_TV.to(x.dtype)).view(x.shape)
         if mask_T is not None:  # selected, not multiplied: whatever padding holds, NaN included, must not come through
             x_TD = torch.where(mask_T[:, None], x_TD, 0)
+        if (y_TV := try_infer(self, x_TD)) is not None:
+            if mask_T is not None:
+                y_TV = torch.where(mask_T[:, None], y_TV, 0)
+            return self.output(y_TV.to(x.dtype)).view(x.shape)
         x_TD = F.dropout(x_TD, config.input_dropout, self.training)
         query_THQ = F.dropout(self.query(x_TD, mask_T), config.query_dropout, self.training)
         scores_THK, slots_THK = self.keys(query_THQ)

@@ -313,3 +313,16 @@ def test_operations_are_registered_as_torch_expects(rule, path):
 
 def test_the_norm_is_registered_as_torch_expects(path):
     opcheck(row_norm, (*factors(13, [(4, 3), (2, 1)], 5), 13))
+
+
+def test_a_table_of_more_than_2_31_elements():
+    """Sparsely: of 2.3 G elements only a few rows are ever touched, so they take no memory."""
+    num_slots, width = 2**21 + 2**17, 1024
+    table = torch.empty(num_slots, width, dtype=torch.bfloat16)
+    slots = torch.tensor([[1], [2**21 - 1], [2**21 + 1], [num_slots - 1]])
+    rows, neighbours = slots.flatten(), slots.flatten() - 1
+    table[rows] = torch.ones(4, width, dtype=torch.bfloat16)
+    table[neighbours] = torch.full((4, width), 3.0, dtype=torch.bfloat16)
+    row_sgd_(table, [slots], [torch.ones(4, 1)], [torch.ones(4, width)], lr=0.5, scale=None, seed=-1)
+    assert torch.equal(table[rows], torch.full((4, width), 0.5, dtype=torch.bfloat16))
+    assert torch.equal(table[neighbours], torch.full((4, width), 3.0, dtype=torch.bfloat16))

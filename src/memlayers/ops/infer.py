@@ -15,7 +15,6 @@ from memlayers.ops import cpu
 from memlayers.ops.read import read
 from memlayers.ops.search import search
 
-
 # Not a `torch.library.custom_op`, whose wrappers cost more than the arithmetic of one token.
 _library = torch.library.Library("memlayers", "FRAGMENT")
 _library.define(
