@@ -129,7 +129,7 @@ def add_rows(table, slot, weight, start, end, out, first, last, width, kind):
 
 @part
 def _add_pairs(table, slot, weight, start, end, out, first, whole, width, kind):
-    """The same for as many pairs of vectors of 16-bit numbers as there are, a cache line each; returns where it ends."""
+    """The same for pairs of vectors of 16-bit numbers, a cache line each; returns where there are no more."""
     pairs = first + (whole - first) // (2 * LANES) * 2 * LANES
     for v in range(first, pairs, 2 * LANES):
         total1, total2 = load(out + v * 4), load(out + (v + LANES) * 4)
