@@ -132,3 +132,21 @@ def test_the_network_has_the_sizes_it_was_given(hidden, bias):
     for projection in network.projections[:-1]:
         expected = projection(expected).relu()
     torch.testing.assert_close(network(x), network.projections[-1](expected).view(3, 2, 4))
+
+
+@pytest.mark.parametrize("order", ["plain first", "masked first"])
+def test_a_masked_and_a_plain_call_before_one_backward(order):
+    norm = MaskedBatchNorm(2, 4)
+    x, mask = torch.randn(9, 2, 4, requires_grad=True), torch.rand(9) > 0.3
+    masks = (None, mask) if order == "plain first" else (mask, None)
+    sum(norm(x, mask).square().sum() for mask in masks).backward()
+    assert x.grad.isfinite().all()
+
+
+def test_statistics_of_masked_tokens_are_float32_under_autocast():
+    norm, exact = MaskedBatchNorm(2, 4), MaskedBatchNorm(2, 4)
+    x, mask = torch.randn(500, 2, 4) + 3, torch.rand(500) > 0.3
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x, mask)
+    torch.testing.assert_close(y, exact(x, mask), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, exact.running_var, rtol=1e-6, atol=1e-6)

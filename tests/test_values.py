@@ -305,3 +305,25 @@ def test_an_empty_table_is_an_error(slots, dim):
 
 def test_values_start_with_the_paper_s_deviation():
     assert ValueTable(1000, 64).weight.std().item() == pytest.approx(1 / 8, rel=0.02)
+
+
+@pytest.mark.slow
+def test_inductor_does_not_reuse_the_memory_of_what_is_recorded():
+    """The gradient of `x` is as large as that of what is read, so its memory would be taken for it."""
+    table = ValueTable(50, 32)
+    optimizer = RowAdam([table])
+    slots = torch.randint(50, (64, 4))
+    first, second, x, weight = (
+        torch.randn(*shape, requires_grad=True) for shape in ((32, 4), (32, 32), (64, 32), (64, 32))
+    )
+
+    def block(x, first, second):
+        return table.read(slots, x @ first) @ second
+
+    def rows(function):
+        table.row_gradient.discard()
+        (function(x, first, second) * weight).sum().backward()
+        return table.row_gradient.summed().compact().grad_PV
+
+    torch.testing.assert_close(rows(torch.compile(block, fullgraph=True)), rows(block), rtol=1e-4, atol=1e-4)
+    assert optimizer is not None  # it owns the table

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from memlayers.keys import ProductKeys
 from memlayers.ops.infer import infer
@@ -25,7 +26,9 @@ def try_infer(layer: "MemoryLayer", x_TD: Tensor) -> Tensor | None:
 
     None otherwise: then the parts are to be called.
     """
-    if torch.is_grad_enabled() or layer.training or x_TD.dtype != torch.float32:
+    if torch.is_grad_enabled() or layer.training or x_TD.dtype != torch.float32 or x_TD.device.type != "cpu":
+        return None
+    if _global_forward_hooks or _global_forward_pre_hooks or torch.is_autocast_enabled("cpu"):
         return None
     query, keys, values = layer.query, layer.keys, layer.values
     norm, projections = query.norm, query.projections
@@ -34,9 +37,12 @@ def try_infer(layer: "MemoryLayer", x_TD: Tensor) -> Tensor | None:
         # Hooks, or a forward of its own: `accelerate` gives modules one where it moves their weights.
         if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
             return None
-    weight, table = projection.weight, values.weight
-    is_float32 = weight.dtype == keys.weight.dtype == norm.weight.dtype == torch.float32
-    if not is_float32 or len(projections) > 1 or x_TD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if len(projections) > 1 or norm.training:
         return None
     stats = norm.running_mean, norm.running_var, norm.weight, norm.bias
-    return infer(x_TD, weight, projection.bias, *stats, norm.eps, keys.weight, keys.topk, table)
+    arguments = (projection.weight, projection.bias, *stats, norm.eps, keys.weight, keys.topk, values.weight)
+    for tensor in arguments:
+        # A tensor of another class (a quantised weight, say) knows what to do with the operations of a module only.
+        if isinstance(tensor, Tensor) and type(tensor) not in (Tensor, nn.Parameter):
+            return None
+    return infer(x_TD, *arguments)

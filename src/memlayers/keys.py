@@ -5,12 +5,12 @@ Letters: T tokens, H heads, Q query width of a head, N sub-keys a codebook, S sl
 """
 
 import math
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from memlayers.ops import without_autocast
 from memlayers.ops.read import dot
 from memlayers.ops.search import search
 from memlayers.ops.select import best
@@ -107,7 +107,7 @@ class FlatKeys(nn.Module):
     @torch.no_grad()
     def _search(self, query_THQ: Tensor) -> Tensor:
         # Searched as exactly as scored, whatever a surrounding autocast says.
-        with nullcontext() if query_THQ.is_meta else torch.autocast(query_THQ.device.type, enabled=False):
+        with without_autocast(query_THQ):
             return self._search_blocks(query_THQ if query_THQ.dtype == torch.float64 else query_THQ.float())
 
     def _search_blocks(self, query_THQ: Tensor) -> Tensor:

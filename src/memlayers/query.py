@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlayers.config import MemoryConfig
+from memlayers.ops import without_autocast
 
 
 class QueryNetwork(nn.Module):
@@ -96,19 +97,23 @@ class MaskedBatchNorm(nn.Module):
 
     def _normalise(self, wide_TF: Tensor, is_training: bool) -> Tensor:
         weight_F, bias_F = self.weight.view(-1).to(wide_TF.dtype), self.bias.view(-1).to(wide_TF.dtype)
-        mean_F, var_F = self.running_mean.view(-1), self.running_var.view(-1)
-        if is_training and is_recomputation():
-            # Folded into copies: checkpointing wants the same tensors saved as in the first pass.
-            mean_F, var_F = mean_F.clone(), var_F.clone()
-        return F.batch_norm(wide_TF, mean_F, var_F, weight_F, bias_F, is_training, self.momentum, self.eps)
+        # Copies: what autograd saves of them must not change with the next call.
+        mean_F, var_F = self.running_mean.flatten().clone(), self.running_var.flatten().clone()
+        wide_TF = F.batch_norm(wide_TF, mean_F, var_F, weight_F, bias_F, is_training, self.momentum, self.eps)
+        if is_training and not is_recomputation():
+            with torch.no_grad():
+                self.running_mean.copy_(mean_F.view_as(self.running_mean))
+                self.running_var.copy_(var_F.view_as(self.running_var))
+        return wide_TF
 
     def _normalise_masked(self, wide_TF: Tensor, mask_T: Tensor) -> Tensor:
         # Selected, not multiplied: whatever padding holds, NaN included, must not come through.
         wide_TF = torch.where(mask_T[:, None], wide_TF, 0)
         count = mask_T.sum().to(wide_TF.dtype)
         share_T = mask_T.to(wide_TF.dtype) / count.clamp(min=1)
-        mean_F = share_T @ wide_TF
-        var_F = share_T @ (wide_TF - mean_F).square()
+        with without_autocast(wide_TF):
+            mean_F = share_T @ wide_TF
+            var_F = share_T @ (wide_TF - mean_F).square()
         if not is_recomputation():
             self._fold_in(mean_F.view_as(self.running_mean), var_F.view_as(self.running_var), count)
         scale_F = torch.rsqrt(var_F + self.eps) * self.weight.view(-1)

@@ -3,6 +3,7 @@ import gc
 import pytest
 import torch
 
+from memlayers import RowAdam, ValueTable
 from memlayers.ops import cpu
 from memlayers.ops.record import RowGradient
 from memlayers.ops.row_sum import Part, sum_parts
@@ -163,3 +164,19 @@ def test_nothing_keeps_a_row_gradient_alive():
     del gradient, owner, mark
     gc.collect()
     assert number not in _row_gradients
+
+
+def test_what_is_recorded_is_a_copy():
+    """A compiled backward reuses the memory of arguments as soon as the operation has returned."""
+    table = ValueTable(6, 3)
+    optimizer = RowAdam([table])
+    slots, weights = torch.tensor([[0, 2]]), torch.tensor([[1.0, 2.0]], requires_grad=True)
+    y = table.read(slots, weights)
+    grad = torch.ones_like(y)
+    y.backward(grad)
+    for argument in (slots, weights.data, grad):
+        argument.zero_()
+    (part,) = optimizer._tables[0].row_gradient.consume()
+    assert part.slots_TK.tolist() == [[0, 2]]
+    assert part.weights_TK.tolist() == [[1.0, 2.0]]
+    assert part.grad_TV.tolist() == [[1.0, 1.0, 1.0]]

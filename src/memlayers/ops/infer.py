@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlayers.ops import cpu
-from memlayers.ops.read import read
+from memlayers.ops.read import accumulation_dtype, read
 from memlayers.ops.search import search
 
 # Not a `torch.library.custom_op`, whose wrappers cost more than the arithmetic of one token.
@@ -37,14 +37,25 @@ def infer_reference(
 
 
 def _infer_on_cpu(x_TD, *arguments) -> Tensor:
-    kernels = cpu.kernels("infer")
-    if kernels is None or not all(given.is_contiguous() for given in arguments if isinstance(given, Tensor)):
+    *rest, topk, table_SV = arguments
+    keys_2HNC, num_slots = rest[-1], len(table_SV)
+    tensors = [x_TD, *(given for given in rest if isinstance(given, Tensor))]
+    is_plain = (
+        all(tensor.dtype == torch.float32 for tensor in tensors)
+        and table_SV.dtype != torch.float64
+        and all(tensor.is_contiguous() for tensor in (*tensors[1:], table_SV))
+        and num_slots == keys_2HNC.shape[2] ** 2
+        and 1 <= topk <= keys_2HNC.shape[2] <= 2**16
+    )
+    kernels = cpu.kernels("infer") if is_plain else None
+    if kernels is None:
         return infer_reference(x_TD, *arguments)
     return kernels.infer(x_TD.contiguous(), *arguments)
 
 
 def _fake(x_TD, *arguments) -> Tensor:
-    return x_TD.new_empty(x_TD.shape[0], arguments[-1].shape[1], dtype=torch.float32)
+    table_SV = arguments[-1]
+    return x_TD.new_empty(x_TD.shape[0], table_SV.shape[1], dtype=accumulation_dtype(table_SV.dtype))
 
 
 _library.impl("infer", infer_reference, "CompositeExplicitAutograd")

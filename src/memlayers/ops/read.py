@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops import cpu
+from memlayers.ops import cpu, without_autocast
 from memlayers.ops.record import MARK, record_
 from memlayers.ops.row_sum import Part, dense_sum, kernel_part
 
@@ -63,7 +63,7 @@ def _(slots_TK, weights_TK, outputs_TV, num_slots):
     kernels = cpu.kernels("rows") if outputs_TV.dtype != torch.float64 else None
     if kernels is None:
         return dense_sum([part], num_slots).grad_PV
-    g_SV = torch.zeros(num_slots, outputs_TV.shape[1])
+    g_SV = torch.zeros(num_slots, outputs_TV.shape[1], dtype=torch.float32)
     entries = kernels.SortedEntries([kernel_part(part)], num_slots)
     kernels.step_(kernels.SGD, entries, g_SV, None, None, None, scale=1.0, lr=-1.0)  # one step up from zero
     return g_SV
@@ -72,19 +72,21 @@ def _(slots_TK, weights_TK, outputs_TV, num_slots):
 def _read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
     kernels = _kernels(table_SV)
     if kernels is not None:
-        return kernels.read(table_SV, slots_TK.contiguous(), weights_TK.float().contiguous())
+        return kernels.read(table_SV, slots_TK.long().contiguous(), weights_TK.float().contiguous())
     return read_reference(table_SV, slots_TK, weights_TK)
 
 
 def _dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
     kernels = _kernels(table_SV)
     if kernels is not None:
-        return kernels.dot(table_SV, slots_TK.contiguous(), outputs_TV.float().contiguous())
+        return kernels.dot(table_SV, slots_TK.long().contiguous(), outputs_TV.float().contiguous())
     return dot_reference(table_SV, slots_TK, outputs_TV)
 
 
 def _kernels(table_SV: Tensor) -> ModuleType | None:
-    if table_SV.device.type != "cpu" or table_SV.dtype == torch.float64 or not table_SV.is_contiguous():
+    if table_SV.device.type != "cpu" or table_SV.dtype == torch.float64:
+        return None
+    if not table_SV.is_contiguous() or table_SV.numel() == 0:
         return None
     return cpu.kernels("read")
 
@@ -104,11 +106,19 @@ def read_reference(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Te
 def dot_reference(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
     """`dot` in PyTorch's own operations."""
     dtype = accumulation_dtype(table_SV.dtype)
-    outputs_TV = outputs_TV.to(dtype)
-    d_TK = outputs_TV.new_empty(slots_TK.shape)
-    for tokens in _chunks(slots_TK, table_SV):
-        rows_CKV = F.embedding(slots_TK[tokens], table_SV).to(dtype)
-        d_TK[tokens] = (rows_CKV @ outputs_TV[tokens, :, None]).squeeze(-1)
+    outputs_TV = outputs_TV.to(dtype).contiguous()
+    num_tokens, topk = slots_TK.shape
+    if table_SV.dtype == dtype and table_SV.is_contiguous():
+        # The kernel behind embedding_bag's own backward; a bmm over gathered rows takes four times as long on a CPU.
+        bag_T = torch.arange(num_tokens, device=slots_TK.device)
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            outputs_TV, table_SV, slots_TK.flatten(), bag_T * topk, bag_T.repeat_interleave(topk), 0
+        ).view(num_tokens, topk)
+    d_TK = outputs_TV.new_empty(num_tokens, topk)
+    with without_autocast(table_SV):
+        for tokens in _chunks(slots_TK, table_SV):
+            rows_CKV = F.embedding(slots_TK[tokens], table_SV).to(dtype)
+            d_TK[tokens] = (rows_CKV @ outputs_TV[tokens, :, None]).squeeze(-1)
     return d_TK
 
 

@@ -44,7 +44,8 @@ def record_(handle: Tensor, slots_TK: Tensor, weights_TK: Tensor, grad_TV: Tenso
             "backward reached a value table in row mode whose row optimizer is gone, so its gradient would be lost: "
             "keep the optimizer alive, build a new one, or call table.release() to train it with a dense gradient"
         )
-    row_gradient._append(Part(slots_TK.detach(), weights_TK.detach(), grad_TV.detach()))
+    # Copies, made here: what is compiled reuses the memory of an argument once this returns.
+    row_gradient._append(Part(slots_TK.clone(), weights_TK.detach().clone(), grad_TV.detach().clone()))
     handle[1] += slots_TK.shape[0]
 
 

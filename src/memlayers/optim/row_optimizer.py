@@ -164,6 +164,10 @@ def state_dtype(weight: Tensor) -> torch.dtype:
 
 def restore_row_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], tables: set[Tensor]) -> None:
     """Put the state of tables back as it was saved, where torch's `load_state_dict` cast it to the table's dtype."""
+    for group in optimizer.param_groups:
+        if "value_lr" in group:  # saved by version 0.1.0, which had no other rounding and counted no updates
+            group.setdefault("rounding", "nearest")
+            group.setdefault("updates", 0)
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for number, weight in zip(numbers, weights, strict=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memlayers import MemoryConfig, MemoryLayer, UsageMeter
+from memlayers import MemoryConfig, MemoryLayer, UsageMeter, ValueTable
 from memlayers.inference import try_infer
 from memlayers.ops.infer import infer
 
@@ -96,3 +96,47 @@ def test_compiled_it_is_one_graph():
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_in_training_learns_on():
+    layer = trained(CONFIGS["small"])
+    layer.query.norm.train()
+    before = layer.query.norm.running_mean.clone()
+    with torch.no_grad():
+        layer(torch.randn(9, 64))
+    assert not torch.equal(layer.query.norm.running_mean, before)
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_what_the_kernel_does_not_take_is_left_to_the_reference(tokens):
+    layer = trained(CONFIGS["small"])
+    x = torch.randn(tokens, 64)
+    expected = layer(x).detach()
+    layer.values.double()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        layer.query.norm.running_var = layer.query.norm.running_var.bfloat16()
+        with pytest.raises(RuntimeError):  # of PyTorch's own, who does not mix these
+            layer(x)
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_a_table_or_keys_of_the_wrong_size_are_an_error(tokens):
+    layer = trained(CONFIGS["small"])
+    table = layer.values
+    with torch.no_grad():
+        layer.values = ValueTable(10, 64)
+        with pytest.raises(IndexError, match="slots must be in"):
+            layer(torch.randn(tokens, 64) * 100)
+        layer.values, layer.keys.topk = table, 13
+        with pytest.raises(ValueError, match="topk must be in .* got 13 and 12"):
+            layer(torch.randn(tokens, 64))
+
+
+def test_hooks_on_all_modules_are_called():
+    layer = trained(CONFIGS["small"])
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    with torch.no_grad(), handle:
+        layer(torch.randn(2, 64))
+    assert {"ProductKeys", "ValueTable", "QueryNetwork"} <= set(seen)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from memlayers import MemoryConfig, MemoryLayer, RowAdam
 from memlayers.ops import cpu
 from memlayers.ops.read import dot, dot_reference, read, read_reference, sum_rows
 
@@ -111,3 +112,34 @@ def test_without_kernels_the_reference_runs(monkeypatch):
     y = read(table, slots, weights)
     monkeypatch.setattr(cpu, "kernels", lambda operation: None)
     torch.testing.assert_close(read(table, slots, weights), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torch_s_default_dtype_makes_no_difference(default):
+    """Of the whole layer, forward, backward, step and inference."""
+    results = []
+    for dtype in (torch.float32, default):
+        torch.manual_seed(0)
+        layer = MemoryLayer(MemoryConfig(dim=16, heads=2, topk=4, num_subkeys=8, query_dim=8))
+        optimizer, x = RowAdam(layer, max_grad_norm=1.0), torch.randn(30, 16)
+        torch.set_default_dtype(dtype)
+        try:
+            y = layer(x)
+            y.square().sum().backward()
+            optimizer.step()
+            layer.eval()
+            with torch.no_grad():
+                results.append(
+                    [y.detach(), layer.keys.weight.grad, layer.values.weight.detach(), layer(x[:2]), layer(x)]
+                )
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_slots_of_32_bits():
+    table, slots, weights = arguments((20, 33, 4, 6))
+    assert torch.equal(read(table, slots.int(), weights), read(table, slots, weights))
+    outputs = torch.randn(4, 33)
+    assert torch.equal(dot(table, slots.int(), outputs), dot(table, slots, outputs))

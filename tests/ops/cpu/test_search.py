@@ -106,3 +106,24 @@ def test_operations_keep_torch_s_rules():
     torch.library.opcheck(search, (query.requires_grad_(), keys.requires_grad_(), topk))
     grad, slots = torch.randn(6, 2, 3), torch.randint(81, (6, 2, 3))
     torch.library.opcheck(search_backward, (grad, slots, query.detach(), keys.detach()))
+
+
+@pytest.mark.parametrize("wanted", ["query", "keys"])
+def test_a_gradient_that_nobody_wants_is_not_computed(wanted, monkeypatch):
+    query, keys, topk = arguments((20, 2, 16, 5, 4))
+    leaf = {"query": query, "keys": keys}[wanted].requires_grad_()
+    scores, slots = search(query, keys, topk)
+    (grad,) = torch.autograd.grad(scores.sum(), leaf)
+    both = search_backward(torch.ones_like(scores), slots, query.detach(), keys.detach())
+    assert torch.equal(grad, both[wanted == "keys"])
+    one = search_backward(
+        torch.ones_like(scores), slots, query.detach(), keys.detach(), wanted == "query", wanted == "keys"
+    )
+    assert one[wanted == "query"].numel() == 0
+
+
+def test_second_derivatives():
+    query, keys, _ = (part.double() if torch.is_tensor(part) else part for part in arguments((3, 2, 6, 2, 3)))
+    grad, slots = torch.randn(3, 2, 3, dtype=torch.float64), torch.randint(36, (3, 2, 3))
+    inputs = (grad.requires_grad_(), query.requires_grad_(), keys.requires_grad_())
+    torch.autograd.gradcheck(lambda grad, query, keys: search_backward(grad, slots, query, keys), inputs)

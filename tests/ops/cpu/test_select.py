@@ -90,3 +90,12 @@ def test_the_kernel_is_what_runs(monkeypatch):
     monkeypatch.setattr(kernels, "select_into", lambda *arguments: calls.append(arguments))
     select_pairs(torch.randn(2, 3, 9), torch.randn(2, 3, 9), 4)
     assert len(calls) == 1
+
+
+def test_shapes_that_do_not_fit_are_an_error():
+    first = torch.randn(3, 5, 9)
+    with pytest.raises(ValueError, match=r"one shape, got \[3, 5, 9\] and \[2, 5, 9\]"):
+        select_pairs(first, first[:2], 4)
+    for topk in (0, 10):
+        with pytest.raises(ValueError, match=rf"topk must be in .* got {topk} and 9"):
+            select_pairs(first, first, topk)

@@ -10,7 +10,7 @@ SWITCH = "MEMLAYERS_REFERENCE"
 
 
 def kernels(operation: str) -> ModuleType | None:
-    """The module of an operation's kernels (``select``, ``search``, ``read``, ``rows``), or None: use the reference."""
+    """The module of an operation's kernels (select, search, infer, read, rows), or None: use the reference."""
     return None if why_not() else importlib.import_module(f"memlayers.ops.cpu.{operation}")
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops.cpu.intrinsics import f32, fetch_add, i64, kernel, part
+from memlayers.ops.cpu.intrinsics import f32, fetch_add, i64, kernel, load_field, part
 from memlayers.ops.cpu.launch import FIRST_FIELD, NEXT_TASK, launch, threads_for
 from memlayers.ops.cpu.products import ROWS, products
 from memlayers.ops.cpu.read import KINDS, add_rows, read
@@ -23,6 +23,7 @@ FEW_TOKENS = 4  # up to which reading the weights is what costs
 
 _COLUMNS = 128  # columns of a row that a task reads
 _SIDE_BY_SIDE = 16  # rows read side by side
+_DONE = 30  # field of the number of tasks done, in no cache line with one that others read
 
 
 def infer(
@@ -59,8 +60,8 @@ def _decode(x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps
     scratch = scratch_width(num_subkeys, topk)
     # Query, half scores, weights, and slots behind them; then what each selection needs.
     sizes = features * tokens, 2 * heads * num_subkeys * tokens, heads * topk * tokens
-    memory = torch.empty(sum(sizes) + 2 * sizes[2] + tokens * heads * 10 * scratch + 2)
-    y_TV = torch.empty(tokens, width)
+    memory = torch.empty(sum(sizes) + 2 * sizes[2] + tokens * heads * 10 * scratch + 2, dtype=torch.float32)
+    y_TV = torch.empty(tokens, width, dtype=torch.float32)
     launch(
         _decode_kernel,
         threads_for(1 << 30),
@@ -86,14 +87,14 @@ def _decode(x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps
         round(eps * 2**60),
         pair_plan(topk).data_ptr(),
         KINDS[table_SV.dtype],
-        0,
+        *[0] * (_DONE - 21),
     )
     return y_TV
 
 
 @part
 def _wait_for(fields, done, tasks):
-    while fetch_add(fields, done, 0) < tasks:
+    while load_field(fields, done) < tasks:
         pass
 
 
@@ -106,7 +107,7 @@ def _decode_kernel(fields):
     query, tokens, dim = fields[FIRST_FIELD + 10], fields[FIRST_FIELD + 11], fields[FIRST_FIELD + 12]
     heads, num_subkeys, half = fields[FIRST_FIELD + 13], fields[FIRST_FIELD + 14], fields[FIRST_FIELD + 15]
     topk, width, scratch = fields[FIRST_FIELD + 16], fields[FIRST_FIELD + 17], fields[FIRST_FIELD + 18] * 4
-    eps, plan, done = np.float32(fields[FIRST_FIELD + 19] / 2**60), fields[FIRST_FIELD + 20], FIRST_FIELD + 22
+    eps, plan, done = np.float32(fields[FIRST_FIELD + 19] / 2**60), fields[FIRST_FIELD + 20], FIRST_FIELD + _DONE
     features = 2 * heads * half
     halves = query + features * tokens * 4
     weights = halves + 2 * heads * num_subkeys * tokens * 4

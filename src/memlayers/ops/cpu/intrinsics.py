@@ -23,7 +23,11 @@ def kernel(function):
     # Numba's cache looks for changes in the file of a kernel only, and under its name: so the name says all the rest.
     function.__qualname__ += f"_{_sources()}"
     signature = types.void(types.CPointer(types.int64))
-    return cfunc(signature, cache=True, fastmath=_FLOATS, error_model="numpy")(function)
+    options = {"fastmath": _FLOATS, "error_model": "numpy"}
+    try:
+        return cfunc(signature, cache=True, **options)(function)
+    except RuntimeError:  # no folder can be written to
+        return cfunc(signature, **options)(function)
 
 
 @functools.cache
@@ -66,6 +70,16 @@ def fetch_add(context, fields, index, amount):
         return builder.atomic_rmw("add", builder.gep(fields, [index]), amount, "acq_rel")
 
     return types.int64(types.CPointer(types.int64), types.int64, types.int64), generate
+
+
+@intrinsic
+def load_field(context, fields, index):
+    """``fields[index]``, which other threads write to; what they wrote before it is seen after it."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load_atomic(builder.gep(arguments[0], [arguments[1]]), "acquire", 8)
+
+    return types.int64(types.CPointer(types.int64), types.int64), generate
 
 
 @intrinsic

@@ -36,14 +36,14 @@ _ROWS = 16  # rows read side by side
 
 def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """float32 [T, V]. All arguments contiguous, weights float32."""
-    y_TV = torch.empty(slots_TK.shape[0], table_SV.shape[1])
+    y_TV = torch.empty(slots_TK.shape[0], table_SV.shape[1], dtype=torch.float32)
     _launch(_read, table_SV, slots_TK, weights_TK, y_TV)
     return y_TV
 
 
 def dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
     """float32 [T, K]. All arguments contiguous, outputs float32."""
-    d_TK = torch.empty(slots_TK.shape)
+    d_TK = torch.empty(slots_TK.shape, dtype=torch.float32)
     _launch(_dot, table_SV, slots_TK, d_TK, outputs_TV)
     return d_TK
 

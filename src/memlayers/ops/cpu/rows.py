@@ -58,7 +58,7 @@ class SortedEntries:
         described_P5 = torch.tensor(described, dtype=torch.int64)
         # Slot in the upper and number of the entry in the lower half; sorted from one array into the other.
         self._sorted_2M = torch.empty(2, max(1, most), dtype=torch.int64)
-        self._weight_M = torch.empty(most)
+        self._weight_M = torch.empty(most, dtype=torch.float32)
         self._gradient_M = torch.empty(most, dtype=torch.int64)  # addresses
         counted = torch.zeros(1, dtype=torch.int64)
         places = torch.empty(2**_DIGIT, dtype=torch.int64)
@@ -78,8 +78,8 @@ class SortedEntries:
             places.data_ptr(),
         )
         if error:
-            low, high = (min(int(f(part[0])) for part in parts) for f in (torch.min, torch.max))
-            raise IndexError(f"slots must be in [0, {num_slots}), got {low} to {high}")
+            slots = torch.cat([slots_TK[weights_TK != 0] for slots_TK, weights_TK, _ in parts])
+            raise IndexError(f"slots must be in [0, {num_slots}), got {int(slots.min())} to {int(slots.max())}")
         self.count = int(counted)
 
     def fields(self) -> tuple[int, int, int, int, int]:
@@ -92,7 +92,7 @@ def square_sum(entries: SortedEntries) -> Tensor:
     """The sum of the squares of the summed rows, a float64 scalar."""
     tasks = (entries.count + _ENTRIES - 1) // _ENTRIES
     threads = threads_for(tasks)
-    buffer = torch.empty(threads, entries.width + LANES)
+    buffer = torch.empty(threads, entries.width + LANES, dtype=torch.float32)
     sums = torch.zeros(tasks, dtype=torch.float64)
     launch(_square_sum, threads, *entries.fields(), buffer.data_ptr(), sums.data_ptr())
     return torch.tensor(sums.numpy().sum())  # in one order, however many threads there are
@@ -120,7 +120,7 @@ def step_(
     tasks = (entries.count + _ENTRIES - 1) // _ENTRIES
     threads = threads_for(tasks)
     # The summed row, and the last few elements of a row and of its states, where they fill no vector.
-    buffer = torch.empty(threads, entries.width + 4 * LANES)
+    buffer = torch.empty(threads, entries.width + 4 * LANES, dtype=torch.float32)
     numbers = torch.tensor([scale, lr, beta1, beta2, eps], dtype=torch.float64)
     states = (0 if state is None else state.data_ptr() for state in (first_SV, second_SV, steps_S))
     launch(

@@ -42,16 +42,17 @@ def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, *, softmax: bool =
 
 
 def search_backward(
-    grad_THK: Tensor, slots_THK: Tensor, query_THQ: Tensor, weight_2HNC: Tensor
+    grad_THK: Tensor, slots_THK: Tensor, query_THQ: Tensor, weight_2HNC: Tensor, of_query: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of query and keys, both float32. All arguments contiguous float32, slots int64."""
+    """Gradients of query and keys, both float32, or empty. All arguments contiguous float32, slots int64."""
     num_tokens, heads, topk = slots_THK.shape
     _, _, num_subkeys, half = weight_2HNC.shape
-    grad_query_THQ, grad_keys_2HNC = torch.empty_like(query_THQ), torch.empty_like(weight_2HNC)
+    grad_query_THQ = torch.empty_like(query_THQ) if of_query else query_THQ.new_empty(0)
+    grad_keys_2HNC = torch.empty_like(weight_2HNC) if of_weight else weight_2HNC.new_empty(0)
     # Per half of a head and token: how many distinct sub-keys were found, which, and their gradients.
     count_XT = torch.empty(2 * heads, num_tokens, dtype=torch.int32)
     index_XTK = torch.empty(2 * heads, num_tokens, topk, dtype=torch.int32)
-    value_XTK = torch.empty(2 * heads, num_tokens, topk)
+    value_XTK = torch.empty(2 * heads, num_tokens, topk, dtype=torch.float32)
     shared = (
         query_THQ.data_ptr(),
         weight_2HNC.data_ptr(),
@@ -66,16 +67,14 @@ def search_backward(
     )
     threads = threads_for(2 * heads * ((num_tokens + _TOKENS - 1) // _TOKENS))
     place = torch.full((threads, num_subkeys), -1, dtype=torch.int32)
-    pointers = grad_THK.data_ptr(), slots_THK.data_ptr(), grad_query_THQ.data_ptr(), place.data_ptr()
+    out = grad_query_THQ.data_ptr() if of_query else 0
+    pointers = grad_THK.data_ptr(), slots_THK.data_ptr(), out, place.data_ptr()
     if launch(_query_gradient, threads, *shared, *pointers):
         low, high = int(slots_THK.min()), int(slots_THK.max())
         raise IndexError(f"slots must be in [0, {num_subkeys**2}), got {low} to {high}")
-    launch(
-        _keys_gradient,
-        threads_for(2 * heads * ((half + _COLUMNS - 1) // _COLUMNS)),
-        *shared,
-        grad_keys_2HNC.data_ptr(),
-    )
+    if of_weight:
+        threads = threads_for(2 * heads * ((half + _COLUMNS - 1) // _COLUMNS))
+        launch(_keys_gradient, threads, *shared, grad_keys_2HNC.data_ptr())
     return grad_query_THQ, grad_keys_2HNC
 
 
@@ -133,6 +132,8 @@ def _query_gradient(fields):
                 fields[ERROR] = 1
                 return
             count[at] = distinct
+            if grad_query == 0:
+                continue
             out = grad_query + ((token * heads + head) * 2 + side) * half * 4
             for v in range(0, whole, LANES):
                 lanes = fill(np.float32(0))

@@ -5,7 +5,8 @@ them; a bound between the K-th greatest maximum and the next, by bisection; what
 of these are greater than each, which is its rank; the ranks below K. Pairs likewise: a lower bound of the K-th best
 sum, the pairs of the staircase that reach it (a prefix of each of its rows), their ranks.
 
-Codes are compared, never scores, so NaN has a place in the order (the greatest) and nothing is left undefined.
+Codes are compared, never scores, so NaN has a place in the order (beyond infinity of its sign) and nothing is left
+undefined.
 
 Letters: A leading rows, B trailing rows, N sub-keys a codebook, K neighbours, G groups.
 """
@@ -54,6 +55,12 @@ def select_into(
     """The same into contiguous tensors; with `softmax`, that of the K scores in their place."""
     rows_a, rows_b, num_subkeys = first_ABN.shape
     topk = scores_ABK.shape[-1]
+    if first_ABN.shape != second_ABN.shape:
+        raise ValueError(f"half scores must have one shape, got {[*first_ABN.shape]} and {[*second_ABN.shape]}")
+    if not 1 <= topk <= num_subkeys <= 2**16:
+        raise ValueError(
+            f"topk must be in [1, N] and N, the number of sub-keys, at most 2**16, got {topk} and {num_subkeys}"
+        )
     rows = rows_a * rows_b
     threads = threads_for((rows + _ROWS - 1) // _ROWS)
     width = scratch_width(num_subkeys, topk)
