@@ -32,6 +32,7 @@ from memlayers.lm.data import Corpus, Split, Windows, prepare
 from memlayers.lm.evaluate import ComputePrecision, Evaluation, device_name, evaluate
 from memlayers.lm.run import RunFolder
 from memlayers.models import add_memory, causal_lm, memory_layers
+from memlayers.ops import cpu
 from memlayers.optim import MemoryAdamW
 from memlayers.usage import UsageMeter
 
@@ -74,6 +75,8 @@ def train(
         model.activation_checkpointing_enable()
 
     model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that loses its signature
+    if config.memory_layers and device.type == "cpu":
+        cpu.compile_all()  # before the clock starts: an installation pays for it once
     folder.start(config, overwrite=overwrite)
     trainer = _LanguageModelTrainer(
         model, config, folder, Subset(windows, cast(Sequence[int], order)), corpus, precision, progress

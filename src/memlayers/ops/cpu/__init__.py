@@ -14,6 +14,12 @@ def kernels(operation: str) -> ModuleType | None:
     return None if why_not() else importlib.import_module(f"memlayers.ops.cpu.{operation}")
 
 
+def compile_all() -> None:
+    """Compile the kernels of all operations, or take them from disk, before they are needed."""
+    for operation in ("select", "search", "infer", "read", "rows"):
+        kernels(operation)
+
+
 @functools.cache
 def why_not() -> str | None:
     """Why the kernels are not used in this process, or None when they are."""
