@@ -14,12 +14,11 @@ from torch import Tensor
 from memlayers.ops.cpu.intrinsics import f32, fetch_add, i64, kernel, load_field, part
 from memlayers.ops.cpu.launch import FIRST_FIELD, NEXT_TASK, launch, threads_for
 from memlayers.ops.cpu.products import ROWS, products
-from memlayers.ops.cpu.read import KINDS, add_rows, read_into
+from memlayers.ops.cpu.read import KINDS, add_rows, read
 from memlayers.ops.cpu.search import search
 from memlayers.ops.cpu.select import best_of_half, best_pairs, pair_plan, scratch_width, softmax_of
 
 FEW_TOKENS = 4  # up to which reading the weights is what costs
-_BLOCK = 512  # tokens worked on at once beyond that: enough for efficient products, and their queries stay in cache
 
 _COLUMNS = 128  # columns of a row that a task reads
 _SIDE_BY_SIDE = 16  # rows read side by side
@@ -47,14 +46,10 @@ def infer(
     offset_HQ = shift_HQ - mean_HQ * scale_HQ
     if bias_F is not None:
         offset_HQ.addcmul_(bias_F.view_as(scale_HQ), scale_HQ)
-    y_TV = torch.empty(len(x_TD), table_SV.shape[1], dtype=torch.float32)
-    query_tF = x_TD.new_empty(min(_BLOCK, len(x_TD)), len(projection_FD))
-    for x_tD, y_tV in zip(x_TD.split(_BLOCK), y_TV.split(_BLOCK), strict=True):
-        query_tHQ = torch.mm(x_tD, projection_FD.t(), out=query_tF[: len(x_tD)]).view(-1, *mean_HQ.shape)
-        torch.addcmul(offset_HQ, query_tHQ, scale_HQ, out=query_tHQ)
-        weights_tHK, slots_tHK = search(query_tHQ, keys_2HNC, topk, softmax=True)
-        read_into(table_SV, slots_tHK.flatten(1), weights_tHK.flatten(1), y_tV)
-    return y_TV
+    query_THQ = torch.mm(x_TD, projection_FD.t()).view(-1, *mean_HQ.shape)
+    torch.addcmul(offset_HQ, query_THQ, scale_HQ, out=query_THQ)
+    weights_THK, slots_THK = search(query_THQ, keys_2HNC, topk, softmax=True)
+    return read(table_SV, slots_THK.flatten(1), weights_THK.flatten(1))
 
 
 def _decode(x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps, keys_2HNC, topk, table_SV) -> Tensor:

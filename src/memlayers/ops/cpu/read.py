@@ -37,13 +37,8 @@ _ROWS = 16  # rows read side by side
 def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """float32 [T, V]. All arguments contiguous, weights float32."""
     y_TV = torch.empty(slots_TK.shape[0], table_SV.shape[1], dtype=torch.float32)
-    read_into(table_SV, slots_TK, weights_TK, y_TV)
-    return y_TV
-
-
-def read_into(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor, y_TV: Tensor) -> None:
-    """The same into a contiguous tensor."""
     _launch(_read, table_SV, slots_TK, weights_TK, y_TV)
+    return y_TV
 
 
 def dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
