@@ -1,6 +1,7 @@
 """RowOptimizer: what the optimizers of value tables share; a subclass is a rule and its state."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from memlayers.values import ValueTable
 Rounding = Literal["nearest", "stochastic"]
 
 
-class RowOptimizer(torch.optim.Optimizer):
+class RowOptimizer(torch.optim.Optimizer, ABC):
     """Touches only the rows that were read since the last step (paper, section 3.1: sparse updates).
 
     tables: value tables, or a module whose value tables are all taken. It becomes their owner (`ValueTable.own`):
@@ -72,10 +73,11 @@ class RowOptimizer(torch.optim.Optimizer):
             self.release()
             raise
 
+    @abstractmethod
     def new_state(self, weight_SV: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of a table before its first step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(
         self,
         weight_SV: Tensor,
@@ -88,7 +90,6 @@ class RowOptimizer(torch.optim.Optimizer):
         seed: int,
     ) -> None:
         """One step of a table and its state, in place (see `memlayers.ops.row_step`)."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
