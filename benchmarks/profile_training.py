@@ -15,8 +15,8 @@ from jsonargparse import auto_cli
 from torch.profiler import ProfilerActivity, profile
 
 from memlayers.info import hardware, versions
+from memlayers.lm.build import build_model
 from memlayers.lm.presets import preset as preset_of
-from memlayers.lm.train import build_model
 from memlayers.ops import cpu
 from memlayers.optim import MemoryAdamW
 

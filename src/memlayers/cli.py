@@ -137,10 +137,10 @@ def _eval_parser(preset_name: str) -> "ArgumentParser":
 
 
 def _eval(options: "Namespace") -> None:
+    from memlayers.lm.build import pick_device, resolve_precision
     from memlayers.lm.data import open_corpus
     from memlayers.lm.evaluate import evaluate
     from memlayers.lm.run import RunFolder
-    from memlayers.lm.train import pick_device, resolve_precision
 
     folder = RunFolder(options.run)
     result, config = folder.read_result(), folder.read_config()
@@ -233,9 +233,9 @@ def _info_parser(preset_name: str) -> "ArgumentParser":
 
 def _info(options: "Namespace") -> None:
     from memlayers.info import count_parameters, hardware, operations, versions
+    from memlayers.lm.build import build_model
     from memlayers.lm.presets import preset, preset_names
     from memlayers.lm.run import RunFolder
-    from memlayers.lm.train import build_model
 
     lines = [("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))]
     machine = hardware()

@@ -1,5 +1,11 @@
-"""How files reach the disk: written aside, flushed, then moved into place, so that nothing is ever half there."""
+"""How files reach the disk, and how it is known that they still are what was written.
 
+Written aside, flushed, then moved into place, so that nothing is ever half there. A sealed file is JSON whose first
+entry is the SHA-256 of the file itself, with zeros in its place: a description that lists the hashes of the files
+beside it, and cannot be changed by accident either.
+"""
+
+import hashlib
 import json
 import os
 import secrets
@@ -21,6 +27,42 @@ def write_text(file: Path, text: str) -> None:
     aside.write_text(text, encoding="utf-8")
     flush(aside)
     os.replace(aside, file)
+
+
+SEAL = "0" * 64
+
+
+def write_sealed(file: Path, content: dict[str, Any]) -> None:
+    """Write JSON that `read_sealed` believes; `content` has no ``sha256`` of its own."""
+    assert "sha256" not in content
+    text = json.dumps({"sha256": SEAL, **content}, indent=1) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_text(file, text.replace(SEAL, digest, 1))
+
+
+def read_sealed(file: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the seal.
+
+    Raises `ValueError` naming the file if it is not there, or if a single bit of it has changed since.
+    """
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    opening = b'{\n "sha256": "'
+    seal = raw[len(opening) : len(opening) + len(SEAL)]
+    zeroed = raw[: len(opening)] + SEAL.encode() + raw[len(opening) + len(SEAL) :]
+    if not raw.startswith(opening) or hashlib.sha256(zeroed).hexdigest().encode() != seal:
+        raise ValueError(f"{file} is damaged: it is not what was written (its own SHA-256 does not fit)")
+    content = json.loads(raw)
+    del content["sha256"]
+    return content
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

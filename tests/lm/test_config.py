@@ -79,7 +79,9 @@ def test_a_batch_norm_needs_two_tokens_a_step():
         "training": TrainingConfig(batch_tokens=1),
     }
     RunConfig(**fields)
-    with pytest.raises(ValueError, match="batch_tokens must be at least 2 with memory.query_norm 'batch'.* got 1"):
+    with pytest.raises(
+        ValueError, match="batch_tokens / training.accumulate must be at least 2 with memory.query_norm 'batch'.* got 1"
+    ):
         RunConfig(memory_layers=(1,), **fields)
 
 

@@ -4,8 +4,9 @@ import shutil
 import pytest
 
 from memlayers.info import count_parameters
+from memlayers.lm.build import build_model
 from memlayers.lm.presets import preset, preset_names
-from memlayers.lm.train import build_model, train
+from memlayers.lm.train import train
 
 
 @pytest.mark.parametrize("name", preset_names())

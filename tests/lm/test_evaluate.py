@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from memlayers.lm.build import build_model
 from memlayers.lm.data import Split
 from memlayers.lm.evaluate import Evaluation, evaluate, measure_speed
-from memlayers.lm.train import build_model
 
 
 @pytest.fixture

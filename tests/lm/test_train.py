@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memlayers.lm.train as module
 from memlayers.info import count_parameters
+from memlayers.lm.build import build_model, resolve_precision
 from memlayers.lm.evaluate import evaluate
 from memlayers.lm.run import RunFolder
-from memlayers.lm.train import build_model, resolve_precision, train, training_order
+from memlayers.lm.train import train, training_order
 from memlayers.optim import row_adam
 
 

@@ -9,12 +9,13 @@ from typing import Any
 from memlayers.experiments.report import headline, markdown, plot
 from memlayers.files import write_json, write_text
 from memlayers.info import hardware, versions
+from memlayers.lm.build import pick_device, resolve_precision
 from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus, prepare
 from memlayers.lm.evaluate import Speed, evaluate, measure_speed
 from memlayers.lm.presets import Comparison
 from memlayers.lm.run import RunFolder, check_output
-from memlayers.lm.train import pick_device, resolve_precision, train
+from memlayers.lm.train import train
 
 
 def compare(

@@ -44,6 +44,7 @@ class TrainingConfig:
 
     tokens: int = 2_000_000  # training budget; rounded up to whole steps; text is seen again once it runs out
     batch_tokens: int = 4096  # tokens predicted in one step; a multiple of model.context
+    accumulate: int = 1  # parts that a step is computed in, one after the other: less memory; each has its BatchNorm
     learning_rate: float = 2e-3  # peak, of everything but the memory's values
     value_learning_rate: float = 3e-2  # of the memory's values; constant, whatever the schedule
     schedule: Schedule = "cosine"  # after the warm-up: to zero on a cosine, by the inverse square root, or not at all
@@ -54,14 +55,18 @@ class TrainingConfig:
     precision: Precision = "auto"  # "auto": bf16 on a GPU that has it, else fp32
     eval_every_tokens: int = 200_000  # training tokens between two evaluations; rounded up to whole steps
     eval_tokens: int = 65_536  # validation tokens of an evaluation: the longest prefix of whole documents
+    save_every_tokens: int | None = None  # training tokens between two checkpoints; None: one at every evaluation
+    keep_checkpoints: int = 2  # newest checkpoints kept while the run goes on; a finished run has its model instead
     seed: int = 0  # of the model's initialisation, of dropout and of the order of the data
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, more time
 
     def __post_init__(self) -> None:
         if isinstance(self.betas, list):  # from JSON and YAML
             object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("tokens", "batch_tokens", "eval_every_tokens"):
+        for name in ("tokens", "batch_tokens", "accumulate", "eval_every_tokens", "keep_checkpoints"):
             _require_int(f"training.{name}", getattr(self, name), least=1)
+        if self.save_every_tokens is not None:
+            _require_int("training.save_every_tokens", self.save_every_tokens, least=1)
         _require_int("training.eval_tokens", self.eval_tokens, least=2)
         _require_int("training.seed", self.seed, least=0, most=2**32 - 1)
         for name in ("learning_rate", "value_learning_rate"):
@@ -96,6 +101,11 @@ class TrainingConfig:
         """Optimizer steps between two evaluations."""
         return math.ceil(self.eval_every_tokens / self.batch_tokens)
 
+    @property
+    def save_every_steps(self) -> int:
+        """Optimizer steps between two checkpoints."""
+        return math.ceil((self.save_every_tokens or self.eval_every_tokens) / self.batch_tokens)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -123,10 +133,16 @@ class RunConfig:
                 f"training.batch_tokens must be a multiple of model.context = {self.model.context}, "
                 f"got {self.training.batch_tokens}"
             )
-        if self.memory_layers and self.memory.query_norm == "batch" and self.training.batch_tokens < 2:
+        if self.batch_windows % self.training.accumulate:
             raise ValueError(
-                "training.batch_tokens must be at least 2 with memory.query_norm 'batch', whose statistics are over "
-                f"the tokens of a step, got {self.training.batch_tokens}"
+                f"training.accumulate must divide the {self.batch_windows} windows of a step "
+                f"(training.batch_tokens / model.context), got {self.training.accumulate}"
+            )
+        part_tokens = self.training.batch_tokens // self.training.accumulate
+        if self.memory_layers and self.memory.query_norm == "batch" and part_tokens < 2:
+            raise ValueError(
+                "training.batch_tokens / training.accumulate must be at least 2 with memory.query_norm 'batch', whose "
+                f"statistics are over these tokens, got {part_tokens}"
             )
         if self.training.precision == "fp16" and self.memory_layers:
             raise ValueError(

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -27,13 +26,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from memlayers.files import write_json
 from memlayers.info import count_parameters, hardware, versions
-from memlayers.lm.config import Precision, RunConfig
+from memlayers.lm.build import batch_loss, build_model, build_optimizer, pick_device, resolve_precision
+from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus, Split, Windows, prepare
 from memlayers.lm.evaluate import ComputePrecision, Evaluation, device_name, evaluate
 from memlayers.lm.run import RunFolder
-from memlayers.models import add_memory, causal_lm, memory_layers
+from memlayers.models import memory_layers
 from memlayers.ops import cpu
-from memlayers.optim import MemoryAdamW
 from memlayers.usage import UsageMeter
 
 if TYPE_CHECKING:
@@ -116,48 +115,11 @@ def train(
     return result
 
 
-def build_model(
-    config: RunConfig, *, vocab_size: int, eot_id: int, device: str | torch.device = "cpu"
-) -> "PreTrainedModel":
-    """The model of a run with fresh weights, drawn from PyTorch's global generator; ``device="meta"``: shapes only."""
-    with torch.device(device):
-        model = causal_lm(
-            config.model.family,
-            layers=config.model.layers,
-            dim=config.model.dim,
-            heads=config.model.heads,
-            context=config.model.context,
-            vocab_size=vocab_size,
-            dropout=config.model.dropout,
-            eos_id=eot_id,
-        )
-        if config.memory_layers:
-            add_memory(model, config.memory, layers=config.memory_layers)
-    return model
-
-
 def training_order(windows: int, count: int, seed: int) -> np.ndarray:
     """Which windows a run sees, in order: int64 [count], one shuffled pass over all windows after the other."""
     passes = math.ceil(count / windows)
     order = [np.random.default_rng([seed, index]).permutation(windows) for index in range(passes)]
     return np.concatenate(order)[:count]
-
-
-def pick_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def resolve_precision(asked: Precision, device: torch.device) -> ComputePrecision:
-    """What ``auto`` means on `device`. Raises `ValueError` for a precision that it does not have."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked == "auto":
-        return "bf16" if bf16 else "fp32"
-    if asked == "fp16" and device.type != "cuda":
-        raise ValueError(f"training.precision must be auto, fp32 or bf16 on {device.type}, got 'fp16'")
-    if asked == "bf16" and device.type == "cuda" and not bf16:
-        raise ValueError(f"training.precision must be auto, fp32 or fp16 on {device_name(device)}, got 'bf16'")
-    return asked
 
 
 class TrainingClock:
@@ -201,13 +163,7 @@ class _LanguageModelTrainer(Trainer):
         self.latest: Evaluation | None = None
         self._logged_step, self._logged_seconds = 0, 0.0
         training = config.training
-        optimizer = MemoryAdamW(
-            model,
-            lr=training.learning_rate,
-            betas=training.betas,
-            weight_decay=training.weight_decay,
-            value_lr=training.value_learning_rate,
-        )
+        optimizer = build_optimizer(config, model)
         scheduler = get_scheduler(
             "constant_with_warmup" if training.schedule == "constant" else training.schedule,
             optimizer,
@@ -245,9 +201,7 @@ class _LanguageModelTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean negative log likelihood in float32. Labels are shifted already, so that all positions are trained."""
-        logits_BTC = model(input_ids=inputs["input_ids"], use_cache=False).logits
-        loss = F.cross_entropy(logits_BTC.float().flatten(0, 1), inputs["labels"].flatten())
+        loss, logits_BTC = batch_loss(model, inputs["input_ids"], inputs["labels"])
         return (loss, {"logits": logits_BTC}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -353,7 +307,8 @@ def _training_arguments(config: RunConfig, folder: RunFolder, precision: Compute
     arguments = TrainingArguments(
         output_dir=str(folder.path),
         max_steps=config.training.steps,
-        per_device_train_batch_size=config.batch_windows,
+        per_device_train_batch_size=config.batch_windows // config.training.accumulate,
+        gradient_accumulation_steps=config.training.accumulate,
         train_sampling_strategy="sequential",  # the dataset is in its order already
         max_grad_norm=config.training.max_grad_norm,
         bf16=precision == "bf16",

@@ -1,0 +1,73 @@
+"""What a configuration builds: the device and its precision, the model, its optimizer, and the loss of a batch.
+
+Shapes: B windows, T tokens of a window, C tokens of the vocabulary.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memlayers.lm.config import Precision, RunConfig
+from memlayers.lm.evaluate import ComputePrecision, device_name
+from memlayers.models import add_memory, causal_lm
+from memlayers.optim import MemoryAdamW
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def build_model(
+    config: RunConfig, *, vocab_size: int, eot_id: int, device: str | torch.device = "cpu"
+) -> "PreTrainedModel":
+    """The model of a run with fresh weights, drawn from PyTorch's global generator; ``device="meta"``: shapes only."""
+    with torch.device(device):
+        model = causal_lm(
+            config.model.family,
+            layers=config.model.layers,
+            dim=config.model.dim,
+            heads=config.model.heads,
+            context=config.model.context,
+            vocab_size=vocab_size,
+            dropout=config.model.dropout,
+            eos_id=eot_id,
+        )
+        if config.memory_layers:
+            add_memory(model, config.memory, layers=config.memory_layers)
+    return model
+
+
+def build_optimizer(config: RunConfig, model: "PreTrainedModel") -> MemoryAdamW:
+    """The optimizer of a run."""
+    training = config.training
+    return MemoryAdamW(
+        model,
+        lr=training.learning_rate,
+        betas=training.betas,
+        weight_decay=training.weight_decay,
+        value_lr=training.value_learning_rate,
+    )
+
+
+def batch_loss(model: nn.Module, inputs_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean negative log likelihood in float32, and the logits [B, T, C]. Labels are shifted already: all count."""
+    logits_BTC = model(input_ids=inputs_BT, use_cache=False).logits
+    return F.cross_entropy(logits_BTC.float().flatten(0, 1), labels_BT.flatten()), logits_BTC
+
+
+def pick_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_precision(asked: Precision, device: torch.device) -> ComputePrecision:
+    """What ``auto`` means on `device`. Raises `ValueError` for a precision that it does not have."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "auto":
+        return "bf16" if bf16 else "fp32"
+    if asked == "fp16" and device.type != "cuda":
+        raise ValueError(f"training.precision must be auto, fp32 or bf16 on {device.type}, got 'fp16'")
+    if asked == "bf16" and device.type == "cuda" and not bf16:
+        raise ValueError(f"training.precision must be auto, fp32 or fp16 on {device_name(device)}, got 'bf16'")
+    return asked
