@@ -86,6 +86,26 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process. Raises `ValueError` if another one does; its end, however it comes, frees it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"output must be a folder that no other process writes to, got {str(folder)!r}") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def flush(path: Path) -> None:
     """A file's content, or a folder's list of names, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -5,6 +5,7 @@ Letters: T tokens, H heads, K neighbours, S slots.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -122,6 +123,23 @@ class UsageMeter:
         self._count_HS.scatter_add_(1, slots_HTK.flatten(1), real_HT[..., None].expand_as(slots_HTK).flatten(1).long())
         self._top1_HS.scatter_add_(1, slots_HTK[..., 0], real_HT.int())
         self._tokens += real_T.sum()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The totals, to go on from elsewhere."""
+        return {
+            "weight_HS": self._weight_HS,
+            "count_HS": self._count_HS,
+            "top1_HS": self._top1_HS,
+            "tokens": self._tokens,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over totals. Raises `ValueError` if they are of a memory of another shape."""
+        for name, held in self.state_dict().items():
+            shape = [*state[name].shape] if name in state else None
+            if shape != [*held.shape]:
+                raise ValueError(f"usage must hold {name} of shape {[*held.shape]}, got {shape}")
+            held.copy_(state[name])
 
     def report(self) -> UsageReport:
         """The figures so far. Raises `ValueError` when no token was measured."""

@@ -1,7 +1,7 @@
 import dataclasses
 import itertools
-import json
 import math
+import shutil
 import time
 
 import numpy as np
@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import memlayers.lm.train as module
+import memlayers.lm.trainer as module
 from memlayers.info import count_parameters
 from memlayers.lm.build import build_model, resolve_precision
 from memlayers.lm.evaluate import evaluate
 from memlayers.lm.run import RunFolder
 from memlayers.lm.train import train, training_order
-from memlayers.optim import row_adam
+from memlayers.lm.trainer import LanguageModelTrainer
+from memlayers.optim import MemoryAdamW, row_adam
 
 
 def variant(config, *, model=None, training=None, **fields):
@@ -31,13 +32,13 @@ def variant(config, *, model=None, training=None, **fields):
 def batches(monkeypatch):
     """The batches that models are trained on, in order."""
     seen = []
-    original = module._LanguageModelTrainer.compute_loss
+    original = LanguageModelTrainer.compute_loss
 
     def record(self, model, inputs, *args, **kwargs):
         seen.append(inputs["input_ids"].clone())
         return original(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(module._LanguageModelTrainer, "compute_loss", record)
+    monkeypatch.setattr(LanguageModelTrainer, "compute_loss", record)
     return seen
 
 
@@ -212,24 +213,10 @@ def test_evaluation_is_not_training_time(tiny_config, tiny_corpus, tmp_path, mon
     assert all(line["seconds"] < 1000 for line in RunFolder(tmp_path / "run").read_metrics())
 
 
-def test_a_loss_that_is_not_a_number_is_not_hidden(tiny_config, tiny_corpus, tmp_path, monkeypatch):
-    original = module._LanguageModelTrainer.compute_loss
-
-    def spoil(self, *args, **kwargs):
-        loss = original(self, *args, **kwargs)
-        return loss * math.nan if self.state.global_step == 2 else loss
-
-    monkeypatch.setattr(module._LanguageModelTrainer, "compute_loss", spoil)
-    train(variant(tiny_config, memory_layers=()), tmp_path / "run", corpus=tiny_corpus, progress=False)
-    losses = [line["loss"] for line in RunFolder(tmp_path / "run").read_metrics() if "loss" in line]
-    assert all(math.isfinite(loss) for loss in losses[:2])
-    assert math.isnan(losses[2])
-
-
 @pytest.mark.parametrize("schedule", ["cosine", "inverse_sqrt", "constant"])
 def test_the_values_learn_at_their_own_rate(tiny_config, tiny_corpus, tmp_path, monkeypatch, schedule):
     rates, values = [], []
-    step, update = module.MemoryAdamW.step, row_adam.row_adam_
+    step, update = MemoryAdamW.step, row_adam.row_adam_
 
     def record_step(self, *args, **kwargs):
         rates.append(self.param_groups[0]["lr"])
@@ -239,7 +226,7 @@ def test_the_values_learn_at_their_own_rate(tiny_config, tiny_corpus, tmp_path, 
         values.append(kwargs["lr"])
         return update(*args, **kwargs)
 
-    monkeypatch.setattr(module.MemoryAdamW, "step", record_step)
+    monkeypatch.setattr(MemoryAdamW, "step", record_step)
     monkeypatch.setattr(row_adam, "row_adam_", record_update)
     config = variant(tiny_config, training={"schedule": schedule, "value_learning_rate": 0.07, "warmup": 2})
     train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
@@ -262,14 +249,14 @@ def test_llama_trains_too(tiny_config, tiny_corpus, tmp_path):
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_config, tiny_corpus, tmp_path, monkeypatch):
     enabled = []
-    original = module._LanguageModelTrainer.run
+    original = LanguageModelTrainer.run
 
-    def run(self):
+    def run(self, checkpoint):
         blocks = self.language_model.transformer.h
         enabled.append(all(block.gradient_checkpointing for block in blocks))
-        return original(self)
+        return original(self, checkpoint)
 
-    monkeypatch.setattr(module._LanguageModelTrainer, "run", run)
+    monkeypatch.setattr(LanguageModelTrainer, "run", run)
     plain, checkpointed = (
         train(
             variant(tiny_config, training={"gradient_checkpointing": flag}),
@@ -376,11 +363,29 @@ def test_a_damaged_run_is_named(tiny_config, tiny_corpus, tmp_path):
     folder = RunFolder(tmp_path)
     with pytest.raises(ValueError, match=r"run must be the folder of a run, .* it has no result.json"):
         folder.read_result()
-    with pytest.raises(ValueError, match="it has no model/"):
+    with pytest.raises(ValueError, match="run must be the folder of a finished run"):
         folder.load_model()
-    folder.result.write_text("{")
-    with pytest.raises(ValueError, match=r"result.json' must be JSON"):
-        folder.read_result()
-    folder.result.write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match="must hold one JSON object, got list"):
-        folder.read_result()
+    folder.config.write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is damaged: "):
+        folder.read_config()
+    folder.result.write_text("{}")
+    with pytest.raises(ValueError, match=r"result.json is damaged: "):
+        folder.read_config()
+
+
+def test_a_damaged_model_is_refused_by_name(tiny_run, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(tiny_run, folder.path)
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        file = folder.model / name
+        good = file.read_bytes()
+        for damaged in (good[:-1], good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]):
+            file.write_bytes(damaged)
+            for load in (folder.load_model, folder.load_tokenizer):
+                with pytest.raises(ValueError, match=f"{name} is damaged"):
+                    load()
+        file.unlink()
+        with pytest.raises(ValueError, match=f"{name} is damaged: it is missing"):
+            folder.load_model()
+        file.write_bytes(good)
+    assert folder.load_model() is not None

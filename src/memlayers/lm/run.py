@@ -3,15 +3,31 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlayers.files import new_folder, write_json
+from memlayers.files import file_sha256, new_folder, read_sealed, write_json, write_sealed
 from memlayers.lm.config import RunConfig
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of `transformers` for saving and loading."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
 
 
 def check_output(path: Path) -> None:
@@ -34,10 +50,13 @@ class RunFolder:
 
     ========================  =======================================================================
     ``config.json``           the resolved configuration; written first, so it marks a run that began
-    ``metrics.jsonl``         one line per log entry and per evaluation
-    ``tensorboard/``          the same for TensorBoard
+    ``metrics.jsonl``         one line for each step; some have usage, rates and evaluations
+    ``tensorboard/``          those figures for TensorBoard
+    ``checkpoints/``          what an unfinished run goes on from (`memlayers.lm.checkpoint`)
     ``model/``                the trained model and its tokenizer, as `save_pretrained` writes them
-    ``result.json``           metrics, configuration, versions, hardware; written last: a finished run
+    ``result.json``           metrics, configuration, versions, hardware, hashes of the model's files; sealed, written
+                              last: a finished run
+    ``.replaced/``            the run that is overwritten, until the new one is finished
     ========================  =======================================================================
     """
 
@@ -46,7 +65,9 @@ class RunFolder:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.replaced = self.path / ".replaced"
         self.result = self.path / "result.json"
 
     @property
@@ -59,34 +80,60 @@ class RunFolder:
         """Whether the folder holds a run that came to its end."""
         return self.result.is_file()
 
-    def check(self, *, overwrite: bool = False) -> None:
-        """Raises `ValueError` if the folder cannot be, or holds a run already that may not be overwritten."""
+    def check(self, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Raises `ValueError` if the folder cannot be, or holds a run that may neither be overwritten nor go on."""
+        if overwrite and resume:
+            raise ValueError("overwrite must be False to resume: a run either goes on or is replaced")
         check_output(self.path)
-        if self.begun and not overwrite:
+        if self.begun and not overwrite and not resume:
             state = "a finished run" if self.finished else "a run that did not finish"
             raise ValueError(
-                f"output must be a folder without a run, got {str(self.path)!r}, which holds {state}; "
-                "choose another one, or allow it to be overwritten"
+                f"output must be a folder without a run, got {str(self.path)!r}, which holds {state}; choose another "
+                f"one, allow it to be overwritten{'' if self.finished else ', or resume it'}"
             )
 
     def start(self, config: RunConfig, *, overwrite: bool = False) -> None:
-        """Make the folder ready for a run: `check` it, remove the run that may be overwritten, write `config.json`."""
+        """Make the folder ready for a run: `check` it, put aside the run that may be overwritten, write `config.json`.
+
+        A finished run that is overwritten goes only when the new one is finished.
+        """
         self.check(overwrite=overwrite)
+        is_kept = self.finished
+        if is_kept:
+            shutil.rmtree(self.replaced, ignore_errors=True)
+            self.replaced.mkdir()
         for part in self._parts():  # the result goes first: from here on the old run is not a finished one
-            if part.is_dir():
+            if is_kept and part.exists():
+                os.replace(part, self.replaced / part.name)
+            elif part.is_dir():
                 shutil.rmtree(part)
             else:
                 part.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.config, config.to_dict())
 
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write `result.json`: from here on the run is finished. What only an unfinished one needs goes."""
+        write_sealed(self.result, {**result, "model_files": _hashes(self.model)})
+        for folder in (self.checkpoints, self.replaced):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def read_config(self) -> RunConfig:
         """The configuration of the run. Raises `ValueError` if the folder holds no run."""
-        return RunConfig.from_dict(self._read(self.config))
+        if self.finished:
+            return RunConfig.from_dict(self.read_result()["config"])
+        if not self.config.is_file():
+            raise ValueError(f"run must be the folder of a run, got {str(self.path)!r}: it has no {self.config.name}")
+        try:
+            return RunConfig.from_dict(json.loads(self.config.read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"{self.config} is damaged: {error}") from error
 
     def read_result(self) -> dict[str, Any]:
-        """What `result.json` says. Raises `ValueError` if the folder holds no finished run."""
-        return self._read(self.result)
+        """What `result.json` says. Raises `ValueError` if the folder holds no finished run, or a damaged one."""
+        if not self.finished:
+            raise ValueError(f"run must be the folder of a run, got {str(self.path)!r}: it has no {self.result.name}")
+        return read_sealed(self.result)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
@@ -94,19 +141,22 @@ class RunFolder:
 
     def save_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Write the model and its tokenizer; the folder `model/` appears only once it is complete."""
+        for left in (self.model, *self.path.glob(f".{self.model.name}.*.partial")):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         with new_folder(self.model) as folder:
-            model.save_pretrained(folder)
+            with without_bars():
+                model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
     def load_model(self, device: "torch.device | str" = "cpu") -> "PreTrainedModel":
-        """The trained model, in evaluation mode. Raises `ValueError` if there is none."""
+        """The trained model, in evaluation mode. Raises `ValueError` if there is none or it is damaged."""
         from transformers import AutoModelForCausalLM
 
         import memlayers.models  # noqa: F401  (registers the classes of models with memories)
 
-        if not self.model.is_dir():
-            raise ValueError(f"run must be the folder of a finished run, got {str(self.path)!r}: it has no model/")
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.model)
+        self._verify_model()
+        with without_bars():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.model)
         model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that loses its signature
         return model.eval()
 
@@ -114,18 +164,23 @@ class RunFolder:
         """The tokenizer that the model was trained with."""
         from transformers import AutoTokenizer
 
+        self._verify_model()
         return AutoTokenizer.from_pretrained(self.model)
 
     def _parts(self) -> list[Path]:
-        return [self.result, self.model, self.tensorboard, self.metrics, self.config]
+        return [self.result, self.model, self.checkpoints, self.tensorboard, self.metrics, self.config]
 
-    def _read(self, file: Path) -> dict[str, Any]:
-        if not file.is_file():
-            raise ValueError(f"run must be the folder of a run, got {str(self.path)!r}: it has no {file.name}")
-        try:
-            content = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{str(file)!r} must be JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{str(file)!r} must hold one JSON object, got {type(content).__name__}")
-        return content
+    def _verify_model(self) -> None:
+        if not self.finished:
+            raise ValueError(f"run must be the folder of a finished run, got {str(self.path)!r}: it has no result.json")
+        for name, expected in self.read_result()["model_files"].items():
+            path = self.model / name
+            if not path.is_file():
+                raise ValueError(f"{path} is damaged: it is missing")
+            if file_sha256(path) != expected:
+                raise ValueError(f"{path} is damaged: it is not what was written (its SHA-256 does not fit)")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}

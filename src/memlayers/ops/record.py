@@ -105,6 +105,12 @@ class RowGradient:
         slots, weights, grads = (list(factors) for factors in zip(*parts, strict=True))
         return row_norm(slots, weights, grads, self._num_slots)
 
+    def is_finite(self) -> Tensor:
+        """Whether all that is recorded is finite: a scalar of bool on the table's device."""
+        factors = [factor for part in self._parts for factor in (part.weights_TK, part.grad_TV)]
+        checks = [torch.isfinite(factor).all() for factor in factors]
+        return torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool, device=self._mark.device)
+
     def discard(self) -> None:
         """Forget what is recorded, as `zero_grad` does."""
         self._forget()

@@ -1,0 +1,107 @@
+"""What stops a run that was set up well, and how the first thing that went wrong is found."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memlayers.values import ValueTable
+
+ELEMENTS_AT_ONCE = 1 << 24
+
+
+class TrainingFault(RuntimeError):  # noqa: N818  (a fault of the machine or of the numbers, not of a caller)
+    """A run cannot go on: its numbers are not finite any more, or the machine has no room for it."""
+
+
+def bad_parameter(model: nn.Module) -> str | None:
+    """The first parameter or buffer of the model that is not finite, and where; None if all are."""
+    tables = {table.weight for table in model.modules() if isinstance(table, ValueTable)}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if (found := _bad_elements(name, tensor, is_table=tensor in tables)) is not None:
+            return found
+    return None
+
+
+def bad_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """The first tensor of the optimizer's state that is not finite; None if all are."""
+    for name, parameter in model.named_parameters():
+        for what, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and (found := _bad_elements(f"{what} of {name}", value)) is not None:
+                return found
+    return None
+
+
+def bad_gradient(model: nn.Module) -> str | None:
+    """The gradient that backward spoiled first, which is the last one of the model; None if all are finite."""
+    found = None
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.grad is not None:
+                found = _bad_elements(f"the gradient of {prefix}{name}", parameter.grad) or found
+        rows = module.row_gradient if isinstance(module, ValueTable) else None
+        if rows is not None and not bool(rows.is_finite()):
+            found = f"the gradient of rows of {prefix}weight"
+    return found
+
+
+def rows_are_finite(model: nn.Module) -> bool:
+    """Whether all recorded row gradients are."""
+    tables = [module for module in model.modules() if isinstance(module, ValueTable)]
+    gradients = [table.row_gradient.is_finite() for table in tables if table.row_gradient is not None]
+    return bool(torch.stack(gradients).all()) if gradients else True
+
+
+def bad_output(model: nn.Module, run: Callable[[], Any]) -> str | None:
+    """The first module whose output is not finite when `run` calls the model; None if there is none."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not all(bool(torch.isfinite(tensor).all()) for tensor in _floating(output)):
+                found.append(f"the output of {name} ({type(module).__name__})")
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if name and not any(module.children())]
+    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _bad_elements(name: str, tensor: Tensor, *, is_table: bool = False) -> str | None:
+    if not tensor.is_floating_point():
+        return None
+    bad, first = 0, None
+    rows = tensor.detach().reshape(len(tensor), -1) if tensor.ndim else tensor.detach().reshape(1, 1)
+    step = max(1, ELEMENTS_AT_ONCE // max(1, rows.shape[1]))  # so that a large table needs no large mask
+    for start in range(0, len(rows), step):
+        finite = torch.isfinite(rows[start : start + step])
+        if not bool(finite.all()):
+            row_is_bad = ~finite.all(1)
+            if first is None:
+                first = start + int(row_is_bad.nonzero()[0])
+            bad += int(row_is_bad.sum()) if is_table else int((~finite).sum())
+    if first is None:
+        return None
+    if is_table:
+        return f"{name} ({bad:,} of {len(rows):,} rows, the first is {first})"
+    return f"{name} ({bad:,} of {tensor.numel():,} elements)"
+
+
+def _floating(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        yield from _floating(tuple(output.values()))
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from _floating(part)

@@ -1,0 +1,213 @@
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import memlayers.lm.trainer as module
+from memlayers.lm.faults import TrainingFault, bad_gradient, bad_output, bad_parameter, bad_state
+from memlayers.lm.run import RunFolder
+from memlayers.lm.train import train
+from memlayers.lm.trainer import LanguageModelTrainer
+from memlayers.optim import MemoryAdamW
+from memlayers.values import ValueTable
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(2, 3)
+        self.values = ValueTable(5, 3)
+        self.last = nn.Linear(3, 1)
+
+    def forward(self, x):
+        slots = torch.zeros(len(x), 1, dtype=torch.int64)  # one row for all
+        return self.last(self.first(x) + self.values.read(slots, torch.ones(len(x), 1)))
+
+
+def test_the_first_bad_parameter_is_named_with_its_place(monkeypatch):
+    import memlayers.lm.faults as faults
+
+    monkeypatch.setattr(faults, "ELEMENTS_AT_ONCE", 6)  # two rows at once
+    model = Small()
+    assert bad_parameter(model) is None
+    with torch.no_grad():
+        model.last.bias[0] = math.inf
+        model.values.weight[3:, 1] = math.nan
+    assert bad_parameter(model) == "values.weight (2 of 5 rows, the first is 3)"
+    with torch.no_grad():
+        model.first.weight[2, 1] = math.nan
+    assert bad_parameter(model) == "first.weight (1 of 6 elements)"
+
+
+def test_bad_gradients_states_and_outputs_are_named():
+    model = Small()
+    optimizer = MemoryAdamW(model)
+    model(torch.ones(4, 2)).sum().backward()
+    assert bad_gradient(model) is None
+    model.first.weight.grad[0] = math.nan
+    assert bad_gradient(model).startswith("the gradient of first.weight (2 of 6 elements)")
+    model.values.row_gradient.scale(math.inf)
+    assert bad_gradient(model) == "the gradient of rows of values.weight"
+    optimizer.zero_grad()
+    model(torch.ones(4, 2)).sum().backward()
+    optimizer.step()
+    assert bad_state(model, optimizer) is None
+    optimizer.state[model.last.weight]["exp_avg_sq"][0, 1] = math.inf
+    assert bad_state(model, optimizer).startswith("exp_avg_sq of last.weight")
+    assert bad_output(model, lambda: model(torch.ones(1, 2))) is None
+    model.first.weight.data.fill_(10)
+    assert bad_output(model, lambda: model(torch.full((1, 2), 3e38))) == "the output of first (Linear)"
+
+
+def spoil_step(monkeypatch, at, what):
+    """Do `what(model, loss)` to the loss of the step that follows `at` steps."""
+    original, calls = module.batch_loss, []
+
+    def batch_loss(model, *args):
+        loss, logits = original(model, *args)
+        calls.append(model)
+        return (what(model, loss) if len(calls) == at + 1 else loss), logits
+
+    monkeypatch.setattr(module, "batch_loss", batch_loss)
+
+
+@pytest.fixture
+def config(tiny_config):
+    return dataclasses.replace(
+        tiny_config,
+        training=dataclasses.replace(
+            tiny_config.training, tokens=64 * 10, save_every_tokens=64 * 2, keep_checkpoints=1
+        ),
+    )
+
+
+def stop(config, folder, corpus):
+    with pytest.raises(TrainingFault) as caught:
+        train(config, folder, corpus=corpus, progress=False)
+    return str(caught.value)
+
+
+class NotFinite(torch.autograd.Function):
+    """The loss as it is, with a gradient that is not a number."""
+
+    @staticmethod
+    def forward(context, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(context, grad):
+        return grad * math.nan
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_with_its_batch(config, tiny_corpus, tmp_path, monkeypatch):
+    spoil_step(monkeypatch, 5, lambda model, loss: loss * math.nan)
+    message = stop(config, tmp_path / "run", tiny_corpus)
+    assert message.startswith("stopped at step 6 of 10: the loss is nan. First not to be finite: the loss itself")
+    assert re.search(r"Batch: windows \d+, \d+, \d+, \d+ of the training text", message)
+    assert message.endswith("the last good checkpoint is of step 4")
+    folder = RunFolder(tmp_path / "run")
+    assert [line["step"] for line in folder.read_metrics()] == [1, 2, 3, 4, 5]
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000004"]
+    assert not folder.finished
+
+
+def test_a_gradient_that_is_not_a_number_is_never_stepped_on(config, tiny_corpus, tmp_path, monkeypatch):
+    trained = []
+
+    def spoil(model, loss):
+        trained.append(model)
+        return NotFinite.apply(loss)
+
+    spoil_step(monkeypatch, 3, spoil)
+    message = stop(config, tmp_path / "run", tiny_corpus)
+    assert re.search(r"at step 4 of 10: the loss is \d\.\d+, but its gradient is not finite", message)
+    assert "First not to be finite: the gradient of" in message
+    assert bad_parameter(trained[0]) is None
+
+
+def test_rows_whose_gradient_overflows_stop_the_run(config, tiny_corpus, tmp_path, monkeypatch):
+    """Clipping sees the dense gradients alone, so the rows are looked at apart."""
+    original = LanguageModelTrainer._clip_grad_norm
+
+    def overflow(self, model):
+        if self.state.global_step == 3:
+            (layer,) = module.memory_layers(self.language_model).values()
+            layer.values.row_gradient.scale(math.inf)
+        return original(self, model)
+
+    monkeypatch.setattr(LanguageModelTrainer, "_clip_grad_norm", overflow)
+    message = stop(config, tmp_path / "run", tiny_corpus)
+    assert "at step 4 of 10" in message
+    assert "the gradient of rows of transformer.h.1.mlp.values.weight" in message
+
+
+def test_rows_that_went_bad_are_named_before_anything_else(config, tiny_corpus, tmp_path, monkeypatch):
+    def spoil(model, loss):
+        (layer,) = module.memory_layers(model).values()
+        with torch.no_grad():
+            layer.values.weight[7] = math.inf
+        return loss * math.nan
+
+    spoil_step(monkeypatch, 5, spoil)
+    message = stop(config, tmp_path / "run", tiny_corpus)
+    assert "First not to be finite: transformer.h.1.mlp.values.weight (1 of 16 rows, the first is 7)" in message
+
+
+@pytest.mark.parametrize("when", ["checkpoint", "end"])
+def test_rows_that_went_bad_and_were_not_read_again_are_not_saved(config, tiny_corpus, tmp_path, monkeypatch, when):
+    step = 3 if when == "checkpoint" else 9
+    original = MemoryAdamW.step
+    steps = []
+
+    def spoil(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        steps.append(self)
+        if len(steps) == step + 1:
+            self.param_groups[-1]["params"][0].data[7] = math.nan
+
+    monkeypatch.setattr(MemoryAdamW, "step", spoil)
+    monkeypatch.setattr(module, "evaluate", lambda *args, **kwargs: finite_evaluation())
+    message = stop(config, tmp_path / "run", tiny_corpus)
+    kept = "step 2" if when == "checkpoint" else "step 8"
+    assert message == (
+        f"stopped at step {step + 1} of 10: transformer.h.1.mlp.values.weight (1 of 16 rows, the first is 7) is not "
+        f"finite; the last good checkpoint is of {kept}"
+    )
+    assert not RunFolder(tmp_path / "run").model.exists()
+
+
+def finite_evaluation():
+    return module.Evaluation(tokens=1, words=1, bytes=1, nll=1.0)
+
+
+def test_a_validation_loss_that_is_not_a_number_stops_the_run(config, tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        module, "evaluate", lambda *args, **kwargs: dataclasses.replace(finite_evaluation(), nll=math.nan)
+    )
+    message = stop(config, tmp_path / "run", tiny_corpus)
+    assert message.startswith("stopped at step 4 of 10: the loss of a validation text, by a model that is finite,")
+
+
+@pytest.mark.parametrize("writer", ["torch", "safetensors"])
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(config, tiny_corpus, tmp_path, monkeypatch, writer):
+    """torch and safetensors raise errors of their own for what the system says."""
+    original = LanguageModelTrainer._write_state
+
+    def fill(self, folder):
+        original(self, folder)
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device") if writer == "torch" else RuntimeError("write failed")
+
+    monkeypatch.setattr(LanguageModelTrainer, "_write_state", fill)
+    message = stop(config, tmp_path / "run", tiny_corpus)
+    assert message.startswith("the checkpoint of step 4 could not be written to")
+    assert "(the last good one is of step 2)" in message
+    assert message.endswith("GB are free there")
+    folder = RunFolder(tmp_path / "run")
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000002"]
+    monkeypatch.setattr(LanguageModelTrainer, "_write_state", original)
+    train(config, folder.path, corpus=tiny_corpus, progress=False, resume=True)
+    assert folder.finished

@@ -1,0 +1,229 @@
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from memlayers.lm.run import RunFolder
+from memlayers.lm.train import train
+from memlayers.lm.trainer import LanguageModelTrainer
+
+TIMES = {"seconds", "tokens_per_s", "words_per_s"}
+
+
+def variant(config, **changes):
+    """A configuration with some fields of its sections changed."""
+    sections = {
+        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return dataclasses.replace(config, **sections)
+
+
+@pytest.fixture
+def config(tiny_config):
+    """Twenty steps with a window of figures every third, all sources of randomness, checkpoints off that beat."""
+    return variant(
+        tiny_config,
+        model={"dropout": 0.1},
+        memory={"value_dropout": 0.1, "query_dropout": 0.1},
+        training={"tokens": 64 * 20, "accumulate": 2, "eval_every_tokens": 64 * 8, "save_every_tokens": 64 * 5},
+    )
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Have the step that follows so many steps end the process's work."""
+    original = LanguageModelTrainer.training_step
+    at = {"step": None}
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == at["step"]:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", training_step)
+
+    def after(step):
+        at["step"] = step
+
+    return after
+
+
+@pytest.fixture
+def stopped(config, tiny_corpus, tmp_path, stop):
+    """The folder of a run that stopped after twelve steps; its last checkpoint is of step 10."""
+    stop(12)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    stop(None)
+    return RunFolder(tmp_path / "run")
+
+
+def lines(folder):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in RunFolder(folder).read_metrics()]
+
+
+@pytest.mark.parametrize("kind", ["memory", "plain", "llama"])
+def test_a_run_that_was_stopped_ends_as_if_it_never_was(config, tiny_corpus, tmp_path, stop, kind):
+    if kind != "memory":
+        config = variant(config, model={"family": "gpt2" if kind == "plain" else "llama"}, memory_layers=())
+    said = []
+    whole = train(config, tmp_path / "whole", corpus=tiny_corpus, progress=False)
+    for step in (3, 7, 11, 19):
+        stop(step)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True, say=said.append)
+    stop(None)
+    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True, say=said.append)
+
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 21))
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert result["validation"] == whole["validation"]
+    assert result["training"]["tokens"] == whole["training"]["tokens"]
+    assert [{k: v for k, v in point.items() if k != "seconds"} for point in result["curve"]] == [
+        {k: v for k, v in point.items() if k != "seconds"} for point in whole["curve"]
+    ]
+    ours, theirs = (RunFolder(tmp_path / name).load_model().state_dict() for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert said == [
+        f"{tmp_path / 'run'} has no checkpoint yet: the run begins again",
+        "going on from the checkpoint of step 5",
+        "going on from the checkpoint of step 10",
+        "going on from the checkpoint of step 15",
+    ]
+
+
+def test_seconds_go_on_too(stopped, config, tiny_corpus):
+    before = [line["seconds"] for line in stopped.read_metrics() if "seconds" in line and line["step"] <= 10]
+    train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+    seconds = [line["seconds"] for line in stopped.read_metrics() if "seconds" in line]
+    assert seconds[: len(before)] == before
+    assert seconds == sorted(seconds)
+
+
+def test_a_finished_run_leaves_no_checkpoints_and_is_left_alone(stopped, config, tiny_corpus):
+    assert [path.name for path in sorted(stopped.checkpoints.iterdir())] == ["step-00000005", "step-00000010"]
+    result = train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+    assert not stopped.checkpoints.exists()
+    before = {path: path.stat().st_mtime_ns for path in stopped.path.rglob("*")}
+    said = []
+    assert train(config, stopped.path, corpus=tiny_corpus, resume=True, progress=False, say=said.append) == result
+    assert said == [f"{stopped.path} holds a finished run, which is left as it is"]
+    assert {path: path.stat().st_mtime_ns for path in stopped.path.rglob("*")} == before
+
+
+def test_how_often_and_how_many_may_change(stopped, config, tiny_corpus):
+    config = variant(config, training={"save_every_tokens": 64 * 2, "keep_checkpoints": 1})
+    train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+    assert stopped.finished
+
+
+def test_another_configuration_is_refused_with_its_differences(stopped, config, tiny_corpus, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in stopped.path.rglob("*")}
+    other = variant(config, training={"learning_rate": 0.5}, memory={"topk": 3})
+    with pytest.raises(ValueError, match=r"differs in \(there, asked for\): memory.topk: 2, 3; training.learning_rate"):
+        train(other, stopped.path, corpus=tmp_path / "not prepared for this", progress=False, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in stopped.path.rglob("*")} == before
+    assert not (tmp_path / "not prepared for this").exists()
+
+
+def test_other_text_is_refused(stopped, config, tiny_corpus):
+    manifest = {**tiny_corpus.manifest, "corpus_sha256": "0" * 64}
+    other = dataclasses.replace(tiny_corpus, manifest=manifest)
+    with pytest.raises(ValueError, match="on the same text to be resumed, .* was trained with another corpus"):
+        train(config, stopped.path, corpus=other, progress=False, resume=True)
+
+
+def test_a_damaged_checkpoint_is_refused_and_an_older_one_can_be_used(stopped, config, tiny_corpus):
+    folder = stopped.checkpoints / "step-00000010"
+    file = folder / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{file} is damaged")):
+        train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+    for path in (*folder.iterdir(), folder):
+        path.rmdir() if path.is_dir() else path.unlink()
+    said = []
+    train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True, say=said.append)
+    assert said == ["going on from the checkpoint of step 5"]
+
+
+def test_an_incomplete_checkpoint_is_skipped_and_said(stopped, config, tiny_corpus):
+    (stopped.checkpoints / ".step-00000012.abcd.partial").mkdir()
+    said = []
+    train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True, say=said.append)
+    assert said == [
+        "the checkpoint step-00000012 was not complete and is skipped",
+        "going on from the checkpoint of step 10",
+    ]
+
+
+def test_a_half_written_line_is_cut_and_a_lost_one_refused(stopped, config, tiny_corpus):
+    with open(stopped.metrics, "a") as stream:
+        stream.write('{"step": 13, "lo')
+    stopped.metrics.write_bytes(stopped.metrics.read_bytes()[:100])
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged: it has 100 bytes"):
+        train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+
+
+def test_the_end_can_be_interrupted_too(config, tiny_corpus, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+
+    def end(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", end)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, folder.path, corpus=tiny_corpus, progress=False)
+    assert folder.model.is_dir()
+    (folder.path / ".model.0a1b.partial").mkdir()
+    train(config, folder.path, corpus=tiny_corpus, progress=False, resume=True)
+    assert folder.finished
+    assert [line["step"] for line in lines(folder.path)] == list(range(1, 21))
+    assert not list(folder.path.glob(".*"))
+
+
+def test_resume_begins_a_run_where_there_is_none(tiny_config, tiny_corpus, tmp_path):
+    said = []
+    train(tiny_config, tmp_path / "new" / "run", corpus=tiny_corpus, progress=False, resume=True, say=said.append)
+    assert RunFolder(tmp_path / "new" / "run").finished
+    assert said == []
+    with pytest.raises(ValueError, match="overwrite must be False to resume"):
+        train(tiny_config, tmp_path / "new" / "run", corpus=tiny_corpus, overwrite=True, resume=True)
+
+
+def test_a_folder_is_written_by_one_process(stopped, config, tiny_corpus):
+    opened = f"os.open({str(stopped.path)!r}, os.O_RDONLY)"
+    hold = f"import fcntl, os; fcntl.flock({opened}, fcntl.LOCK_EX); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="output must be a folder that no other process writes to"):
+            train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+        other.stdin.write(b"\n")
+        other.stdin.flush()
+    train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+
+
+def test_a_finished_run_that_is_overwritten_goes_only_when_the_new_one_is_finished(
+    tiny_config, tiny_corpus, tmp_path, stop
+):
+    folder = RunFolder(tmp_path / "run")
+    train(tiny_config, folder.path, corpus=tiny_corpus, progress=False)
+    first = json.loads(folder.result.read_text())
+    for step in (2, 3):  # the second attempt replaces the first, not what the first had put aside
+        stop(step)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config, folder.path, corpus=tiny_corpus, progress=False, overwrite=True)
+    aside = RunFolder(folder.path / ".replaced")
+    assert json.loads(aside.result.read_text()) == first
+    assert aside.load_model() is not None
+    assert not folder.finished
+    stop(None)
+    train(tiny_config, folder.path, corpus=tiny_corpus, progress=False, resume=True)
+    assert not aside.path.exists()
