@@ -1,10 +1,16 @@
 import dataclasses
 import json
 import random
+import re
+import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from memlayers.cli import main
+from memlayers.files import read_sealed, write_sealed
+from memlayers.lm.data import open_corpus
 from memlayers.lm.presets import preset, preset_names
 from memlayers.lm.run import RunFolder
 
@@ -140,53 +146,140 @@ def test_info(run, capsys):
     for part in ("query", "keys", "values", "rest", "total"):
         assert f"{part} parameters {parameters[part]:,}" in shown
     assert "layers 1: 16 slots" in shown
-    assert main(["info", "paper-12x1024"]) == 0
-    assert "values parameters 268,435,456" in " ".join(capsys.readouterr().out.split())
+    assert main(["info", "paper-24x1024", "--model.layers", "1", "--model.context", "8"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "gpt2, 1 layers, dim 1024" in shown
+    assert "row optimizer" not in shown  # it has no memory
+
+
+def test_info_says_what_a_training_needs(tiny, tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_text(
+        "preset: paper-12x1024\nmodel: {layers: 2, context: 16}\nmemory_layers: [2]\ntraining.batch_tokens: 64\n"
+    )
+    assert main(["info", "--config", str(file)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "values parameters 268,435,456" in shown
+    assert re.search(r"a training step needs row optimizer dense AdamW parameters (1.\d+ GB) \1 gradients", shown)
+    row, dense = re.search(r"gradients (\d\S* \w+) (\d\S* \w+)", shown).groups()
+    assert row.endswith(" MB")
+    assert dense.endswith(" GB")
+    assert re.search(r"available [\d.,]+ GB on", shown)
 
 
 def test_what_a_user_gets_wrong_is_one_line(run, tiny, tmp_path, capsys):
     new = tmp_path / "new"
-    assert "--model.depth" in fails(capsys, "train", "--output", new, "--model.depth", 3)
-    assert "memory.dim" in fails(capsys, "train", "--output", new, "--memory.dim", 3)
-    assert '"model.layers"' in fails(capsys, "train", "--output", new, "--model.layers", "many")
-    assert "model.heads must divide model.dim" in fails(capsys, "train", "--output", new, "--model.heads", 3)
-    assert "memory_layers must be" in fails(capsys, "train", "--output", new, "--memory_layers", "[9]")
-    assert "topk must be" in fails(capsys, "train", "--output", new, "--memory.topk", 1000)
-    assert "invalid choice: 'nonsense'" in fails(capsys, "train", "--preset", "nonsense", "--output", new)
     assert "no such file" in fails(capsys, "train", "--output", new, "--data.sources", '["missing.txt"]')
-    assert "deep_learning_rate" in fails(capsys, "compare", "--output", new, "--deep_learning_rate", -1)
     assert "output must be a folder that can be made" in fails(capsys, "train", "--output", "/proc/none/run")
     assert "output must be a folder that can be made" in fails(capsys, "compare", "--output", "/proc/none/run")
     assert "prompt must be valid UTF-8" in fails(capsys, "generate", run, "--prompt", "\udcff")
     assert "holds a finished run" in fails(capsys, "train", "--output", run, *tiny)
-    assert "output" in fails(capsys, "train")
     assert "it has no result.json" in fails(capsys, "eval", tmp_path)
     assert "max_new_tokens must be at most" in fails(capsys, "generate", run, "--prompt", "", "--max_new_tokens", 99)
     assert "it has no config.json" in fails(capsys, "info", tmp_path)
-    assert "invalid choice" in fails(capsys, "nonsense")
-    assert "command" in fails(capsys)
     assert not new.exists()
 
 
-def test_a_configuration_file_is_options(tiny, run, tmp_path, capsys):
-    file = tmp_path / "options.yaml"
-    file.write_text("training:\n  tokens: 64\n  seed: 3\n")
+def test_the_configuration_of_a_run_trains_an_equal_one(run, tmp_path, capsys):
+    arguments = ["--config", str(run / "config.json"), "--corpus", str(run.parent / "corpus")]
+    assert main(["train", "--output", str(tmp_path / "again"), *arguments]) == 0
+    assert RunFolder(tmp_path / "again").read_config() == RunFolder(run).read_config()
+    results = [RunFolder(folder).read_result() for folder in (run, tmp_path / "again")]
+    assert results[0]["validation"] == results[1]["validation"]
+
+
+def without_data(options):
+    """The options but for those of the data."""
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return [word for pair in pairs if not pair[0].startswith("--data.") for word in pair]
+
+
+def test_a_ready_corpus_says_what_the_data_are(run, tiny, tmp_path, capsys):
     corpus = ["--corpus", str(run.parent / "corpus")]
-    short = [word for word in tiny if word not in ("--training.tokens", "128")]
-    assert main(["train", "--config", str(file), "--output", str(tmp_path / "run"), *corpus, *short]) == 0
-    config = RunFolder(tmp_path / "run").read_config()
-    assert (config.training.tokens, config.training.seed) == (64, 3)
-    file.write_text("training:\n  nonsense: 1\n")
+    assert main(["train", "--output", str(tmp_path / "run"), *corpus, *without_data(tiny)]) == 0
+    expected, config = RunFolder(run).read_config(), RunFolder(tmp_path / "run").read_config()
+    assert config == expected
     capsys.readouterr()
-    assert "nonsense" in fails(capsys, "train", "--config", file, "--output", tmp_path / "other")
+    other = ("--data.vocab_size", 280)
+    said = fails(capsys, "train", "--output", tmp_path / "new", *corpus, *without_data(tiny), *other)
+    assert "vocab_size 270, asked for 280" in said
 
 
-def test_an_interruption_is_no_traceback(monkeypatch, capsys):
-    import memlayers.info as module
+def test_the_library_s_corpus_says_that_it_is_the_library_s(tmp_path):
+    from memlayers.cli.making import _data_of
 
-    def interrupt():
-        raise KeyboardInterrupt
+    entry = {"name": "Python's standard library", "files": [{"format": "stdlib"}]}
+    assert _data_of({"vocab_size": 300, "sources": [entry]}) == {"data.vocab_size": 300, "data.sources": []}
 
-    monkeypatch.setattr(module, "versions", interrupt)
-    assert main(["info"]) == 130
-    assert capsys.readouterr().err == "memlayers: interrupted\n"
+
+def test_preparing_prints_what_there_is(tiny, run, tmp_path, capsys):
+    data = [word for pair in zip(tiny[::2], tiny[1::2], strict=True) if "data." in pair[0] for word in pair]
+    assert main(["prepare", "--output", str(tmp_path / "corpus"), *data]) == 0
+    shown = capsys.readouterr().out
+    made = open_corpus(tmp_path / "corpus")
+    for name in ("train", "validation", "test"):
+        split = getattr(made, name)
+        assert f"{split.num_documents:,} documents, {split.num_tokens:,} tokens, {split.num_words:,} words" in shown
+    assert "1 shard" in shown
+    assert "270 tokens" in shown
+    assert "0 blank, 0 malformed" in shown
+    assert "MB/s" in shown
+    assert made.manifest == open_corpus(run.parent / "corpus").manifest
+    assert main(["prepare", "--output", str(tmp_path / "corpus"), *data]) == 0
+    shown = capsys.readouterr().out
+    assert "which was ready" in shown
+    assert "MB/s" not in shown
+    assert "unknown option --model.layers" in fails(capsys, "prepare", "--output", tmp_path, "--model.layers", 3)
+
+
+def test_resuming_a_finished_run_leaves_it_as_it_is(run, tiny, capsys):
+    before = (run / "result.json").read_bytes()
+    assert main(["train", "--output", str(run), "--resume", *tiny]) == 0
+    assert (run / "result.json").read_bytes() == before
+
+
+def test_a_damaged_run_is_named(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+
+    def damaged(file, content, *commands):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run, copy)
+        (copy / file).write_bytes(content((copy / file).read_bytes()))
+        for command in commands:
+            assert str(copy / file) in fails(capsys, command[0], copy, *command[1:])
+
+    using = [("eval", "--tokens", "200"), ("generate", "--prompt", "tea")]
+    damaged("result.json", lambda raw: b"\xff" + raw, *using, ("info",))
+    damaged("result.json", lambda raw: raw.replace(b'"folder"', b'"holder"'), *using)
+    result = read_sealed(run / "result.json")
+    write_sealed(tmp_path / "lacking.json", {**result, "data": {}})  # as another version may have written it
+    damaged("result.json", lambda raw: (tmp_path / "lacking.json").read_bytes(), using[0], ("info",))
+    damaged("result.json", lambda raw: b"[]", *using, ("info",))
+    weights = "model/model.safetensors"
+    damaged(weights, lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), *using)
+    damaged(weights, lambda raw: raw[:100], *using)
+
+
+def test_a_dry_run_prints_and_writes_nothing(tiny, run, tmp_path, monkeypatch, capsys):
+    corpora = []
+
+    def dry_run(config, *, corpus):
+        corpora.append(corpus)
+        return SimpleNamespace(lines=lambda: [("tokens", f"{config.training.tokens}")])
+
+    monkeypatch.setitem(sys.modules, "memlayers.lm.dry_run", SimpleNamespace(dry_run=dry_run))
+    monkeypatch.chdir(tmp_path)
+    for option in ("--dry-run", "--dry_run"):
+        assert main(["train", option, *tiny]) == 0
+        out = capsys.readouterr().out
+        assert out == "corpus  the text was not tokenised yet\ntokens  128\n"
+    assert main(["train", "--dry-run", "--output", str(tmp_path / "run"), *tiny]) == 0
+    assert corpora == [None, None, None]
+    ready = ([*tiny, "--corpus", str(run.parent / "corpus")], [*tiny, "--output", str(run.parent / "other")])
+    for arguments in (*ready, [*without_data(tiny), "--corpus", str(run.parent / "corpus")]):
+        capsys.readouterr()
+        assert main(["train", "--dry-run", *arguments]) == 0
+        assert corpora.pop().folder == run.parent / "corpus"
+        assert capsys.readouterr().out == "tokens  128\n"
+    assert list(tmp_path.iterdir()) == []
+    assert not (run.parent / "other").exists()

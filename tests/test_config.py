@@ -3,6 +3,7 @@ import json
 import pytest
 
 from memlayers import MemoryConfig
+from memlayers.config import instead
 
 
 def test_json_round_trip_gives_an_equal_configuration():
@@ -45,7 +46,20 @@ def test_flat_keys_allow_odd_queries_and_more_neighbours_than_sub_keys():
 
 
 def test_unknown_and_missing_fields_are_errors():
-    with pytest.raises(ValueError, match="unknown memory configuration field 'head'"):
+    with pytest.raises(ValueError, match="^unknown memory configuration field 'head'; did you mean 'heads'\\?$"):
         MemoryConfig.from_dict({"dim": 8, "head": 4})
+    with pytest.raises(ValueError, match="^unknown memory configuration field 'zzz'; allowed: dim, value_dim, heads, "):
+        MemoryConfig.from_dict({"dim": 8, "zzz": 4})
     with pytest.raises(ValueError, match="'dim'"):
         MemoryConfig.from_dict({"heads": 4})
+    with pytest.raises(ValueError, match="must hold fields and their values, got 3"):
+        MemoryConfig.from_dict(3)
+
+
+def test_a_name_with_another_section_or_none_is_known_by_its_last_part():
+    known = ["model.heads", "model.dim", "memory.heads", "memory.topk", "tokens"]
+    assert instead("topk", known) == "did you mean 'memory.topk'?"
+    assert instead("model.topk", known) == "did you mean 'memory.topk'?"
+    assert instead("heads", known, spelled="--{}") == "did you mean --model.heads or --memory.heads?"
+    assert instead("memory.head", known) == "did you mean 'memory.heads'?"
+    assert instead("memory.zzz", known) == "allowed: memory.heads, memory.topk"

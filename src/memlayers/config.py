@@ -1,6 +1,8 @@
 """MemoryConfig: everything that describes one memory layer, and nothing about where it goes."""
 
 import dataclasses
+import difflib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -73,15 +75,39 @@ class MemoryConfig:
         return {**dataclasses.asdict(self), "query_hidden": list(self.query_hidden)}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "MemoryConfig":
+    def from_dict(cls, fields: Mapping[str, Any]) -> "MemoryConfig":
         """The inverse of `to_dict`. Raises `ValueError` for an unknown or a missing field."""
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"a memory configuration must hold fields and their values, got {fields!r}")
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(f"unknown memory configuration field {unknown[0]!r}; allowed: {', '.join(known)}")
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"unknown memory configuration field {name!r}; {instead(name, known)}")
         if "dim" not in fields:
             raise ValueError("memory configuration field 'dim' (width of the model) is missing")
         return cls(**fields)
+
+
+def instead(name: object, known: Collection[str], *, spelled: str = "{!r}") -> str:
+    """The end of an error about an unknown name: the known ones that it resembles, else those of its section.
+
+    Names may be dotted. One that lacks its section, or has a wrong one, is known by its last part.
+    """
+    section, _, last = str(name).rpartition(".")
+    parts: dict[str, list[str]] = {}
+    siblings: dict[str, str] = {}
+    for other in known:
+        other_section, _, other_last = other.rpartition(".")
+        parts.setdefault(other_last, []).append(other)
+        if other_section == section:
+            siblings[other_last] = other
+    close = [siblings[part] for part in difflib.get_close_matches(last, siblings, n=1, cutoff=0.7)]
+    close = close or [
+        other for part in difflib.get_close_matches(last, parts, n=1, cutoff=0.8) for other in parts[part]
+    ]
+    if close:
+        return f"did you mean {' or '.join(map(spelled.format, close))}?"
+    return f"allowed: {', '.join(siblings.values() or known)}"
 
 
 def _require_int(name: str, value: object, *, least: int) -> None:

@@ -91,6 +91,29 @@ def test_an_end_at_any_moment_loses_one_run(comparison, corpus, tmp_path, traine
     assert trained == NAMES[1:]
 
 
+def test_a_run_that_did_not_finish_goes_on_if_it_is_the_same_one(comparison, changed, corpus, tmp_path, monkeypatch):
+    def begin(config, output, **settings):
+        given.append((output.name, settings["resume"], settings["overwrite"]))
+        raise KeyboardInterrupt
+
+    given = []
+    monkeypatch.setattr(module, "train", begin)
+    folder = RunFolder(tmp_path / NAMES[0])
+    run = comparison.runs()[NAMES[0]]
+    rarely = dataclasses.replace(run, training=dataclasses.replace(run.training, keep_checkpoints=7))
+    other = changed(weight_decay=0.1).runs()[NAMES[0]]
+    for held, goes_on in ((None, False), (run, True), (rarely, True), (other, False)):
+        if held is not None:
+            folder.start(held, overwrite=True)
+        with pytest.raises(KeyboardInterrupt):
+            compare(comparison, tmp_path, corpus=corpus, progress=False)
+        assert given.pop() == (NAMES[0], goes_on, not goes_on)
+    folder.config.write_text("{")
+    with pytest.raises(KeyboardInterrupt):
+        compare(comparison, tmp_path, corpus=corpus, progress=False)
+    assert given.pop() == (NAMES[0], False, True)
+
+
 def test_runs_of_another_configuration_are_not_used(finished, comparison, changed, corpus, trained):
     output, _ = finished
     message = r"1-layers' differs in \(there, asked for\): training.weight_decay: 0.0, 0.1"

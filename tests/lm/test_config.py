@@ -104,7 +104,8 @@ def test_json_gives_an_equal_configuration_back(tiny_config):
 def test_an_unknown_field_is_refused_by_name(tiny_config, section):
     fields = tiny_config.to_dict()
     fields[section]["nonsense"] = 1
-    with pytest.raises(ValueError, match=r"unknown .*'nonsense'"):
+    message = rf"^unknown configuration field '{section}.nonsense'; allowed: {section}\.\w+, [^ ]*{section}\."
+    with pytest.raises(ValueError, match=message):
         RunConfig.from_dict(fields)
     with pytest.raises(ValueError, match="unknown configuration field 'nonsense'"):
         RunConfig.from_dict({"nonsense": 1})
@@ -128,3 +129,42 @@ def test_a_memory_that_is_not_there_makes_no_difference(tiny_config):
     assert differences(tiny_config, other) == ["memory.topk: 2, 3"]
     without = [dataclasses.replace(config, memory_layers=()) for config in (tiny_config, other)]
     assert differences(*without) == []
+
+
+def test_when_checkpoints_are_written_makes_no_difference(tiny_config):
+    training = dataclasses.replace(tiny_config.training, save_every_tokens=64, keep_checkpoints=5)
+    assert differences(tiny_config, dataclasses.replace(tiny_config, training=training)) == []
+
+
+@pytest.mark.parametrize("spelled", [{"memory": {"topk_": 3}}, {"memory.topk_": 3}])
+def test_a_misspelled_field_is_shown_with_the_right_spelling(spelled):
+    with pytest.raises(ValueError, match="^unknown configuration field 'memory.topk_'; did you mean 'memory.topk'\\?$"):
+        RunConfig.from_dict(spelled)
+
+
+def test_fields_may_be_nested_or_dotted_and_are_not_given_twice():
+    nested = RunConfig.from_dict({"memory": {"topk": 3}, "model": {"dim": 64}})
+    assert RunConfig.from_dict({"memory.topk": 3, "model.dim": 64}) == nested
+    assert (nested.memory.topk, nested.model.dim) == (3, 64)
+    with pytest.raises(ValueError, match="^configuration field 'memory.topk' is given twice$"):
+        RunConfig.from_dict({"memory": {"topk": 3}, "memory.topk": 3})
+
+
+def test_the_memory_is_as_wide_as_the_model_unless_it_says_otherwise():
+    assert RunConfig.from_dict({"model": {"dim": 64}}).memory.dim == 64
+    with pytest.raises(ValueError, match="^memory.dim must be model.dim = 64, got 32"):
+        RunConfig.from_dict({"model": {"dim": 64}, "memory": {"dim": 32}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"topk": 513}, "memory.topk must be at most num_subkeys = 512 for product keys, got 513"),
+        ({"query_dim": 7}, "memory.query_dim must be even for product keys .*, got 7"),
+        ({"query_norm": "layer"}, "memory.query_norm must be one of 'batch', 'rms', 'none', got 'layer'"),
+        ({"topk": "many"}, "memory.topk must be an integer of at least 1, got 'many'"),
+    ],
+)
+def test_a_fault_of_the_memory_carries_its_section(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        RunConfig.from_dict({"memory": fields})

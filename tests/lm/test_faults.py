@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -158,22 +159,21 @@ def test_rows_that_went_bad_are_named_before_anything_else(config, tiny_corpus, 
 
 @pytest.mark.parametrize("when", ["checkpoint", "end"])
 def test_rows_that_went_bad_and_were_not_read_again_are_not_saved(config, tiny_corpus, tmp_path, monkeypatch, when):
-    step = 3 if when == "checkpoint" else 9
-    original = MemoryAdamW.step
-    steps = []
+    step = 4 if when == "checkpoint" else 10
+    original = LanguageModelTrainer._maybe_log_save_evaluate
 
     def spoil(self, *args, **kwargs):
+        if self.state.global_step == step:
+            (layer,) = module.memory_layers(self.language_model).values()
+            layer.values.weight.data[7] = math.nan
         original(self, *args, **kwargs)
-        steps.append(self)
-        if len(steps) == step + 1:
-            self.param_groups[-1]["params"][0].data[7] = math.nan
 
-    monkeypatch.setattr(MemoryAdamW, "step", spoil)
+    monkeypatch.setattr(LanguageModelTrainer, "_maybe_log_save_evaluate", spoil)
     monkeypatch.setattr(module, "evaluate", lambda *args, **kwargs: finite_evaluation())
     message = stop(config, tmp_path / "run", tiny_corpus)
     kept = "step 2" if when == "checkpoint" else "step 8"
     assert message == (
-        f"stopped at step {step + 1} of 10: transformer.h.1.mlp.values.weight (1 of 16 rows, the first is 7) is not "
+        f"stopped at step {step} of 10: transformer.h.1.mlp.values.weight (1 of 16 rows, the first is 7) is not "
         f"finite; the last good checkpoint is of {kept}"
     )
     assert not RunFolder(tmp_path / "run").model.exists()
@@ -211,3 +211,28 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(config, tiny_co
     monkeypatch.setattr(LanguageModelTrainer, "_write_state", original)
     train(config, folder.path, corpus=tiny_corpus, progress=False, resume=True)
     assert folder.finished
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(config, tiny_corpus, tmp_path, monkeypatch):
+    import memlayers.lm.footprint as footprint
+    import memlayers.lm.train as training
+
+    with monkeypatch.context() as patch:
+        patch.setattr(footprint, "available_memory", lambda device: 1000)
+        with pytest.raises(ValueError, match=r"needs about \d+ kB and 1 kB are available on cpu:\n +parameters"):
+            train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    full = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ValueError, match="output must have .* free for checkpoints and the model, .* has 100 B"):
+        train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_running_out_of_memory_says_what_is_needed(config, tiny_corpus, tmp_path, monkeypatch):
+    def spoil(model, loss):
+        torch.empty(1 << 60)
+
+    spoil_step(monkeypatch, 3, spoil)
+    message = stop(config, tmp_path / "run", tiny_corpus)
+    assert message.startswith("out of memory: a training step needs about")
+    assert re.search(r"parameters +\d+ kB\n +gradients +\d+ kB\n +optimizer state +\d+ kB\n +activations", message)

@@ -29,9 +29,10 @@ def compare(
 ) -> dict[str, Any]:
     """Train the three models of a comparison, one after the other, and report.
 
-    `output` gets a folder for each run, `results.json`, `table.md` and `loss.png`. A run that is already there is used
-    if it is finished and of the same configuration; one that did not finish is started again. So whatever ends a
-    comparison, calling it once more costs at most one run. Returns what `results.json` says.
+    `output` gets a folder for each run, `results.json`, `table.md` and `loss.png`. A run of the same configuration that
+    is already there is used if it is finished, and goes on from its last checkpoint if it is not; an unfinished one of
+    another configuration is started again. So whatever ends a comparison, calling it once more costs little. Returns
+    what `results.json` says.
 
     Args:
         config: the model with the memory and the learning rates of the baselines.
@@ -66,8 +67,10 @@ def compare(
         if folders[name].finished:
             say(f"[{number}/{len(runs)}] {describe(run)}: finished already, used as it is")
             continue
-        say(f"[{number}/{len(runs)}] {describe(run)}: training on {run.training.tokens:,} tokens")
-        train(run, folders[name].path, corpus=corpus, overwrite=True, progress=progress)
+        goes_on = _can_go_on(folders[name], run)
+        begin = "going on with training" if goes_on else "training"
+        say(f"[{number}/{len(runs)}] {describe(run)}: {begin} on {run.training.tokens:,} tokens")
+        train(run, folders[name].path, corpus=corpus, overwrite=not goes_on, resume=goes_on, progress=progress)
     say("measuring inference speed")
     return report(folders, output, corpus=corpus, baseline=list(runs)[1], test_tokens=test_tokens)
 
@@ -191,6 +194,15 @@ def _require_same(folder: RunFolder, config: RunConfig) -> None:
             f"output must not hold finished runs of another configuration; {str(folder.path)!r} differs in "
             f"(there, asked for): {'; '.join(others)}"
         )
+
+
+def _can_go_on(folder: RunFolder, config: RunConfig) -> bool:
+    if not folder.begun:
+        return False
+    try:
+        return not differences(folder.read_config(), config)
+    except ValueError:  # a run that was killed before its configuration was written, or one that is damaged
+        return False
 
 
 def _require_corpus(folder: RunFolder, corpus: Corpus) -> None:

@@ -2,16 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args, get_type_hints
 
-from memlayers.config import MemoryConfig
+from memlayers.config import MemoryConfig, instead
 from memlayers.lm.data import DataConfig
 
 Family = Literal["gpt2", "llama"]
 Schedule = Literal["cosine", "inverse_sqrt", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+_WITHOUT_EFFECT = ("training.save_every_tokens", "training.keep_checkpoints")  # on the result of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,30 +162,80 @@ class RunConfig:
         return _plain(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "RunConfig":
-        """The inverse of `to_dict`. Raises `ValueError` for an unknown field."""
-        parts = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
-        _require_known("configuration", fields, cls)
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; takes ``section.field`` for a field of a section, too.
+
+        A field that is not there has its default, and `memory.dim` is `model.dim`. Raises `ValueError` for an unknown
+        field.
+        """
+        sections: dict[str, dict[str, Any]] = {}
         built: dict[str, Any] = {}
-        for name, value in fields.items():
-            if name == "memory":
-                _require_known(name, value, MemoryConfig)
-                built[name] = MemoryConfig.from_dict(value)
-            elif name in parts:
-                _require_known(name, value, parts[name])
-                built[name] = parts[name](**{key: _tuples(item) for key, item in value.items()})
-            else:
-                built[name] = _tuples(value)
+        for name, value in flat_fields(cls, fields).items():
+            section, _, inner = name.rpartition(".")
+            (sections.setdefault(section, {}) if section else built)[inner] = _tuples(value)
+        for section, values in sections.items():
+            if section != "memory":
+                built[section] = section_types(cls)[section](**values)
+        model = built.get("model") or ModelConfig()
+        try:
+            built["memory"] = MemoryConfig.from_dict({"dim": model.dim, **sections.get("memory", {})})
+        except ValueError as error:  # a memory by itself has no section
+            raise ValueError(f"memory.{error}") from None
         return cls(**built)
+
+
+def section_types(config: type[RunConfig]) -> dict[str, type]:
+    """The fields of a configuration that are dataclasses themselves, and which."""
+    hints = get_type_hints(config)
+    return {
+        entry.name: hints[entry.name]
+        for entry in dataclasses.fields(config)
+        if dataclasses.is_dataclass(hints[entry.name])
+    }
+
+
+def field_types(config: type[RunConfig]) -> dict[str, Any]:
+    """The type of every field, those of the sections as ``section.field``."""
+    sections, types = section_types(config), {}
+    for name, hint in get_type_hints(config).items():
+        if name in sections:
+            types.update({f"{name}.{inner}": kind for inner, kind in get_type_hints(sections[name]).items()})
+        else:
+            types[name] = hint
+    return types
+
+
+def flat_fields(config: type[RunConfig], fields: object, place: str = "") -> dict[str, Any]:
+    """Nested or dotted fields -> their values by ``section.field``.
+
+    Raises `ValueError`, which names `place`, for a field that `config` does not have, that is given twice, or that
+    should hold fields and does not.
+    """
+    where = f" in {place}" if place else ""
+    sections, known = section_types(config), field_types(config)
+    flat: dict[str, Any] = {}
+    for name, value in _entries("a configuration", fields, where):
+        if name in sections:
+            found = [(f"{name}.{inner}", item) for inner, item in _entries(name, value, where)]
+        else:
+            found = [(str(name), value)]
+        for full, item in found:
+            if full not in known:
+                raise ValueError(f"unknown configuration field {full!r}{where}; {instead(full, [*known, *sections])}")
+            if full in flat:
+                raise ValueError(f"configuration field {full!r} is given twice{where}")
+            flat[full] = item
+    return flat
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
     """The fields in which two configurations differ, as ``field: value of one, value of the other``.
 
-    What describes a memory is left out when neither has one.
+    What cannot change the result is left out: when checkpoints are written, and what describes a memory when neither
+    has one.
     """
     left, right = _flat(one.to_dict()), _flat(other.to_dict())
-    names = [name for name in left if left[name] != right[name]]
+    names = [name for name in left if left[name] != right[name] and name not in _WITHOUT_EFFECT]
     if not one.memory_layers and not other.memory_layers:
         names = [name for name in names if not name.startswith("memory.") and name != "training.value_learning_rate"]
     return [f"{name}: {left[name]!r}, {right[name]!r}" for name in names]
@@ -206,13 +258,10 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _require_known(what: str, fields: Mapping[str, Any], cls: type) -> None:
+def _entries(what: str, fields: object, where: str) -> Iterable[tuple[Any, Any]]:
     if not isinstance(fields, Mapping):
-        raise ValueError(f"{what} must hold fields and their values, got {fields!r}")
-    known = [entry.name for entry in dataclasses.fields(cls)]
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"unknown {what} field {name!r}; allowed: {', '.join(known)}")
+        raise ValueError(f"{what} must hold fields and their values, got {fields!r}{where}")
+    return fields.items()
 
 
 def _require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -133,7 +133,10 @@ class RunFolder:
         """What `result.json` says. Raises `ValueError` if the folder holds no finished run, or a damaged one."""
         if not self.finished:
             raise ValueError(f"run must be the folder of a run, got {str(self.path)!r}: it has no {self.result.name}")
-        return read_sealed(self.result)
+        result = read_sealed(self.result)
+        if missing := {"config", "data", "model_files"} - set(result):
+            raise ValueError(f"{self.result} is of another version: it has no {min(missing)!r}")
+        return result
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -20,6 +21,8 @@ from memlayers.lm.checkpoint import Checkpoint, Checkpoints
 from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus, Windows, prepare
 from memlayers.lm.evaluate import device_name
+from memlayers.lm.faults import TrainingFault
+from memlayers.lm.footprint import explain_out_of_memory, require_memory, size_text
 from memlayers.lm.run import RunFolder
 from memlayers.lm.trainer import LanguageModelTrainer, Text, words_per_token
 from memlayers.ops import cpu
@@ -49,10 +52,10 @@ def train(
     of the data and usage figures as if it had never stopped. It begins a run where there is none, and leaves a finished
     one as it is. `say` is told from where.
 
-    Raises `ValueError` before any work for a configuration that cannot run here or that does not fit the text, for an
-    `output` that holds a run already (unless `overwrite` says that it may go, or `resume` that it goes on), for a run
-    of another configuration or on other text, and for a checkpoint that is damaged; `TrainingFault` when a run that has
-    begun cannot go on.
+    Raises `ValueError` before any work for a configuration that cannot run here (for want of memory or of room on the
+    disk, too) or that does not fit the text; for an `output` that holds a run already, unless `overwrite` says that it
+    may go, or `resume` that it goes on; for a run of another configuration or on other text; and for a checkpoint that
+    is damaged. Raises `TrainingFault` when a run that has begun cannot go on.
     """
     folder = RunFolder(output)
     device = pick_device()
@@ -77,6 +80,9 @@ def train(
             "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
         },
     }
+    need = require_memory(config, vocab_size=corpus.vocab_size, precision=precision, device=device)
+    checkpoint_bytes = need.parameters + need.optimizer_state
+    _require_space(folder, (config.training.keep_checkpoints + 1) * checkpoint_bytes + need.parameters)
     set_seed(config.training.seed)
     model = build_model(config, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
     parameters = count_parameters(model)
@@ -101,7 +107,12 @@ def train(
             from_step=0 if checkpoint is None else checkpoint.step,
             progress=progress,
         )
-        validation, curve = trainer.run(checkpoint)
+        try:
+            validation, curve = trainer.run(checkpoint)
+        except (RuntimeError, MemoryError) as error:
+            if text := explain_out_of_memory(error, need):
+                raise TrainingFault(text) from error
+            raise
         folder.save_model(model, corpus.tokenizer())
         tokens = config.training.steps * config.training.batch_tokens
         result = {
@@ -182,6 +193,18 @@ def _training_windows(config: RunConfig, corpus: Corpus) -> Windows:
     if corpus.validation.num_tokens < 2:
         raise ValueError(f"data must leave at least 2 validation tokens, got {corpus.validation.num_tokens}")
     return Windows(corpus.train, needed)
+
+
+def _require_space(folder: RunFolder, needed: int) -> None:
+    """Room for the checkpoints that are kept, one more that is being written, and the model."""
+    held = sum(path.stat().st_size for path in folder.checkpoints.rglob("*") if path.is_file())
+    place = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free + held
+    if needed > free:
+        raise ValueError(
+            f"output must have {size_text(needed)} free for checkpoints and the model, {str(folder.path)!r} has "
+            f"{size_text(free)}: lower training.keep_checkpoints or the size of the model, or choose another disk"
+        )
 
 
 def _require_one_process() -> None:

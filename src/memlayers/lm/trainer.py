@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from memlayers.lm.build import batch_loss, build_optimizer
 from memlayers.lm.checkpoint import Checkpoint, Checkpoints
@@ -115,10 +115,10 @@ class LanguageModelTrainer(Trainer):
             optimizers=(self._optimizer, self._scheduler),
             callbacks=[_Rhythm(self.clock, config), _tensorboard(folder, from_step)],
         )
-        # Ours; or nothing where the bar is not wanted.
         self.remove_callback(PrinterCallback)
+        self._progress = _Progress(config)
         if progress:
-            self.add_callback(_Progress())
+            self.add_callback(self._progress)
         self.loss_is_scaled_for_ga = False  # `compute_loss` gives the mean of its batch
 
     def run(self, checkpoint: Checkpoint | None = None) -> tuple[Evaluation, list[dict[str, float]]]:
@@ -126,6 +126,7 @@ class LanguageModelTrainer(Trainer):
         if checkpoint is not None:
             self._restore(checkpoint)
         with contextlib.ExitStack() as stack:
+            stack.callback(self._progress.close)
             for meter in self.meters.values():
                 stack.enter_context(meter)
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
@@ -376,23 +377,37 @@ class _Rhythm(TrainerCallback):
         self.clock.tick()
 
 
-class _Progress(ProgressCallback):
-    """The trainer's bar, with the latest figures in it instead of a line of text for each log entry."""
+class _Progress(TrainerCallback):
+    """A bar of tokens, with their rate, the time that is left, and the latest figures."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, config: RunConfig) -> None:
+        self.step_tokens = config.training.batch_tokens
+        self.part_tokens = self.step_tokens // config.training.accumulate
+        self._bar: Any = None
         self._shown: dict[str, str] = {}
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        done, total = (steps * self.step_tokens for steps in (state.global_step, state.max_steps))
+        self._bar = tqdm(desc="training", total=total, initial=done, unit=" tokens", unit_scale=True, mininterval=0.5)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update(self.part_tokens)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update(self.part_tokens)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        for name, shown in (
-            ("loss", "loss"),
-            ("eval_perplexity", "validation perplexity"),
-            ("tokens_per_s", "tokens/s"),
-        ):
+        for name, shown in (("loss", "loss"), ("eval_perplexity", "validation perplexity")):
             if name in logs:
                 self._shown[shown] = f"{logs[name]:.4g}"
-        if self.training_bar is not None:
-            self.training_bar.set_postfix(self._shown)
+        self._bar.set_postfix(self._shown)
+
+    def close(self) -> None:
+        """Leave the bar as it stands, whatever ended the training."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def words_per_token(split: Split) -> float:

@@ -1,0 +1,63 @@
+"""The command line: ``memlayers train | compare | prepare | eval | generate | bench | info``.
+
+main         what is printed, and the exit status, when something goes wrong
+commands     the commands and their options
+options      a configuration from its preset, its file and its options
+config_file  a file of options
+refusals     one line for what the parser does not take
+"""
+
+import sys
+from collections.abc import Sequence
+
+FAILED = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. A failure is one line on standard error.
+
+    Status 2 is for what a user got wrong, 1 for what went wrong on the way: no memory left, a loss that is not finite.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        import jsonargparse  # noqa: F401
+        import transformers
+    except ModuleNotFoundError as error:
+        return _fail(f"the command line needs {error.name}: pip install 'memlayers[lm]'", USER_ERROR)
+    from memlayers.bench.gate import GateError
+    from memlayers.cli.commands import run_command
+    from memlayers.lm.faults import TrainingFault
+
+    transformers.utils.logging.disable_progress_bar()  # of saving and loading; training keeps its own
+    try:
+        run_command(arguments)
+    except (ValueError, OSError) as error:
+        return _fail(str(error), USER_ERROR)
+    except (TrainingFault, GateError) as error:
+        return _fail(str(error), FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        return _fail(f"not enough memory: {str(error).strip().partition(chr(10))[0] or 'an allocation failed'}", FAILED)
+    except KeyboardInterrupt:
+        print("memlayers: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; PyTorch says so on a CPU, and of sizes beyond 64 bits, by its message alone."""
+    import torch
+
+    said = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        sign in said
+        for sign in ("alloc_cpu", "DefaultCPUAllocator", "can't allocate memory", "size calculation overflow")
+    )
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"memlayers: error: {' '.join(message.split())}", file=sys.stderr)
+    return status

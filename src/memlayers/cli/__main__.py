@@ -1,0 +1,5 @@
+import sys
+
+from memlayers.cli import main
+
+sys.exit(main())

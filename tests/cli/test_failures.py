@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from memlayers.bench.gate import GateError
+from memlayers.cli import main
+from memlayers.lm.faults import TrainingFault
+
+FAULTS = [
+    (TrainingFault("loss is nan at step 3:\n  since step 2"), "loss is nan at step 3: since step 2"),
+    (MemoryError(), "not enough memory: an allocation failed"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "not enough memory: CUDA out of memory."),
+    (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"),
+        "not enough memory: [enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate",
+    ),
+    (GateError("read differs"), "read differs"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS, ids=[type(fault).__name__ for fault, _ in FAULTS])
+def test_what_goes_wrong_on_the_way_is_one_line_and_status_1(fault, message, monkeypatch, capsys):
+    import memlayers.info as module
+
+    def fail():
+        raise fault
+
+    monkeypatch.setattr(module, "versions", fail)
+    assert main(["info"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"memlayers: error: {message}\n")
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch):
+    import memlayers.info as module
+
+    def fail():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(module, "versions", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(["info"])
+
+
+def test_an_allocation_that_no_machine_can_make_is_one_line(monkeypatch, capsys):
+    import memlayers.info as module
+
+    monkeypatch.setattr(module, "versions", lambda: torch.empty(1 << 50))
+    assert main(["info"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("memlayers: error: not enough memory: ")
+    assert err.count("\n") == 1
+
+
+def test_an_interruption_is_no_traceback(monkeypatch, capsys):
+    import memlayers.info as module
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "versions", interrupt)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "memlayers: interrupted\n"

@@ -1,0 +1,122 @@
+import re
+
+import pytest
+
+NEW = ("train", "--output", "new")
+
+OPTIONS = [
+    # Options and commands that do not exist.
+    (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+    (["nonsense"], "unknown command 'nonsense'; allowed: train, compare, prepare, eval, generate, bench, info"),
+    ([], "a command is missing; allowed: train, .*"),
+    ([*NEW, "--data.vocab_sise", "3"], r"unknown option --data.vocab_sise; did you mean --data.vocab_size\?"),
+    ([*NEW, "--data.vocab_sise=3"], r"unknown option --data.vocab_sise; did you mean --data.vocab_size\?"),
+    ([*NEW, "--topk", "3"], r"unknown option --topk; did you mean --memory.topk\?"),
+    ([*NEW, "--heads", "3"], r"unknown option --heads; did you mean --memory.heads or --model.heads\?"),
+    ([*NEW, "--model.topk", "3"], r"unknown option --model.topk; did you mean --memory.topk\?"),
+    ([*NEW, "--model.zzz", "3"], "unknown option --model.zzz; see memlayers train --help"),
+    (["train", "--outp", "new"], r"unknown option --outp; did you mean --output\?"),
+    (["generate", "run", "--promt", "a"], r"unknown option --promt; did you mean --prompt\?"),
+    ([*NEW, "extra"], "unrecognized arguments: extra"),
+    # What is missing.
+    (["train"], "output must be given: --output FOLDER, .*"),
+    (["compare"], "memlayers compare needs --output .*"),
+    (["eval"], "memlayers eval needs RUN .folder of a finished run."),
+    (["generate", "run"], "memlayers generate needs --prompt .*"),
+    ([*NEW, "--memory.topk"], "argument --memory.topk: expected one argument"),
+    # Values of another type.
+    ([*NEW, "--memory.topk", "many"], "memory.topk must be an integer of at least 1, got 'many'"),
+    ([*NEW, "--memory.topk=2.5"], "memory.topk must be an integer of at least 1, got 2.5"),
+    ([*NEW, "--memory.value_dim", "wide"], "memory.value_dim must be an integer of at least 1, got 'wide'"),
+    ([*NEW, "--memory.query_hidden", "64"], "memory.query_hidden must be a sequence of hidden sizes, got 64"),
+    ([*NEW, "--memory.query_bias", "2"], "memory.query_bias must be True or False, got 2"),
+    ([*NEW, "--memory_layers", "3"], "memory_layers must be a sequence of block numbers, got 3"),
+    ([*NEW, "--memory_layers", "[1, x]"], "memory_layers must be an integer from 1 to 4, got 'x'"),
+    ([*NEW, "--training.betas", "[0.9]"], r"training.betas must be two numbers in \[0, 1\), got .*"),
+    ([*NEW, "--training.learning_rate", "nan"], "training.learning_rate must be a finite number above 0, got 'nan'"),
+    ([*NEW, "--training.learning_rate", "[1"], "training.learning_rate must be a finite number above 0, got '.1'"),
+    ([*NEW, "--data.sources", "a.txt"], "data.sources must be a list of .*, got 'a.txt'"),
+    (["generate", "run", "--prompt", "a", "--top_p", "b"], "top_p must be a number, got 'b'"),
+    (["eval", "run", "--tokens", "many"], "tokens must be an integer, got 'many'"),
+    (["bench", "--threads", "many"], "threads must be an integer or null, got 'many'"),
+    # Values that are not allowed.
+    ([*NEW, "--preset", "dmeo"], "preset must be one of 'demo', .*, got 'dmeo'"),
+    ([*NEW, "--memory.topk", "129"], "memory.topk must be at most num_subkeys = 128 for product keys, got 129"),
+    ([*NEW, "--memory.query_dim", "7"], "memory.query_dim must be even for product keys .*, got 7"),
+    ([*NEW, "--memory.query_norm", "layer"], "memory.query_norm must be one of 'batch', 'rms', 'none', got 'layer'"),
+    ([*NEW, "--memory.dim", "3"], "memory.dim must be model.dim = 128, got 3"),
+    ([*NEW, "--memory.value_dropout", "1"], r"memory.value_dropout must be a number in \[0, 1\), got 1.*"),
+    ([*NEW, "--model.family", "bert"], "model.family must be one of 'gpt2', 'llama', got 'bert'"),
+    ([*NEW, "--model.heads", "3"], "model.heads must divide model.dim = 128, got 3"),
+    ([*NEW, "--memory_layers", "[9]"], "memory_layers must be an integer from 1 to 4, got 9"),
+    ([*NEW, "--training.accumulate", "3"], "training.accumulate must divide the 4 windows of a step .*, got 3"),
+    (["compare", "--output", "new", "--deep_learning_rate", "-1"], "deep_learning_rate must be .* above 0, got -1.*"),
+    ([*NEW, "--resume", "--overwrite"], "overwrite and resume exclude each other.*"),
+    (["info", "demo", "--preset", "demo"], "'demo' is a configuration already: .*"),
+    (["info", "missing"], "run must be the folder of a run, got 'missing': it has no config.json"),
+    (["eval", "missing"], "run must be the folder of a run, got 'missing': it has no result.json"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), OPTIONS, ids=[" ".join(arguments) for arguments, _ in OPTIONS])
+def test_a_wrong_option_is_one_line_that_names_it(arguments, message, refused, trainings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert re.fullmatch(message.replace("?", r"\?") if message.endswith("'?") else message, refused(*arguments))
+    assert trainings == []
+    assert list(tmp_path.iterdir()) == []
+
+
+FILES = [
+    (b"memory:\n  topk_: 3\n", r"unknown configuration field 'memory.topk_' in FILE; did you mean 'memory.topk'\?"),
+    (b"memory.topk_: 3\n", r"unknown configuration field 'memory.topk_' in FILE; did you mean 'memory.topk'\?"),
+    (b'{"memory": {"topk_": 3}}', r"unknown configuration field 'memory.topk_' in FILE; did you mean 'memory.topk'\?"),
+    (b"memori:\n  topk: 3\n", r"unknown configuration field 'memori' in FILE; did you mean 'memory'\?"),
+    (b"topk: 3\n", r"unknown configuration field 'topk' in FILE; did you mean 'memory.topk'\?"),
+    (b"model:\n  zzz: 3\n", "unknown configuration field 'model.zzz' in FILE; allowed: model.family, model.layers, .*"),
+    (b"1: 3\n", "unknown configuration field '1' in FILE; allowed: .*data, model, memory, training"),
+    (b"model.dim: 8\nmodel:\n  dim: 8\n", "configuration field 'model.dim' is given twice in FILE"),
+    (b"model.dim: 8\nmemory:\n", "memory must hold fields and their values, got None in FILE"),
+    (b"memory: 3\n", "memory must hold fields and their values, got 3 in FILE"),
+    (b"memory:\n  topk: many\n", r"memory.topk must be an integer of at least 1, got 'many' \(in FILE\)"),
+    (b"memory.topk: 129\n", r"memory.topk must be at most num_subkeys = 128 .*, got 129 \(in FILE\)"),
+    (b"memory.dim: 8\n", r"memory.dim must be model.dim = 128, got 8 \(in FILE\)"),
+    (b"model.dim: 64\nmemory.dim: 8\n", r"memory.dim must be model.dim = 64, got 8 \(in FILE\)"),
+    (b"model:\n  family: bert\n", r"model.family must be one of 'gpt2', 'llama', got 'bert' \(in FILE\)"),
+    (b"model:\n  layers: true\n", r"model.layers must be an integer of at least 1, got True \(in FILE\)"),
+    (b"preset: dmeo\n", "preset must be one of 'demo', .*, got 'dmeo'"),
+    (b"preset: [1]\n", r"preset must be one of 'demo', .*, got \[1\]"),
+    (b"", "config file FILE is empty"),
+    (b"# nothing\n", "config file FILE is empty"),
+    (b"- a\n- b\n", "config file FILE must hold fields and their values, got .*"),
+    (b"just words\n", "config file FILE must hold fields and their values, got 'just words'"),
+    (b"memory:\n  topk: [1\n", r"config file FILE is not valid YAML: .* \(line 3, column 1\)"),
+    (b'{"memory": {"topk": 3}', r"config file FILE is not valid YAML: .* \(line 1, column 23\)"),
+    (b"a: b: c\n", r"config file FILE is not valid YAML: .* \(line 1, column 5\)"),
+    (b"\x00\x01\x02\x03", "config file FILE is not valid YAML: .*"),
+    (b"\x89PNG\xff\xfe", "config file FILE is no text: not UTF-8 at byte 0"),
+    (b"[" * 100_000, r"config file FILE is not readable: more than 16 levels of nesting \(line 1\)"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FILES, ids=[repr(content[:24]) for content, _ in FILES])
+def test_a_wrong_configuration_file_is_one_line_that_names_it(content, message, refused, trainings, tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_bytes(content)
+    said = refused("train", "--config", file, "--output", tmp_path / "new")
+    assert re.fullmatch(message.replace("FILE", re.escape(str(file))), said)
+    assert trainings == []
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_configuration_file_that_cannot_be_read_is_named(refused, tmp_path):
+    for file, why in ((tmp_path / "missing.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
+        said = refused("train", "--config", file, "--output", tmp_path / "new")
+        assert said == f"config file {file} cannot be read: {why}"
+    assert "argument --config: expected one argument" in refused("train", "--config")
+
+
+def test_a_fault_of_a_field_that_an_option_changed_is_not_blamed_on_the_file(refused, tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("memory.topk: 8\n")
+    said = refused("train", "--config", file, "--output", tmp_path / "new", "--memory.topk", "129")
+    assert said == "memory.topk must be at most num_subkeys = 128 for product keys, got 129"
