@@ -22,7 +22,7 @@ import torch
 from jsonargparse import auto_cli
 from kill_and_resume import small_run, write_text
 
-import memlayers.lm.prepare as preparing
+import memlayers.lm.encode as encoding
 from memlayers.info import hardware, versions
 from memlayers.lm.data import open_corpus
 from memlayers.lm.prepare import prepare
@@ -42,11 +42,11 @@ class Scene:
         data = dataclasses.replace(config.data, sources=(str(folder / "text.txt"),))
         self.config = dataclasses.replace(config, data=data)
         self.corpus, self.stopped, self.finished = folder / "corpus", folder / "stopped", folder / "finished"
-        preparing.SHARD_TOKENS, usual = 100_000, preparing.SHARD_TOKENS
+        encoding.SHARD_TOKENS, usual = 100_000, encoding.SHARD_TOKENS
         try:
             prepare(data, self.corpus, progress=False)
         finally:
-            preparing.SHARD_TOKENS = usual
+            encoding.SHARD_TOKENS = usual
         train(self.config, self.finished, corpus=self.corpus, progress=False)
         self._stop_after(16)
 
