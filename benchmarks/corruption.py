@@ -22,10 +22,9 @@ import torch
 from jsonargparse import auto_cli
 from kill_and_resume import small_run, write_text
 
-import memlayers.lm.encode as encoding
 from memlayers.info import hardware, versions
-from memlayers.lm.data import open_corpus
-from memlayers.lm.prepare import prepare
+from memlayers.lm.data import encode as encoding
+from memlayers.lm.data import open_corpus, prepare
 from memlayers.lm.run import RunFolder
 from memlayers.lm.train import train
 from memlayers.lm.trainer import LanguageModelTrainer
@@ -156,9 +155,8 @@ def main(files: int = 200, seed: int = 0) -> None:
         met, wrong = run_damages(Path(folder), files=files, seed=seed)
     for place in sorted({place for place, _ in met}):
         print(f"{place:<10} " + ", ".join(f"{met[place, kind]} {kind}" for kind in KINDS))
-    print(
-        f"{met.total()} files damaged, {met.total() - len(wrong)} refused by name, {time.perf_counter() - started:.0f} s"
-    )
+    seconds = time.perf_counter() - started
+    print(f"{met.total()} files damaged, {met.total() - len(wrong)} refused by name, {seconds:.0f} s")
     print("\n".join(wrong), end="\n" if wrong else "")
     print(", ".join(f"{name} {version}" for name, version in versions().items()), "|", hardware()["cpu"])
     sys.exit(bool(wrong))

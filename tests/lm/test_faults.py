@@ -214,11 +214,10 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(config, tiny_co
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(config, tiny_corpus, tmp_path, monkeypatch):
-    import memlayers.lm.footprint as footprint
     import memlayers.lm.train as training
 
     with monkeypatch.context() as patch:
-        patch.setattr(footprint, "available_memory", lambda device: 1000)
+        patch.setattr("memlayers.lm.footprint.estimate.available_memory", lambda device: 1000)
         with pytest.raises(ValueError, match=r"needs about \d+ kB and 1 kB are available on cpu:\n +parameters"):
             train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
     full = shutil.disk_usage(tmp_path)._replace(free=100)

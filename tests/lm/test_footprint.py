@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from memlayers.config import MemoryConfig
-from memlayers.lm.available import available_memory, left_in_groups
 from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
 from memlayers.lm.footprint import Footprint, explain_out_of_memory, footprint, require_memory, size_text
+from memlayers.lm.footprint.available import available_memory, left_in_groups
 
 # In a process of its own: the same plain loop that `footprint` counts, three steps of it.
 MEASURE = """
@@ -201,7 +201,7 @@ def test_sizes_are_written_for_people():
 
 
 def test_a_step_that_does_not_fit_is_refused_with_what_helps(monkeypatch):
-    monkeypatch.setattr("memlayers.lm.footprint.available_memory", lambda device: 50 * 10**6)
+    monkeypatch.setattr("memlayers.lm.footprint.estimate.available_memory", lambda device: 50 * 10**6)
     config = run_config(memory=(2,), subkeys=256, batch=512)
     with pytest.raises(ValueError, match="lower memory.num_subkeys .now 256.*raise training.accumulate") as refusal:
         require_memory(config, vocab_size=1000)

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import memlayers.lm.trainer as module
 from memlayers.info import count_parameters
 from memlayers.lm.build import build_model, resolve_precision
+from memlayers.lm.data import Windows, training_order
 from memlayers.lm.evaluate import evaluate
 from memlayers.lm.run import RunFolder
-from memlayers.lm.train import train, training_order
+from memlayers.lm.train import train
 from memlayers.lm.trainer import LanguageModelTrainer
 from memlayers.optim import MemoryAdamW, row_adam
 
@@ -140,7 +141,7 @@ def test_every_model_sees_the_same_tokens_in_the_same_order(tiny_config, tiny_co
         orders[name] = torch.stack(batches)
         hashes[name] = result["data"]["order_sha256"]
     windows = torch.from_numpy(tiny_corpus.train.tokens.astype(np.int64)).unfold(0, 17, 17)
-    order = torch.from_numpy(training_order(len(windows), 6 * 4, seed=0))
+    order = torch.from_numpy(training_order(Windows(tiny_corpus.train, 17), 6 * 4, seed=0).astype(np.int64))
     assert torch.equal(orders["memory"], windows[order, :16].view(6, 4, 16))
     for name in configs:
         assert torch.equal(orders[name], orders["memory"]), name
@@ -165,16 +166,6 @@ def test_all_positions_are_trained(tiny_config, tiny_corpus, tmp_path, monkeypat
     for batch in pairs:
         assert batch["input_ids"].shape == batch["labels"].shape == (4, 16)
         assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
-
-
-def test_the_order_is_one_shuffle_after_the_other():
-    order = training_order(10, 25, seed=3)
-    assert order.dtype == np.int64
-    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
-    assert list(order[:10]) != list(order[10:20])
-    assert len(set(order[20:])) == 5
-    assert np.array_equal(training_order(10, 7, seed=3), order[:7])
-    assert not np.array_equal(training_order(10, 25, seed=4), order)
 
 
 def test_a_run_can_be_repeated(tiny_config, tiny_corpus, tmp_path):

@@ -34,17 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run_command(arguments)
     except (ValueError, OSError) as error:
-        return _fail(str(error), USER_ERROR)
+        return _fail(_with_notes(error), USER_ERROR)
     except (TrainingFault, GateError) as error:
         return _fail(str(error), FAILED)
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):
             raise
         return _fail(f"not enough memory: {str(error).strip().partition(chr(10))[0] or 'an allocation failed'}", FAILED)
-    except KeyboardInterrupt:
-        print("memlayers: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as interruption:
+        return _fail(_with_notes(interruption) or "interrupted", INTERRUPTED)
     return 0
+
+
+def _with_notes(error: BaseException) -> str:
+    """What it says, and what was added on its way here: where what is done so far is kept."""
+    return "; ".join(filter(None, (str(error) or None, *getattr(error, "__notes__", ()))))
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
@@ -59,5 +63,5 @@ def _is_lack_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"memlayers: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"memlayers: {'' if status == INTERRUPTED else 'error: '}{message.strip()}", file=sys.stderr)
     return status

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from memlayers.config import MemoryConfig, instead
-from memlayers.lm.data import DataConfig
+from memlayers.lm.data.config import DataConfig
 
 Family = Literal["gpt2", "llama"]
 Schedule = Literal["cosine", "inverse_sqrt", "constant"]

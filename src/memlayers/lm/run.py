@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from memlayers.lm.data import Corpus
+
 
 @contextmanager
 def without_bars() -> Iterator[None]:
@@ -142,14 +144,14 @@ class RunFolder:
         """The lines of `metrics.jsonl`."""
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
-    def save_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Write the model and its tokenizer; the folder `model/` appears only once it is complete."""
+    def save_model(self, model: "PreTrainedModel", corpus: "Corpus") -> None:
+        """Write the model and the tokenizer of its corpus; the folder `model/` appears only once it is complete."""
         for left in (self.model, *self.path.glob(f".{self.model.name}.*.partial")):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         with new_folder(self.model) as folder:
             with without_bars():
                 model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            corpus.save_tokenizer(folder)
 
     def load_model(self, device: "torch.device | str" = "cpu") -> "PreTrainedModel":
         """The trained model, in evaluation mode. Raises `ValueError` if there is none or it is damaged."""

@@ -1,7 +1,6 @@
 """Training of one run, from its configuration to a finished run folder."""
 
 import hashlib
-import math
 import os
 import shutil
 import sys
@@ -10,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from torch.utils.data import Subset
 from transformers import set_seed
 
@@ -19,7 +17,7 @@ from memlayers.info import count_parameters, hardware, versions
 from memlayers.lm.build import build_model, pick_device, resolve_precision
 from memlayers.lm.checkpoint import Checkpoint, Checkpoints
 from memlayers.lm.config import RunConfig, differences
-from memlayers.lm.data import Corpus, Windows, prepare
+from memlayers.lm.data import Corpus, Windows, prepare, training_order
 from memlayers.lm.evaluate import device_name
 from memlayers.lm.faults import TrainingFault
 from memlayers.lm.footprint import explain_out_of_memory, require_memory, size_text
@@ -70,13 +68,15 @@ def train(
     if not isinstance(corpus, Corpus):
         corpus = prepare(config.data, folder.path.parent / "corpus" if corpus is None else corpus, progress=progress)
     windows = _training_windows(config, corpus)
-    order = training_order(len(windows), config.training.steps * config.batch_windows, config.training.seed)
+    order = training_order(
+        windows, config.training.steps * config.batch_windows, config.training.seed, config.data.weights
+    )
     text = Text(corpus, Subset(windows, cast(Sequence[int], order)), order)
     identity = {
         "config": config.to_dict(),
         "data": {
             "corpus_sha256": corpus.manifest["corpus_sha256"],
-            "tokenizer_sha256": corpus.manifest["tokenizer"]["sha256"],
+            "tokenizer_sha256": corpus.tokenizer_sha256,
             "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
         },
     }
@@ -110,10 +110,10 @@ def train(
         try:
             validation, curve = trainer.run(checkpoint)
         except (RuntimeError, MemoryError) as error:
-            if text := explain_out_of_memory(error, need):
-                raise TrainingFault(text) from error
+            if explained := explain_out_of_memory(error, need):
+                raise TrainingFault(explained) from error
             raise
-        folder.save_model(model, corpus.tokenizer())
+        folder.save_model(model, corpus)
         tokens = config.training.steps * config.training.batch_tokens
         result = {
             "config": identity["config"],
@@ -176,18 +176,11 @@ def _require_same_config(held: RunConfig, asked: RunConfig, folder: RunFolder) -
         )
 
 
-def training_order(windows: int, count: int, seed: int) -> np.ndarray:
-    """Which windows a run sees, in order: int64 [count], one shuffled pass over all windows after the other."""
-    passes = math.ceil(count / windows)
-    order = [np.random.default_rng([seed, index]).permutation(windows) for index in range(passes)]
-    return np.concatenate(order)[:count]
-
-
 def _training_windows(config: RunConfig, corpus: Corpus) -> Windows:
-    needed = config.model.context + 1
-    if corpus.train.num_tokens < needed:
+    needed, longest = config.model.context + 1, max(len(shard.tokens) for shard in corpus.train.shards)
+    if longest < needed:
         raise ValueError(
-            f"model.context must be below the {corpus.train.num_tokens} tokens of the training text, "
+            f"model.context must be below the {longest} tokens of the training text (its longest shard), "
             f"got {config.model.context}"
         )
     if corpus.validation.num_tokens < 2:

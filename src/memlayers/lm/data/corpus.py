@@ -1,0 +1,277 @@
+"""A prepared corpus on disk, opened: tokens and documents as memory maps, everything verified.
+
+    manifest.json                 what was asked for, hashes, counts, versions; sealed, and written last
+    tokenizer/                    as `transformers` saves and loads it
+    train-00000.tokens            uint16 or uint32, little-endian; each document is <|endoftext|> and its tokens
+    train-00000.documents.npy     offset (in tokens), words and bytes of each document
+    train-00001.tokens, ...       a shard each; within a shard the documents are ordered by a hash
+    validation.*, test.*          the held-out documents, one shard each
+
+Read with numpy alone. A word is whitespace-separated, a byte one of UTF-8.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memlayers.files import file_sha256, read_sealed
+from memlayers.lm.data.progress import progress_bar
+from memlayers.lm.data.tokenize import DOCUMENT, END_OF_TEXT
+
+if TYPE_CHECKING:  # token files that are ready are read without it
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 2
+SPLITS = ("train", "validation", "test")
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+SEVERAL_SOURCES = -1
+# Below this many bytes a corpus is verified before a progress bar would be seen.
+SHOWN_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """Documents that lie one after the other in one file.
+
+    `tokens` is a memory map [num_tokens] of uint16 or uint32; `documents` [num_documents] has the fields `offset`
+    (where in `tokens` the document's <|endoftext|> lies), `words` and `bytes`; `source` is the place in
+    `DataConfig.sources` that all of them come from, -1 for several.
+    """
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    source: int
+
+    def first(self, count: int) -> "Shard":
+        """The first `count` documents."""
+        end = len(self.tokens) if count == len(self.documents) else int(self.documents["offset"][count])
+        return Shard(self.tokens[:end], self.documents[:count], self.source)
+
+
+class Split:
+    """The documents of one split, shard after shard. `Split(tokens, documents)` is one of a single shard in memory."""
+
+    shards: tuple[Shard, ...]
+
+    def __init__(self, tokens: np.ndarray, documents: np.ndarray) -> None:
+        self.shards = (Shard(tokens, documents, 0),)
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> "Split":
+        """A split of these shards, in this order."""
+        split = cls.__new__(cls)
+        split.shards = tuple(shards)
+        return split
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens [num_tokens]: the memory map itself if there is one shard, else a copy."""
+        if len(self.shards) == 1:
+            return self.shards[0].tokens
+        return np.concatenate([shard.tokens for shard in self.shards])
+
+    @property
+    def documents(self) -> np.ndarray:
+        """All documents [num_documents], with offsets into `tokens`."""
+        if len(self.shards) == 1:
+            return self.shards[0].documents
+        documents = np.concatenate([shard.documents for shard in self.shards])
+        before = np.cumsum([0, *(len(shard.tokens) for shard in self.shards)])[:-1]
+        documents["offset"] += np.repeat(before, [len(shard.documents) for shard in self.shards])
+        return documents
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """The <|endoftext|> of each document included."""
+        return sum(len(shard.tokens) for shard in self.shards)
+
+    @cached_property
+    def num_words(self) -> int:
+        return sum(int(shard.documents["words"].sum()) for shard in self.shards)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        return sum(int(shard.documents["bytes"].sum()) for shard in self.shards)
+
+    @cached_property
+    def num_documents(self) -> int:
+        return sum(len(shard.documents) for shard in self.shards)
+
+    def prefix(self, max_tokens: int) -> "Split":
+        """The longest run of first documents with at most `max_tokens` tokens; at least one document.
+
+        Held-out documents are ordered by a hash, so this is a random sample of them, the same each time.
+        """
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        shards: list[Shard] = []
+        room = max_tokens
+        for shard in self.shards:
+            # A document is within the prefix if it ends in it: where the next one begins.
+            count = int(np.searchsorted(shard.documents["offset"][1:], room, side="right"))
+            count += len(shard.tokens) <= room
+            if count == 0 and shards:
+                break
+            shards.append(shard.first(max(1, count)))
+            if count < len(shard.documents):
+                break
+            room -= len(shard.tokens)
+        return Split.of(shards)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A prepared corpus, opened. `manifest` says what it was made from and by what."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the tokenizer has."""
+        return self.manifest["vocab_size"]
+
+    @property
+    def eot_id(self) -> int:
+        """The token <|endoftext|>, which stands before each document."""
+        return self.manifest["eot_id"]
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """The hash of `tokenizer.json`: what the tokens mean."""
+        return self.manifest["tokenizer"]["files"]["tokenizer.json"]
+
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer for `transformers`; <|endoftext|> begins and ends a text, and is not added by itself."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(self.folder / TOKENIZER / "tokenizer.json"),
+            bos_token=END_OF_TEXT,
+            eos_token=END_OF_TEXT,
+            clean_up_tokenization_spaces=False,
+        )
+
+    def save_tokenizer(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files into `folder`, as `save_pretrained` would leave them; needs no library."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in self.manifest["tokenizer"]["files"]:
+            shutil.copyfile(self.folder / TOKENIZER / name, folder / name)
+
+
+def open_corpus(folder: str | Path, *, progress: bool = False) -> Corpus:
+    """Open what `prepare` left and verify every file of it. Needs neither `tokenizers` nor `transformers`.
+
+    Raises `ValueError` if the folder is no prepared corpus or is of another format, and names the file if one is
+    missing, truncated, exchanged, or differs in a single bit. `progress` shows a bar for a corpus of over a gigabyte.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    hashes = expected_hashes(manifest)
+    itemsize = np.dtype(manifest["dtype"]).itemsize
+    tokens = {f"{shard['name']}.tokens": shard["tokens"] for _, shard in _shards(manifest)}
+    sizes = {}
+    for name in hashes:
+        try:
+            sizes[name] = (folder / name).stat().st_size
+        except OSError as error:
+            raise ValueError(f"{folder / name} cannot be read: {error.strerror}") from None
+        if name in tokens and sizes[name] != tokens[name] * itemsize:
+            raise ValueError(
+                f"{folder / name} is damaged: it has {sizes[name]} bytes instead of {tokens[name] * itemsize}"
+            )
+    total = sum(sizes.values())
+    with progress_bar("verifying", total, progress and total > SHOWN_BYTES) as bar:
+        for name, same in verify_files(folder, hashes):
+            if not same:
+                raise ValueError(f"{folder / name} is damaged: it is not what was written (its SHA-256 differs)")
+            bar.update(sizes[name])
+    shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
+    for split, entry in _shards(manifest):
+        shards[split].append(_open_shard(folder, entry, np.dtype(manifest["dtype"])))
+    return Corpus(folder=folder, manifest=manifest, **{name: Split.of(shards[name]) for name in SPLITS})
+
+
+def expected_hashes(manifest: dict[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each file beside the manifest, by its path below the folder."""
+    hashes = {f"{TOKENIZER}/{name}": digest for name, digest in manifest["tokenizer"]["files"].items()}
+    for _, shard in _shards(manifest):
+        for suffix, digest in shard["sha256"].items():
+            hashes[f"{shard['name']}.{suffix}"] = digest
+    return hashes
+
+
+def verify_files(folder: Path, hashes: dict[str, str]) -> Iterator[tuple[str, bool]]:
+    """Whether each file has the hash that it should have; several files at a time. A missing file has not."""
+
+    def same(name: str) -> bool:
+        try:
+            return file_sha256(folder / name) == hashes[name]
+        except OSError:
+            return False
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
+        try:
+            yield from zip(hashes, pool.map(same, hashes), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _shards(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for split in SPLITS:
+        for shard in manifest["splits"][split]["shards"]:
+            yield split, shard
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    try:
+        raw = file.read_bytes()
+    except OSError:
+        raise ValueError(f"{folder} holds no prepared corpus (no readable {MANIFEST})") from None
+    try:
+        manifest = read_sealed(file)
+    except ValueError:
+        _refuse_other_json(folder, raw)
+        raise
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} holds a corpus of format {manifest.get('format')!r}, this version reads format {FORMAT}"
+        )
+    return manifest
+
+
+def _refuse_other_json(folder: Path, raw: bytes) -> None:
+    """Say what an unsealed manifest is: one of the first format, or none at all. Else it is a damaged one."""
+    try:
+        content = json.loads(raw)
+    except ValueError:
+        return
+    if isinstance(content, dict) and content.get("format") == 1:
+        raise ValueError(
+            f"{folder} holds a corpus of format 1, this version reads format {FORMAT}: prepare it again, in another "
+            "folder or after removing this one"
+        ) from None
+    if not isinstance(content, dict) or "format" not in content:
+        raise ValueError(f"{folder} holds no prepared corpus (its {MANIFEST} is not one of a corpus)") from None
+
+
+def _open_shard(folder: Path, entry: dict[str, Any], dtype: np.dtype) -> Shard:
+    tokens = np.memmap(folder / f"{entry['name']}.tokens", dtype, mode="r")
+    documents = np.load(folder / f"{entry['name']}.documents.npy", mmap_mode="r", allow_pickle=False)
+    assert documents.dtype == DOCUMENT
+    assert len(documents) == entry["documents"]
+    return Shard(tokens, documents, entry["source"])

@@ -1,0 +1,268 @@
+"""From sources to a prepared corpus, in a way that a kill does not undo.
+
+    request.py     what is asked for, and whether a corpus is that
+    survey.py      first pass: check, count, hash, draw a sample; then the tokenizer is trained
+    encode.py      second pass: documents -> spans of tokens, read ahead by a thread (readahead.py)
+    spans.py       the files of a span; merging the held-out documents
+    workspace.py   the folder in which all of this happens, held by one process at a time
+    corpus.py      what comes out, opened
+
+Each step leaves a sealed record when it is done, and a run with the same request goes on after the last of them.
+"""
+
+import errno
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memlayers import __version__
+from memlayers.files import file_sha256, flush, read_sealed, write_sealed
+from memlayers.lm.data import encode
+from memlayers.lm.data.corpus import (
+    FORMAT,
+    MANIFEST,
+    SEVERAL_SOURCES,
+    SPLITS,
+    TOKENIZER,
+    Corpus,
+    expected_hashes,
+    open_corpus,
+    verify_files,
+)
+from memlayers.lm.data.progress import progress_bar
+from memlayers.lm.data.request import describe_request, differences, open_what_is_here
+from memlayers.lm.data.sources import Source, open_sources
+from memlayers.lm.data.spans import HELD_OUT, Span, merge_parts, read_spans
+from memlayers.lm.data.survey import Survey, survey_documents
+from memlayers.lm.data.tokenize import END_OF_TEXT, load_tokenizer, save_tokenizer, token_dtype, train_tokenizer
+from memlayers.lm.data.workspace import is_occupied, keep_only, publish, working_folder
+
+if TYPE_CHECKING:
+    from memlayers.lm.data.config import DataConfig
+
+SURVEY = "survey.json"
+# Of UTF-8 in a token, at the least: for a rough idea of the room that a corpus needs.
+BYTES_OF_A_TOKEN = 3
+
+
+def prepare(config: "DataConfig", folder: str | Path, *, progress: bool = True) -> Corpus:
+    """Tokenise the sources into `folder`, or open it if that is what it already holds.
+
+    Works in `.<name>.partial` beside it, which is renamed at the end, so that `folder` is complete or not there. A run
+    that is killed, interrupted, or out of disk loses the shard that it was at; the same call again goes on from there
+    and ends with the same files. A second process waits for the first. Memory: the tokenizer's sample, a shard, a few
+    batches, whatever the size of the text.
+
+    Raises `ValueError` for sources that are missing, empty, malformed or changed while they were read, for a split
+    that is left without documents, for a vocabulary that the text does not have, and for a `folder` that holds
+    anything else, which is left as it is. A corpus that is there is verified, and compared with what is asked for; a
+    source that cannot be opened here is then taken to be the one of that name.
+    """
+    folder = Path(os.path.abspath(folder))
+    if is_occupied(folder):
+        return _reuse(folder, config, progress)
+    entries = open_sources(config.sources, text_field=config.text_field, id_field=config.id_field)
+    with working_folder(folder) as aside:
+        if aside is not None:
+            try:
+                _make(aside, entries, config, progress)
+                publish(aside, folder)
+                return open_corpus(folder, progress=progress)
+            except BaseException as error:
+                if not isinstance(error, OSError) or not is_occupied(folder):
+                    _give_up(aside, folder, error)
+                    raise
+                shutil.rmtree(aside, ignore_errors=True)  # another run was first: its corpus is compared as any other
+    return _reuse(folder, config, progress)
+
+
+def _reuse(folder: Path, config: "DataConfig", progress: bool) -> Corpus:
+    corpus = open_corpus(folder, progress=progress)
+    held = corpus.manifest["asked"]
+    found = differences(held, describe_request(config, open_what_is_here(config, held), held))
+    if found:
+        raise ValueError(
+            f"{folder} holds a corpus that was prepared otherwise: {'; '.join(found)}. "
+            "Name another folder, or remove this one"
+        )
+    return corpus
+
+
+def _make(aside: Path, entries: list[list[Source]], config: "DataConfig", progress: bool) -> None:
+    """Everything that a corpus consists of, in `aside`, and nothing else."""
+    made = _read_record(aside / MANIFEST)
+    held = _read_record(aside / SURVEY)
+    asked = describe_request(config, entries, (made or held).get("asked"))
+    if not _is_finished(aside, made, asked):
+        if not _is_same_request(aside, held, asked):
+            keep_only(aside, set())
+            held = _first_pass(aside, entries, config, asked, progress)
+        made = _second_pass(aside, entries, config, held, progress) | {"asked": asked}
+        write_sealed(aside / MANIFEST, made)
+        flush(aside)
+    keep_only(aside, {MANIFEST, TOKENIZER, *expected_hashes(made)})
+
+
+def _first_pass(
+    aside: Path, entries: list[list[Source]], config: "DataConfig", asked: dict[str, Any], progress: bool
+) -> dict[str, Any]:
+    """Survey and tokenizer, and the record of them."""
+    survey = survey_documents(entries, config, progress)
+    for files, described in zip(entries, asked["sources"], strict=True):
+        for source, file in zip(files, described["files"], strict=True):
+            if source.stamp() != file["stamp"]:  # else its hash might be that of something else than was read
+                raise encode.ChangedError(f"{source.name} changed while it was read")
+    sample_bytes = sum(map(len, survey.sample))
+    with progress_bar("training the tokenizer", sample_bytes, progress) as bar:
+        tokenizer = train_tokenizer(_counted(survey.sample, bar), config.vocab_size)
+    vocab_size = tokenizer.get_vocab_size()
+    if vocab_size < config.vocab_size:
+        raise ValueError(
+            f"data.vocab_size must be at most {vocab_size} for this text, got {config.vocab_size} (no further pair "
+            f"of tokens occurs twice in the {sample_bytes} bytes that the tokenizer is trained on; more of "
+            "data.tokenizer_megabytes may have some, if there is more text)"
+        )
+    save_tokenizer(tokenizer, aside / TOKENIZER)
+    names = sorted(path.name for path in (aside / TOKENIZER).iterdir())
+    for path in (*(aside / TOKENIZER).iterdir(), aside / TOKENIZER):
+        flush(path)
+    record = {
+        "asked": asked,
+        "shard_tokens": encode.SHARD_TOKENS,
+        "versions": _versions(),
+        **_survey_figures(survey),
+        "vocab_size": vocab_size,
+        "eot_id": tokenizer.token_to_id(END_OF_TEXT),
+        "dtype": token_dtype(vocab_size).str,
+        "tokenizer": {
+            "files": {name: file_sha256(aside / TOKENIZER / name) for name in names},
+            "trained_on_bytes": sample_bytes,
+        },
+    }
+    write_sealed(aside / SURVEY, record)
+    flush(aside)
+    return record
+
+
+def _survey_figures(survey: Survey) -> dict[str, Any]:
+    return {
+        "corpus_sha256": survey.corpus_sha256,
+        "files": survey.files,
+        "num_bytes": survey.num_bytes,
+        "blank_documents": survey.blank_documents,
+        "malformed_records": survey.malformed_records,
+    }
+
+
+def _counted(texts: list[bytes], bar: Any) -> Iterator[str]:
+    for text in texts:
+        yield text.decode()
+        bar.update(len(text))
+
+
+def _second_pass(
+    aside: Path, entries: list[list[Source]], config: "DataConfig", held: dict[str, Any], progress: bool
+) -> dict[str, Any]:
+    """What is missing of the token files; returns the manifest, but for what was asked."""
+    dtype = np.dtype(held["dtype"])
+    spans = read_spans(aside)
+    files = {name for span in spans for name in (span.record, *span.file_hashes())}
+    keep_only(aside, {SURVEY, TOKENIZER, *files})
+    spans = encode.encode_documents(
+        entries,
+        config,
+        load_tokenizer(aside / TOKENIZER),
+        dtype,
+        held["files"],
+        aside,
+        spans,
+        num_bytes=held["num_bytes"],
+        progress=progress,
+    )
+    kept = ("corpus_sha256", "vocab_size", "eot_id", "dtype", "tokenizer", "blank_documents", "malformed_records")
+    return {
+        "format": FORMAT,
+        **{name: held[name] for name in kept},
+        "splits": {split: _split_entry(aside, split, spans, dtype) for split in SPLITS},
+        "versions": held["versions"],
+    }
+
+
+def _split_entry(aside: Path, split: str, spans: list[Span], dtype: np.dtype) -> dict[str, Any]:
+    """What the manifest says of a split. The parts of a held-out one are merged for it."""
+    counts = [span.counts[split] for span in spans]
+    total = {name: sum(count[name] for count in counts) for name in counts[0]}
+    if split in HELD_OUT:
+        hashes = merge_parts(aside, split, spans, dtype)
+        shards = [{"name": split, "source": SEVERAL_SOURCES, **total, "sha256": hashes}]
+    else:
+        shards = [
+            {
+                "name": f"{split}-{span.number:05}",
+                "source": span.source,
+                **span.counts[split],
+                "sha256": {name.partition(".")[2]: digest for name, digest in span.files[split].items()},
+            }
+            for span in spans
+            if span.counts[split]["documents"]
+        ]
+    return {**total, "shards": shards}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "memlayers": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "tokenizers": version("tokenizers"),
+        "transformers": version("transformers"),
+    }
+
+
+def _is_finished(aside: Path, manifest: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a run was killed between the last file and the renaming."""
+    if not manifest or differences(manifest["asked"], asked):
+        return False
+    return all(same for _, same in verify_files(aside, expected_hashes(manifest)))
+
+
+def _is_same_request(aside: Path, held: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether what lies in `aside` was begun for this request, by this version."""
+    if not held or held["versions"] != _versions() or held["shard_tokens"] != encode.SHARD_TOKENS:
+        return False
+    files = {f"{TOKENIZER}/{name}": digest for name, digest in held["tokenizer"]["files"].items()}
+    return not differences(held["asked"], asked) and all(same for _, same in verify_files(aside, files))
+
+
+def _give_up(aside: Path, folder: Path, error: BaseException) -> None:
+    """After a failure: keep what a restart can go on from, and say so, or leave nothing."""
+    held = _read_record(aside / SURVEY)
+    if not (held or _read_record(aside / MANIFEST)) or isinstance(error, encode.ChangedError):
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
+        error.add_note(f"What is done is kept in {aside}; the same command goes on from there.")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(folder.parent).free
+        needed = f", and all of it about {_rough_size(held) / 1e6:,.0f} MB" if held else ""
+        full = OSError(errno.ENOSPC, f"No space left on the device: {free / 1e6:,.0f} MB are free{needed}", str(folder))
+        for note in getattr(error, "__notes__", ()):
+            full.add_note(note)
+        raise full from error
+
+
+def _rough_size(held: dict[str, Any]) -> float:
+    return held["num_bytes"] / BYTES_OF_A_TOKEN * np.dtype(held["dtype"]).itemsize
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    """A sealed file's content; empty if it is not there or not whole."""
+    try:
+        return read_sealed(file)
+    except ValueError:
+        return {}

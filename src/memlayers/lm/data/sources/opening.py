@@ -1,0 +1,126 @@
+"""From what a user names to sources: files, folders, globs, Hugging Face datasets."""
+
+import glob
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from memlayers.lm.data.sources import compressed
+from memlayers.lm.data.sources.base import Source
+from memlayers.lm.data.sources.huggingface import PREFIX, HuggingFace
+from memlayers.lm.data.sources.jsonlines import JsonLines
+from memlayers.lm.data.sources.parquet import Parquet
+from memlayers.lm.data.sources.stdlib import StandardLibrary
+from memlayers.lm.data.sources.text import TextFile
+
+# What is taken from a folder; a file that is named is plain text with any other suffix too.
+FOLDER_SUFFIXES = (
+    ".parquet",
+    *(kind + packed for kind in (".txt", ".jsonl") for packed in ("", *compressed.SUFFIXES)),
+)
+
+
+def open_sources(sources: Sequence[str], *, text_field: str, id_field: str) -> list[list[Source]]:
+    """The sources behind each entry, in a fixed order; without an entry, Python's own standard library.
+
+    An entry is a file, a folder (all of `FOLDER_SUFFIXES` below it, hidden ones left out), a glob (`**` for any depth)
+    or a dataset (`hf:NAME`, see `HuggingFace`). Files are JSON lines (`.jsonl`) or plain text, each plain, `.gz`,
+    `.xz` or `.zst`, or Parquet (`.parquet`).
+
+    Raises `ValueError`, before anything is read, for an entry that is or matches nothing, an empty file, one of another
+    format, one that is given twice, and a format whose package is not installed.
+    """
+    if not sources:
+        return [[StandardLibrary()]]
+    opened = [list(_open_entry(entry, text_field, id_field)) for entry in sources]
+    seen: set[str] = set()
+    for source in (source for group in opened for source in group):
+        identity = source.name if isinstance(source, HuggingFace) else os.path.realpath(source.name)
+        if identity in seen:
+            raise ValueError(f"sources: {source.name} is given twice")
+        seen.add(identity)
+    return opened
+
+
+def _open_entry(entry: str, text_field: str, id_field: str) -> Iterator[Source]:
+    if entry.startswith(PREFIX):
+        _require("datasets", entry)
+        yield HuggingFace.parse(entry, text_field=text_field, id_field=id_field)
+        return
+    if not entry.strip():
+        raise ValueError(f"sources: {entry!r} is not the path of a file or folder")
+    path = Path(entry)
+    if path.is_dir():
+        found = _below(path)
+    elif path.exists() or not glob.has_magic(entry):
+        found = {path.name: path}
+    else:
+        found = _matching(entry)
+    for relative, file in found.items():
+        yield _open_file(file, relative, text_field, id_field)
+
+
+def _below(folder: Path) -> dict[str, Path]:
+    """The files of `FOLDER_SUFFIXES` below a folder by their relative paths, sorted. Follows links, but no circles."""
+
+    def fail(error: OSError) -> None:  # else a folder that cannot be listed would be left out without a word
+        raise error
+
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        trail = {os.path.realpath(above) for above in (Path(parent), *Path(parent).parents)}
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) not in trail
+        ]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    files = [file for file in files if file.name.lower().endswith(FOLDER_SUFFIXES)]
+    if not files:
+        raise ValueError(f"sources: no file of {', '.join(FOLDER_SUFFIXES)} in the folder {folder}")
+    return _by_relative_path(files, folder)
+
+
+def _matching(pattern: str) -> dict[str, Path]:
+    files = [Path(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
+    if not files:
+        raise ValueError(f"sources: no file matches {pattern}")
+    parts = Path(pattern).parts
+    fixed = next(count for count, part in enumerate(parts) if glob.has_magic(part))
+    return _by_relative_path(files, Path(*parts[:fixed]))
+
+
+def _by_relative_path(files: list[Path], folder: Path) -> dict[str, Path]:
+    return dict(sorted((file.relative_to(folder).as_posix(), file) for file in files))
+
+
+def _open_file(file: Path, relative: str, text_field: str, id_field: str) -> Source:
+    if not file.exists():
+        raise ValueError(f"sources: no such file or folder: {file}")
+    if not file.is_file():
+        raise ValueError(f"sources: {file} is neither a file nor a folder; it has to be read more than once")
+    if file.stat().st_size == 0:
+        raise ValueError(f"sources: {file} is empty")
+    packed = file.suffix.lower()
+    suffix = Path(file.stem).suffix.lower() if packed in compressed.SUFFIXES else packed
+    if suffix == ".parquet" and suffix != packed:
+        raise ValueError(f"sources: {file}: Parquet is compressed inside; give the .parquet file")
+    if suffix in (".json", ".bz2", ".zip"):
+        raise ValueError(
+            f"sources: {file} is neither plain text nor JSON lines (.jsonl), plain, .gz, .xz or .zst, nor Parquet "
+            "(.parquet). If it has one JSON object a line, name it .jsonl"
+        )
+    if packed == ".zst":
+        _require("zstandard", file)
+    if suffix == ".parquet":
+        _require("pyarrow", file)
+        return Parquet(file, relative, text_field, id_field)
+    if suffix == ".jsonl":
+        return JsonLines(file, relative, text_field, id_field)
+    return TextFile(file, relative)
+
+
+def _require(package: str, reading: str | Path) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"sources: reading {reading} needs {package}: pip install 'memlayers[data]'")

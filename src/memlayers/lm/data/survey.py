@@ -1,0 +1,136 @@
+"""The first pass over the documents: every record is checked, counted and hashed, and a sample is drawn."""
+
+import hashlib
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from memlayers.lm.data.corpus import SPLITS
+from memlayers.lm.data.progress import progress_bar
+from memlayers.lm.data.sources import Document, Source
+
+if TYPE_CHECKING:
+    from memlayers.lm.data.config import DataConfig
+
+
+class Measured(NamedTuple):
+    """A document, not blank, with what both passes need to know of it."""
+
+    text: str
+    split: str
+    rank: int  # a hash, below 2**63, that orders the documents
+    num_bytes: int
+    digest: bytes  # SHA-256 over the documents of its file up to it
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the first pass found. `files` has the SHA-256 over the documents of each file of each source."""
+
+    files: list[list[str]]
+    num_bytes: int
+    blank_documents: int
+    malformed_records: int
+    sample: list[bytes]
+
+    @property
+    def corpus_sha256(self) -> str:
+        """SHA-256 over the hashes of the files, in their order."""
+        return hashlib.sha256("".join(digest for files in self.files for digest in files).encode()).hexdigest()
+
+
+def survey_documents(entries: Sequence[Sequence[Source]], config: "DataConfig", progress: bool) -> Survey:
+    """Read everything once. Raises `ValueError` for a malformed record and for a split that is left without documents.
+
+    The sample has the training documents of lowest rank, just enough of them for `config.tokenizer_megabytes`.
+    """
+    percent = config.resolved_holdout_percent()
+    counts, num_bytes, left_out = dict.fromkeys(SPLITS, 0), 0, LeftOut()
+    sample = _Sample(config.tokenizer_megabytes * 1e6)
+    hashes: list[list[str]] = []
+    with progress_bar("reading", None, progress) as bar:
+        for files in entries:
+            hashes.append([])
+            for source in files:
+                digest = hashlib.sha256()
+                skip = left_out.skip if config.skip_malformed else None
+                for document in measured_documents(source, percent, digest, skip=skip, blank=left_out.add_blank):
+                    counts[document.split] += 1
+                    num_bytes += document.num_bytes
+                    if document.split == "train":
+                        sample.add(document)
+                    bar.update(document.num_bytes)
+                hashes[-1].append(digest.hexdigest())
+    for split, count in counts.items():
+        if count == 0:
+            raise ValueError(
+                f"data.sources: none of the {sum(counts.values())} documents falls into the {split} split with "
+                f"data.holdout_percent {percent}; give more documents or another data.holdout_percent"
+            )
+    return Survey(hashes, num_bytes, left_out.blank, left_out.malformed, sample.texts())
+
+
+def measured_documents(
+    source: Source,
+    percent: int,
+    digest: Any,
+    *,
+    skip: Callable[[str], None] | None,
+    blank: Callable[[], None] = lambda: None,
+) -> Iterator[Measured]:
+    """The documents of a file that are not blank, in its order; `digest` grows with each."""
+    for document in source.documents(skip=skip):
+        if not document.text or document.text.isspace():
+            blank()
+            continue
+        split, rank = _split_and_rank(document, percent)
+        text = document.text.encode()
+        key = b"" if document.key is document.text else document.key.encode()
+        digest.update(b"%d %d\n" % (len(key), len(text)))
+        digest.update(key)
+        digest.update(text)
+        yield Measured(document.text, split, rank, len(text), digest.digest())
+
+
+class LeftOut:
+    """Counts what does not become a document."""
+
+    def __init__(self) -> None:
+        self.blank = 0
+        self.malformed = 0
+
+    def add_blank(self) -> None:
+        self.blank += 1
+
+    def skip(self, message: str) -> None:
+        self.malformed += 1
+
+
+class _Sample:
+    """The documents of lowest rank, just enough of them for `budget` bytes: a random sample whatever their order."""
+
+    def __init__(self, budget: float) -> None:
+        self._budget = budget
+        self._bytes = 0
+        self._added = 0
+        self._heap: list[tuple[int, int, bytes]] = []  # the highest rank on top
+
+    def add(self, document: Measured) -> None:
+        self._added += 1
+        if self._bytes >= self._budget and -document.rank < self._heap[0][0]:
+            return
+        heapq.heappush(self._heap, (-document.rank, -self._added, document.text.encode()))
+        self._bytes += document.num_bytes
+        while self._bytes - len(self._heap[0][2]) >= self._budget:
+            self._bytes -= len(heapq.heappop(self._heap)[2])
+
+    def texts(self) -> list[bytes]:
+        return [text for _, _, text in sorted(self._heap, reverse=True)]
+
+
+def _split_and_rank(document: Document, percent: int) -> tuple[str, int]:
+    number = int(hashlib.md5(document.key.encode(), usedforsecurity=False).hexdigest(), 16)
+    rank, remainder = divmod(number, 100)
+    split = "validation" if remainder < percent else "test" if remainder < 2 * percent else "train"
+    return split, rank >> 59  # 62 of its bits

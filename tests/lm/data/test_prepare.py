@@ -1,0 +1,376 @@
+import hashlib
+import importlib
+import itertools
+import json
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memlayers.lm.data import DataConfig, encode, prepare, spans
+from memlayers.lm.data.corpus import SPLITS, Corpus, Split
+from memlayers.lm.data.tokenize import encode_texts, token_dtype, train_tokenizer
+
+prepare_module = importlib.import_module("memlayers.lm.data.prepare")
+WORDS = ["the", "memory", "layer", "reads", "rows", "of", "its", "table", "élan", "日本", "<|endoftext|>", "12,5\n"]
+
+
+def records(count, *, ids=True):
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        text = " ".join(generator.choice(WORDS, size=generator.integers(1, 60))) + f" {number}"
+        yield {"id": f"doc-{number}", "text": text} if ids else {"text": text}
+
+
+def write_jsonl(path, rows):
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(lzma.compress(content) if path.suffix == ".xz" else content)
+    return str(path)
+
+
+def config(*sources, **changes):
+    return DataConfig(**({"sources": sources, "vocab_size": 300, "holdout_percent": 10} | changes))
+
+
+def make(source, folder, **changes):
+    return prepare(config(source, **changes), folder, progress=False)
+
+
+def texts(corpus: Corpus, split: Split) -> list[str]:
+    tokenizer = corpus.tokenizer()
+    tokens = split.tokens
+    bounds = [*split.documents["offset"].tolist(), split.num_tokens]
+    return [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(bounds)]
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def hash_of(key):
+    return int(hashlib.md5(key.encode()).hexdigest(), 16)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("source") / "docs.jsonl", records(400))
+
+
+@pytest.fixture(scope="module")
+def corpus(source, tmp_path_factory):
+    return make(source, tmp_path_factory.mktemp("prepared") / "corpus")
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("shard_tokens", [1 << 24, 1000])
+def test_every_document_comes_back_in_the_split_of_its_id(source, tmp_path, monkeypatch, shard_tokens):
+    monkeypatch.setattr(encode, "SHARD_TOKENS", shard_tokens)
+    corpus = make(source, tmp_path / "corpus")
+    assert (len(corpus.train.shards) > 3) == (shard_tokens == 1000)
+    expected = {name: [] for name in SPLITS}
+    for row in records(400):
+        h = hash_of(row["id"]) % 100
+        expected["validation" if h < 10 else "test" if h < 20 else "train"].append(row["text"])
+    for name in SPLITS:
+        split = getattr(corpus, name)
+        assert sorted(texts(corpus, split)) == sorted(expected[name])
+        assert split.num_documents == len(expected[name]) > 10
+
+
+def test_documents_have_their_words_and_bytes(corpus):
+    for name in SPLITS:
+        split = getattr(corpus, name)
+        decoded = texts(corpus, split)
+        assert split.documents["words"].tolist() == [len(text.split()) for text in decoded]
+        assert split.documents["bytes"].tolist() == [len(text.encode()) for text in decoded]
+        assert (split.num_words, split.num_bytes) == (len(" ".join(decoded).split()), len("".join(decoded).encode()))
+
+
+def test_documents_of_a_shard_are_ordered_by_hash_not_by_place(corpus):
+    numbers = [int(text.rsplit(" ", 1)[1]) for text in texts(corpus, corpus.train)]
+    hashes = [hash_of(f"doc-{number}") // 100 for number in numbers]
+    assert hashes == sorted(hashes)
+    assert numbers != sorted(numbers)
+
+
+def test_held_out_documents_are_the_same_in_one_part_and_in_many(source, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(spans, "COPIED_AT_ONCE", 7)
+    many = contents(make(source, tmp_path / "corpus").folder)
+    for name in ("validation.tokens", "validation.documents.npy", "test.tokens", "test.documents.npy"):
+        assert many[name] == (corpus.folder / name).read_bytes()
+
+
+def test_documents_files_are_what_numpy_saves(corpus, tmp_path):
+    for name in ("train-00000", "test"):
+        documents = np.load(corpus.folder / f"{name}.documents.npy")
+        np.save(tmp_path / "saved.npy", documents)
+        assert (tmp_path / "saved.npy").read_bytes() == (corpus.folder / f"{name}.documents.npy").read_bytes()
+
+
+def test_a_shard_ends_with_the_document_that_fills_it(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "SHARD_TOKENS", 1000)
+    corpus = make(source, tmp_path / "corpus")
+    *full, last = corpus.train.shards
+    numbers = []
+    for shard in full:
+        assert len(shard.tokens) >= 1000
+        numbers.append([int(text.rsplit(" ", 1)[1]) for text in texts(corpus, Split.of([shard]))])
+        latest = numbers[-1].index(max(numbers[-1]))
+        ends = [*shard.documents["offset"][1:].tolist(), len(shard.tokens)]
+        assert len(shard.tokens) - (ends[latest] - shard.documents["offset"][latest]) < 1000
+    assert len(last.tokens) > 0
+    flat = [number for shard in numbers for number in sorted(shard)]
+    assert flat == sorted(flat)
+
+
+def test_held_out_tokens_are_bounded_like_training_tokens(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "SHARD_TOKENS", 1000)
+    held, write = [], spans.SpanWriter.write
+    monkeypatch.setattr(spans.SpanWriter, "write", lambda self, end: held.append(self.longest) or write(self, end))
+    make(source, tmp_path / "corpus", holdout_percent=49)
+    assert max(held) < 1400
+
+
+def test_tokenizer_for_transformers_agrees_with_the_token_files(corpus):
+    tokenizer = corpus.tokenizer()
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == corpus.eot_id
+    assert len(tokenizer) == corpus.vocab_size == 300
+    text = next(text for text in texts(corpus, corpus.train) if "<|endoftext|>" not in text)
+    begin = texts(corpus, corpus.train).index(text)
+    start, end = corpus.train.documents["offset"][begin : begin + 2]
+    assert tokenizer(text)["input_ids"] == corpus.train.tokens[start + 1 : end].tolist()
+    assert tokenizer("<|endoftext|>")["input_ids"] == [corpus.eot_id]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["some text, some more text\n"], 260)
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@settings(deadline=None)
+def test_any_text_survives_the_tokenizer(tokenizer, text):
+    [encoding] = encode_texts(tokenizer, [text])
+    assert tokenizer.decode(encoding.ids) == text
+    assert tokenizer.token_to_id("<|endoftext|>") == 0
+    assert 0 not in encoding.ids
+
+
+def test_plain_and_xz_give_the_same_corpus(source, corpus, tmp_path):
+    packed = make(write_jsonl(tmp_path / "docs.jsonl.xz", records(400)), tmp_path / "corpus")
+    assert packed.manifest["corpus_sha256"] == corpus.manifest["corpus_sha256"]
+    ours, theirs = contents(packed.folder), contents(corpus.folder)
+    assert set(ours) == {"manifest.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"} | {
+        f"{name}.{suffix}" for name in ("train-00000", "validation", "test") for suffix in ("tokens", "documents.npy")
+    }
+    del ours["manifest.json"], theirs["manifest.json"]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("field", ["id", "text"])
+def test_the_corpus_hash_changes_with_one_letter(corpus, tmp_path, field):
+    rows = list(records(400))
+    rows[7][field] += "!"
+    changed = make(write_jsonl(tmp_path / "docs.jsonl", rows), tmp_path / "corpus")
+    assert changed.manifest["corpus_sha256"] != corpus.manifest["corpus_sha256"]
+
+
+def test_equal_texts_without_ids_share_a_split(tmp_path):
+    rows = [row for row in records(300, ids=False) for _ in range(2)]
+    corpus = make(write_jsonl(tmp_path / "docs.jsonl", rows), tmp_path / "corpus")
+    seen = [set(texts(corpus, getattr(corpus, name))) for name in SPLITS]
+    assert sum(map(len, seen)) == len(set.union(*seen)) == 300
+
+
+def test_several_sources_and_other_field_names(tmp_path):
+    rows = [{"body": row["text"], "key": number} for number, row in enumerate(records(300))]
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "a.jsonl", rows[:50])
+    write_jsonl(tmp_path / "folder" / "b.jsonl", rows[50:100])
+    last = write_jsonl(tmp_path / "c.jsonl.xz", rows[100:])
+    asked = config(str(tmp_path / "folder"), last, text_field="body", id_field="key")
+    corpus = prepare(asked, tmp_path / "corpus", progress=False)
+    assert sum(getattr(corpus, name).num_documents for name in SPLITS) == 300
+    names = [[file["name"] for file in entry["files"]] for entry in corpus.manifest["asked"]["sources"]]
+    assert names == [["a.jsonl", "b.jsonl"], ["c.jsonl.xz"]]
+    assert [entry["name"] for entry in corpus.manifest["asked"]["sources"]] == list(asked.sources)
+    for shard, numbers in zip(corpus.train.shards, (range(100), range(100, 300)), strict=True):
+        own = [int(text.rsplit(" ", 1)[1]) for text in texts(corpus, Split.of([shard]))]
+        assert set(own) == {number for number in numbers if hash_of(str(number)) % 100 >= 20}
+    assert [shard.source for shard in corpus.train.shards] == [0, 1]
+
+
+def test_blank_documents_are_left_out_and_counted(tmp_path):
+    rows = [*records(100), {"id": "x", "text": ""}, {"id": "y", "text": " \n"}]
+    corpus = make(write_jsonl(tmp_path / "docs.jsonl", rows), tmp_path / "corpus")
+    assert corpus.manifest["blank_documents"] == 2
+    assert sum(getattr(corpus, name).num_documents for name in SPLITS) == 100
+
+
+def test_malformed_records_stop_the_work_or_are_counted(tmp_path):
+    rows = [*records(100), {"id": "x"}, {"id": "y", "text": 3}]
+    source = write_jsonl(tmp_path / "docs.jsonl", rows)
+    with pytest.raises(ValueError, match="docs.jsonl, line 101"):
+        make(source, tmp_path / "corpus")
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+    corpus = make(source, tmp_path / "corpus", skip_malformed=True)
+    assert corpus.manifest["malformed_records"] == 2
+    assert sum(getattr(corpus, name).num_documents for name in SPLITS) == 100
+
+
+def test_the_tokenizer_learns_from_training_documents_only(tmp_path):
+    rows = list(records(300))
+    for row in rows:
+        if hash_of(row["id"]) % 100 < 20:
+            row["text"] += " zzqqzz" * 50
+    corpus = make(write_jsonl(tmp_path / "docs.jsonl", rows), tmp_path / "corpus", vocab_size=340)
+    assert not [token for token in corpus.tokenizer().get_vocab() if "zq" in token or "qz" in token]
+
+
+def test_the_tokenizer_sample_has_the_stated_size_whatever_the_order(tmp_path):
+    rows = list(records(300))
+    made = [
+        make(write_jsonl(tmp_path / f"{name}.jsonl", order), tmp_path / name, tokenizer_megabytes=0.01)
+        for name, order in (("forward", rows), ("backward", rows[::-1]))
+    ]
+    for corpus in made:
+        # The first training documents, just enough of them.
+        trained_on = corpus.manifest["tokenizer"]["trained_on_bytes"]
+        ends = np.cumsum(corpus.train.documents["bytes"])
+        assert trained_on == ends[np.searchsorted(ends, 10_000)]
+    assert made[0].tokenizer_sha256 == made[1].tokenizer_sha256
+    assert np.array_equal(made[0].train.tokens, made[1].train.tokens)
+
+
+def test_a_vocabulary_that_the_text_does_not_have_is_refused(tmp_path):
+    rows = [{"id": number, "text": "tea cup"} for number in range(100)]
+    source = write_jsonl(tmp_path / "docs.jsonl", rows)
+    with pytest.raises(ValueError, match="data.vocab_size must be at most (\\d+) for this text, got 300") as raised:
+        make(source, tmp_path / "corpus")
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+    most = int(str(raised.value).split("at most ")[1].split()[0])
+    assert make(source, tmp_path / "corpus", vocab_size=most).vocab_size == most
+
+
+def test_tokens_are_as_narrow_as_the_vocabulary_allows(corpus):
+    assert corpus.train.tokens.dtype == np.uint16
+    assert isinstance(corpus.train.tokens, np.memmap)
+    assert token_dtype(65_536) == np.uint16
+    assert token_dtype(65_537) == np.uint32
+
+
+def test_wide_tokens(source, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "token_dtype", lambda vocab_size: np.dtype("<u4"))
+    wide = make(source, tmp_path / "wide")
+    assert wide.train.tokens.dtype == np.uint32
+    for name in SPLITS:
+        assert np.array_equal(getattr(wide, name).tokens, getattr(corpus, name).tokens)
+
+
+def test_progress_is_shown_when_asked_for(source, tmp_path, capfd):
+    prepare(config(source), tmp_path / "corpus", progress=True)
+    shown = capfd.readouterr()
+    assert "encoding: 100%" in shown.err
+    assert "B/s" in shown.err
+    assert shown.out == ""
+    make(source, tmp_path / "quiet")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_split_without_documents_is_refused_before_tokenising(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "train_tokenizer", lambda *_: pytest.fail("tokenised"))
+    source = write_jsonl(tmp_path / "docs.jsonl", records(3))
+    message = r"none of the 3 documents falls into the .* split with data.holdout_percent 10"
+    with pytest.raises(ValueError, match=message):
+        make(source, tmp_path / "corpus")
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+
+
+# Reuse, and folders that are left alone
+
+
+def test_a_finished_folder_is_reused(source, tmp_path, monkeypatch):
+    first = make(source, tmp_path / "corpus")
+    before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(Path(source).read_bytes())
+    monkeypatch.setattr(prepare_module, "train_tokenizer", lambda *_: pytest.fail("tokenised again"))
+    again = make(str(moved), tmp_path / "corpus", weights=(2.0,))
+    assert again.manifest == first.manifest
+    assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == before
+
+
+def test_sources_with_equal_stamps_are_not_hashed_again(source, corpus, monkeypatch):
+    monkeypatch.setattr("memlayers.lm.data.sources.JsonLines.describe", lambda self: pytest.fail("hashed again"))
+    assert make(source, corpus.folder).manifest == corpus.manifest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 310}, "vocab_size 300, asked for 310"),
+        ({"holdout_percent": 11}, "holdout_percent 10, asked for 11"),
+        ({"tokenizer_megabytes": 1.0}, "tokenizer_megabytes 16.0, asked for 1.0"),
+        ({"skip_malformed": True}, "skip_malformed False, asked for True"),
+    ],
+)
+def test_a_corpus_prepared_otherwise_is_left_alone(source, corpus, changes, message):
+    before = contents(corpus.folder)
+    with pytest.raises(ValueError, match=message):
+        make(source, corpus.folder, **changes)
+    assert contents(corpus.folder) == before
+
+
+def test_changed_sources_are_noticed(source, corpus, tmp_path):
+    other = write_jsonl(tmp_path / "docs.jsonl", list(records(401)))
+    with pytest.raises(ValueError, match="sources with other contents"):
+        make(other, corpus.folder)
+    with pytest.raises(ValueError, match="sources with other contents"):
+        prepare(config(source, other), corpus.folder, progress=False)
+
+
+def test_a_finished_corpus_does_not_need_its_sources(tmp_path):
+    sources = [write_jsonl(tmp_path / f"{name}.jsonl", records(200)) for name in "ab"]
+    first = prepare(config(*sources), tmp_path / "corpus", progress=False)
+    Path(sources[0]).unlink()
+    assert prepare(config(*sources), tmp_path / "corpus", progress=False).manifest == first.manifest
+    with pytest.raises(ValueError, match="vocab_size 300, asked for 310"):
+        prepare(config(*sources, vocab_size=310), tmp_path / "corpus", progress=False)
+    with pytest.raises(ValueError, match="no such file.*c.jsonl"):
+        prepare(config(str(tmp_path / "c.jsonl"), sources[1]), tmp_path / "corpus", progress=False)
+    with pytest.raises(ValueError, match="sources with other contents"):
+        prepare(config(sources[0]), tmp_path / "corpus", progress=False)
+    write_jsonl(tmp_path / "b.jsonl", records(199))
+    with pytest.raises(ValueError, match="sources with other contents"):
+        prepare(config(*sources), tmp_path / "corpus", progress=False)
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "manifest.json"])
+def test_a_folder_with_something_else_is_left_alone(source, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(prepare_module, "train_tokenizer", lambda *_: pytest.fail("tokenised for nothing"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_text("[]")
+    with pytest.raises(ValueError, match="holds no prepared corpus"):
+        make(source, folder)
+    assert contents(folder) == {name: b"[]"}
+    with pytest.raises(ValueError, match="holds no prepared corpus"):
+        make(source, folder / name)
+
+
+def test_an_empty_folder_and_missing_parents_are_fine(source, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert make(source, tmp_path / "empty").train.num_documents
+    assert make(source, tmp_path / "a" / "b").train.num_documents
+
+
+def test_missing_sources_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        make(str(tmp_path / "docs.jsonl"), tmp_path / "a" / "corpus")
+    assert list(tmp_path.iterdir()) == []
