@@ -6,7 +6,7 @@ from memlayers.cli import main
 from memlayers.lm.faults import TrainingFault
 
 FAULTS = [
-    (TrainingFault("loss is nan at step 3:\n  since step 2"), "loss is nan at step 3: since step 2"),
+    (TrainingFault("out of memory:\n  total 1 GB\n"), "out of memory:\n  total 1 GB"),
     (MemoryError(), "not enough memory: an allocation failed"),
     (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "not enough memory: CUDA out of memory."),
     (
@@ -18,7 +18,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "message"), FAULTS, ids=[type(fault).__name__ for fault, _ in FAULTS])
-def test_what_goes_wrong_on_the_way_is_one_line_and_status_1(fault, message, monkeypatch, capsys):
+def test_what_goes_wrong_on_the_way_is_said_with_status_1(fault, message, monkeypatch, capsys):
     import memlayers.info as module
 
     def fail():

@@ -47,4 +47,4 @@ def _what_and_where(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
-    return str(error)
+    return " ".join(str(error).split())

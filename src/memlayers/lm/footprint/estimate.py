@@ -8,6 +8,7 @@ Shapes: B windows, T tokens of a window, S slots, V width of a value, M entries 
 """
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -64,6 +65,7 @@ def size_text(size: int) -> str:
     return f"{size} B"
 
 
+@functools.lru_cache(maxsize=16)
 def footprint(
     config: RunConfig,
     *,
