@@ -77,9 +77,8 @@ def write_text(file: Path) -> None:
     file.write_text("\n\n".join(" ".join(draw.choices(words, k=60)) for _ in range(4000)))
 
 
-def run_kills(folder: Path, *, kills: int, seed: int = 0, config: RunConfig | None = None) -> Kills:
+def run_kills(folder: Path, *, kills: int, config: RunConfig, seed: int = 0) -> Kills:
     """Kill `kills` times in all, and let every run that was begun come to its end."""
-    config = small_run() if config is None else config
     draw = random.Random(seed)
     write_text(folder / "text.txt")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=(str(folder / "text.txt"),)))
@@ -187,18 +186,19 @@ def _has_ended(child: int) -> bool:
     return bool(pid)
 
 
-def main(kills: int = 200, seed: int = 0) -> None:
+def main(kills: int = 200, steps: int = 150, seed: int = 0) -> None:
     """Kill and resume.
 
     Args:
         kills: SIGKILLs in all.
+        steps: of a run.
         seed: of the moments.
     """
     torch.set_num_threads(1)
     cpu.compile_all()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        found = run_kills(Path(folder), kills=kills, seed=seed)
+        found = run_kills(Path(folder), kills=kills, config=small_run(steps), seed=seed)
     for name, value in dataclasses.asdict(found).items():
         print(f"{name.replace('_', ' '):<18} {value}")
     print(f"{'seconds':<18} {time.perf_counter() - started:.0f}")

@@ -93,7 +93,7 @@ def _demo() -> Comparison:
 def _paper(*, layers: int, memory_layers: tuple[int, ...]) -> Comparison:
     """The paper's models of width 1024. Its text says nothing about the context, the batch and the warm-up."""
     return Comparison(
-        data=DataConfig(vocab_size=60_000),
+        data=DataConfig(vocab_size=60_000, tokenizer_megabytes=64.0),
         model=ModelConfig(layers=layers, dim=1024, heads=16, context=512, dropout=0.0),
         memory=MemoryConfig(dim=1024, heads=4, topk=32, num_subkeys=512, query_dim=512),
         memory_layers=memory_layers,
