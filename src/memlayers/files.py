@@ -5,6 +5,7 @@ entry is the SHA-256 of the file itself, with zeros in its place: a description 
 beside it, and cannot be changed by accident either.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -24,9 +25,10 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write text so that `file` holds either what it held before or all of `text`."""
     aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(text.encode())
     flush(aside)
     os.replace(aside, file)
+    flush(file.parent)
 
 
 SEAL = "0" * 64
@@ -86,9 +88,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without them answer
+
+
 @contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process. Raises `ValueError` if another one does; its end, however it comes, frees it."""
+    """Hold `folder` for this process. Raises `ValueError` if another one does; its end, however it comes, frees it.
+
+    Where the system or the file system has no locks, nothing is held.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -96,19 +104,26 @@ def sole_user(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"output must be a folder that no other process writes to, got {str(folder)!r}") from None
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output must be a folder that no other process writes to, got {str(folder)!r}") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         yield
     finally:
         os.close(descriptor)
 
 
+_WINDOWS = os.name == "nt"  # flushes through what may write alone, and no folders
+
+
 def flush(path: Path) -> None:
     """A file's content, or a folder's list of names, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if _WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -46,7 +46,8 @@ def test_an_older_one_goes_only_when_the_new_one_is_verified(tmp_path, monkeypat
     monkeypatch.setattr(module, "_forget_cached", lose)
     with pytest.raises(ValueError, match="model.bin is damaged"):
         checkpoints.write(2, {}, fill)
-    assert (tmp_path / "step-00000001").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert checkpoints.newest().step == 1
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path):

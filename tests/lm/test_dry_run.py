@@ -25,7 +25,10 @@ def test_a_dry_run_says_what_the_run_needs(tiny_config, tiny_corpus):
     assert found.footprint == need
     assert found.parameters["values"] == 16 * 16
     assert (found.tokens, found.steps) == (64 * 6, 6)
-    assert (found.evaluations, found.checkpoints) == (2, 2)  # after steps 4 and 6
+    assert (found.evaluations, found.checkpoints) == (
+        2,
+        1,
+    )  # evaluations after steps 4 and 6, a checkpoint after step 4
     assert found.checkpoint_bytes == need.parameters + need.optimizer_state
     assert found.training_seconds == pytest.approx(6 * found.step_seconds)
     assert found.evaluation_seconds == pytest.approx(2 * 300 / 64 * found.step_seconds / 3)

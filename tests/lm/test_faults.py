@@ -9,10 +9,11 @@ from torch import nn
 
 import memlayers.lm.trainer as module
 from memlayers.lm.faults import TrainingFault, bad_gradient, bad_output, bad_parameter, bad_state
+from memlayers.lm.metrics import MetricsFile
 from memlayers.lm.run import RunFolder
 from memlayers.lm.train import train
 from memlayers.lm.trainer import LanguageModelTrainer
-from memlayers.optim import MemoryAdamW
+from memlayers.optim import MemoryAdamW, RowAdam
 from memlayers.values import ValueTable
 
 
@@ -204,8 +205,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(config, tiny_co
     monkeypatch.setattr(LanguageModelTrainer, "_write_state", fill)
     message = stop(config, tmp_path / "run", tiny_corpus)
     assert message.startswith("the checkpoint of step 4 could not be written to")
-    assert "(the last good one is of step 2)" in message
-    assert message.endswith("GB are free there")
+    assert message.endswith("GB are free there; the last good checkpoint is of step 2")
     folder = RunFolder(tmp_path / "run")
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000002"]
     monkeypatch.setattr(LanguageModelTrainer, "_write_state", original)
@@ -235,3 +235,50 @@ def test_running_out_of_memory_says_what_is_needed(config, tiny_corpus, tmp_path
     message = stop(config, tmp_path / "run", tiny_corpus)
     assert message.startswith("out of memory: a training step needs about")
     assert re.search(r"parameters +\d+ kB\n +gradients +\d+ kB\n +optimizer state +\d+ kB\n +activations", message)
+
+
+@pytest.mark.parametrize("what", ["metrics of step 4", "model"])
+def test_a_disk_that_is_full_elsewhere_is_said_too(config, tiny_corpus, tmp_path, monkeypatch, what):
+    def fail(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    original = MetricsFile.append
+    if what == "model":
+        monkeypatch.setattr(RunFolder, "save_model", fail)
+    else:
+        monkeypatch.setattr(
+            MetricsFile, "append", lambda self, line: (fail if line["step"] == 4 else original)(self, line)
+        )
+    message = stop(config, tmp_path / "run", tiny_corpus)
+    assert message.startswith(f"the {what} could not be written to {str(tmp_path / 'run')!r}: [Errno 28] No space left")
+    kept = 2 if what != "model" else 8
+    assert message.endswith(f"GB are free there; the last good checkpoint is of step {kept}")
+
+
+def test_a_disk_that_is_full_at_the_first_checkpoint_is_said_too(config, tiny_corpus, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("memlayers.lm.checkpoint.new_folder", fail)
+    message = stop(config, tmp_path / "run", tiny_corpus)
+    assert message.startswith("the checkpoint of step 2 could not be written to")
+    assert message.endswith("there is no checkpoint yet")
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_gradients_are_looked_at_with_and_without_clipping(config, tiny_corpus, tmp_path, monkeypatch, clipped):
+    spoil_step(monkeypatch, 3, lambda model, loss: NotFinite.apply(loss))
+    training = dataclasses.replace(config.training, max_grad_norm=1.0 if clipped else 0.0)
+    message = stop(dataclasses.replace(config, training=training), tmp_path / "run", tiny_corpus)
+    assert "but its gradient is not finite" in message
+
+
+def test_rows_whose_squares_overflow_are_not_finite():
+    table = ValueTable(4, 2)
+    optimizer = RowAdam([table], lr=0.1)
+    slots, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    for factor, size, good in ((1.0, 1e18, True), (1.0, 1e20, False), (1e20, 1e20, False), (math.nan, 1.0, False)):
+        table.row_gradient.add(slots, weights * factor, torch.full((1, 2), size))
+        assert bool(table.row_gradient.is_finite()) is good
+        optimizer.zero_grad()
+    assert bool(table.row_gradient.is_finite())

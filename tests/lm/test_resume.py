@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from memlayers.lm.build import build_model
 from memlayers.lm.run import RunFolder
 from memlayers.lm.train import train
 from memlayers.lm.trainer import LanguageModelTrainer
@@ -164,11 +165,38 @@ def test_an_incomplete_checkpoint_is_skipped_and_said(stopped, config, tiny_corp
 
 
 def test_a_half_written_line_is_cut_and_a_lost_one_refused(stopped, config, tiny_corpus):
-    with open(stopped.metrics, "a") as stream:
-        stream.write('{"step": 13, "lo')
-    stopped.metrics.write_bytes(stopped.metrics.read_bytes()[:100])
+    whole = stopped.metrics.read_bytes()
+    stopped.metrics.write_bytes(whole[:100])
+    events = list(stopped.tensorboard.iterdir())
     with pytest.raises(ValueError, match="metrics.jsonl is damaged: it has 100 bytes"):
         train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+    assert list(stopped.tensorboard.iterdir()) == events
+    stopped.metrics.write_bytes(whole + b'{"step": 13, "lo')
+    train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+    assert [line["step"] for line in lines(stopped.path)] == list(range(1, 21))
+
+
+def test_another_precision_is_refused(stopped, config, tiny_corpus, monkeypatch):
+    """What "auto" means depends on the machine."""
+    monkeypatch.setattr("memlayers.lm.train.resolve_precision", lambda asked, device: "bf16")
+    with pytest.raises(ValueError, match="was trained in fp32, which means bf16 on this machine"):
+        train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_left_alone(stopped, config, tiny_corpus, monkeypatch):
+    finished = []
+
+    def build(*args, **kwargs):
+        if not finished:
+            finished.append(True)
+            train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+        return build_model(*args, **kwargs)
+
+    monkeypatch.setattr("memlayers.lm.train.build_model", build)
+    said = []
+    train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True, say=said.append)
+    assert said == [f"{stopped.path} holds a finished run, which is left as it is"]
+    assert not (stopped.path / ".replaced").exists()
 
 
 def test_the_end_can_be_interrupted_too(config, tiny_corpus, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memlayers.files import file_sha256, new_folder, read_sealed, write_sealed
+from memlayers.files import file_sha256, flush, new_folder, read_sealed, write_sealed
 
 FORMAT = 1
 DESCRIPTION = "checkpoint.json"
@@ -44,9 +44,10 @@ class Checkpoints:
             files = {path.relative_to(aside).as_posix(): path for path in sorted(aside.rglob("*")) if path.is_file()}
             hashes = {name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in files.items()}
             write_sealed(aside / DESCRIPTION, {"format": FORMAT, "step": step, **content, "files": hashes})
-        for name in files:
-            _forget_cached(folder / name)
-        self._read(folder)
+            for path in files.values():
+                flush(path)
+                _forget_cached(path)
+            self._read(aside, step)
         for _, older in sorted(self._complete())[: -self.keep]:
             _remove(older)
         return folder
@@ -54,7 +55,7 @@ class Checkpoints:
     def newest(self) -> Checkpoint | None:
         """The last checkpoint, verified; None if there is none. Raises `ValueError` naming the file that is damaged."""
         complete = sorted(self._complete())
-        return self._read(complete[-1][1]) if complete else None
+        return self._read(complete[-1][1], complete[-1][0]) if complete else None
 
     def newest_step(self) -> int | None:
         """The step of the last checkpoint, which is not looked into."""
@@ -72,13 +73,13 @@ class Checkpoints:
             if match := re.fullmatch(r"step-(\d+)", path.name):
                 yield int(match[1]), path
 
-    def _read(self, folder: Path) -> Checkpoint:
+    def _read(self, folder: Path, step: int) -> Checkpoint:
         content = read_sealed(folder / DESCRIPTION)
         if content["format"] != FORMAT:
             raise ValueError(
                 f"{folder} is a checkpoint of format {content['format']!r}, this version reads format {FORMAT}"
             )
-        if folder.name != f"step-{content['step']:08d}":
+        if content["step"] != step:
             raise ValueError(f"{folder / DESCRIPTION} is damaged: it is of step {content['step']}, another checkpoint")
         for name, expected in content["files"].items():
             path = folder / name

@@ -14,6 +14,7 @@ Schedule = Literal["cosine", "inverse_sqrt", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 _WITHOUT_EFFECT = ("training.save_every_tokens", "training.keep_checkpoints")  # on the result of a run
+LARGEST = 2**53  # integers beyond are not exact as floating point numbers, which rates and shares are made of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,11 @@ class TrainingConfig:
     def save_every_steps(self) -> int:
         """Optimizer steps between two checkpoints."""
         return math.ceil((self.save_every_tokens or self.eval_every_tokens) / self.batch_tokens)
+
+    @property
+    def checkpoints(self) -> int:
+        """Checkpoints of the run; there is none of the last step, which is followed by the finished model."""
+        return (self.steps - 1) // self.save_every_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,8 +276,10 @@ def _require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _require_int(name: str, value: object, *, least: int, most: int | None = None) -> None:
+    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+    if most is None and isinstance(value, int) and value > LARGEST:
+        limits, most = f"from {least} to 2**53", LARGEST
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
 
 
@@ -279,7 +287,7 @@ def _require_number(
     name: str, value: object, *, least: float | None = None, above: float | None = None, below: float | None = None
 ) -> None:
     limits = [("at least", least), ("above", above), ("below", below)]
-    fits = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    fits = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < math.inf
     if fits:
         assert isinstance(value, int | float)
         fits = (

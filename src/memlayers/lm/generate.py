@@ -1,5 +1,6 @@
 """Text from a trained model."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -28,10 +29,10 @@ def generate(
 
     Raises `ValueError` for a folder without a finished run, a bad setting, or a text that does not fit.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    _require_int("max_new_tokens", max_new_tokens, least=1)
+    _require_int("seed", seed, least=0, most=2**64 - 1)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     try:
@@ -43,6 +44,11 @@ def generate(
     model, tokenizer = folder.load_model(), folder.load_tokenizer()
     # Documents begin with <|endoftext|> in training, so a prompt does here.
     ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
+    if len(ids) >= context:
+        raise ValueError(
+            f"prompt must have at most {context - 1} tokens to leave room for one more in the model's context of "
+            f"{context}, got {len(ids)}, the one that begins a document included"
+        )
     if len(ids) + max_new_tokens > context:
         raise ValueError(
             f"max_new_tokens must be at most {context - len(ids)} to fit into the model's context of {context} tokens "
@@ -61,3 +67,9 @@ def generate(
         **drawing,
     )
     return str(tokenizer.decode(written_BT[0], skip_special_tokens=True))
+
+
+def _require_int(name: str, value: object, *, least: int, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {limits}, got {value!r}")

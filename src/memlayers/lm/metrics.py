@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from memlayers.files import flush
+
 
 class MetricsFile:
     """`metrics.jsonl` of a run. Figures that are not finite are written as null, since JSON has no word for them."""
@@ -27,7 +29,9 @@ class MetricsFile:
         """Have all lines on the disk; how many bytes they are."""
         with open(self.path, "ab") as stream:
             os.fsync(stream.fileno())
-            return stream.tell()
+            size = stream.tell()
+        flush(self.path.parent)  # where its name stands
+        return size
 
     def cut(self, size: int) -> None:
         """Forget what was appended after `size` bytes. Raises `ValueError` if they are not there any more."""

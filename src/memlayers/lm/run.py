@@ -33,18 +33,41 @@ def without_bars() -> Iterator[None]:
 
 
 def check_output(path: Path) -> None:
-    """Raises `ValueError` if `path` is no folder that results can go to, nor can become one; leaves it as it is."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output must be a folder, got the file {str(path)!r}")
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    """Raises `ValueError` if `path` is no folder that results can go to, nor can become one; nothing is made."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        place, is_folder = _nearest(path.absolute())
     except OSError as error:
         raise ValueError(f"output must be a folder that can be made, got {str(path)!r}: {error.strerror}") from None
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"output must be a folder that can be written to, got {str(path)!r}")
-    for folder in missing:
-        folder.rmdir()
+    is_there = place == path.absolute()
+    if not is_folder:
+        if is_there:
+            raise ValueError(f"output must be a folder, got the file {str(path)!r}")
+        raise ValueError(f"output must be a folder that can be made, got {str(path)!r}: {str(place)!r} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        if is_there:
+            raise ValueError(f"output must be a folder that can be written to, got {str(path)!r}")
+        raise ValueError(
+            f"output must be a folder that can be made, got {str(path)!r}: {str(place)!r} cannot be written to"
+        )
+
+
+def _nearest(path: Path) -> tuple[Path, bool]:
+    """The deepest part of `path` that is there, and whether it is a folder.
+
+    Raises `OSError` for what cannot be looked at, and for names that are too long.
+    """
+    place = next(part for part in (path, *path.parents) if _is_there(part))
+    for name in path.relative_to(place).parts:  # one that is too long is noticed only in a folder that is there
+        _is_there(place / name)
+    return place, place.is_dir()
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()  # a link to nothing is there: no folder can be made in its place
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 class RunFolder:
@@ -58,7 +81,8 @@ class RunFolder:
     ``model/``                the trained model and its tokenizer, as `save_pretrained` writes them
     ``result.json``           metrics, configuration, versions, hardware, hashes of the model's files; sealed, written
                               last: a finished run
-    ``.replaced/``            the run that is overwritten, until the new one is finished
+    ``.replaced/``            the finished run that is overwritten, whole, until the new one is finished
+    ``.replacing/``           the same while its parts are moved there, the result first
     ========================  =======================================================================
     """
 
@@ -70,6 +94,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.replaced = self.path / ".replaced"
+        self.replacing = self.path / ".replacing"
         self.result = self.path / "result.json"
 
     @property
@@ -97,17 +122,20 @@ class RunFolder:
     def start(self, config: RunConfig, *, overwrite: bool = False) -> None:
         """Make the folder ready for a run: `check` it, put aside the run that may be overwritten, write `config.json`.
 
-        A finished run that is overwritten goes only when the new one is finished.
+        A finished run that is overwritten goes only when the new one is finished; a process that is killed while it
+        puts it aside has the next start go on with that.
         """
         self.check(overwrite=overwrite)
-        is_kept = self.finished
-        if is_kept:
-            shutil.rmtree(self.replaced, ignore_errors=True)
-            self.replaced.mkdir()
-        for part in self._parts():  # the result goes first: from here on the old run is not a finished one
-            if is_kept and part.exists():
-                os.replace(part, self.replaced / part.name)
-            elif part.is_dir():
+        if self.finished:
+            self.tidy()
+            self.replacing.mkdir()
+        if self.finished or (self.replacing / self.result.name).is_file():
+            for part in self._parts():
+                if part.exists():
+                    os.replace(part, self.replacing / part.name)
+            os.replace(self.replacing, self.replaced)
+        for part in self._parts():
+            if part.is_dir():
                 shutil.rmtree(part)
             else:
                 part.unlink(missing_ok=True)
@@ -117,19 +145,28 @@ class RunFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Write `result.json`: from here on the run is finished. What only an unfinished one needs goes."""
         write_sealed(self.result, {**result, "model_files": _hashes(self.model)})
-        for folder in (self.checkpoints, self.replaced):
-            shutil.rmtree(folder, ignore_errors=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what a finished run has no more use for, and a process that was killed may have left.
+
+        For who holds the folder alone (`memlayers.files.sole_user`). Leaves a run that is not finished as it is.
+        """
+        if self.finished:
+            for folder in (self.checkpoints, self.replaced, self.replacing):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def read_config(self) -> RunConfig:
-        """The configuration of the run. Raises `ValueError` if the folder holds no run."""
+        """The configuration of the run. Raises `ValueError` if the folder holds no run, or one that cannot be read."""
         if self.finished:
-            return RunConfig.from_dict(self.read_result()["config"])
+            return _config_of(self.result, self.read_result()["config"])
         if not self.config.is_file():
             raise ValueError(f"run must be the folder of a run, got {str(self.path)!r}: it has no {self.config.name}")
         try:
-            return RunConfig.from_dict(json.loads(self.config.read_bytes()))
+            fields = json.loads(self.config.read_bytes())
         except ValueError as error:
             raise ValueError(f"{self.config} is damaged: {error}") from error
+        return _config_of(self.config, fields)
 
     def read_result(self) -> dict[str, Any]:
         """What `result.json` says. Raises `ValueError` if the folder holds no finished run, or a damaged one."""
@@ -141,8 +178,14 @@ class RunFolder:
         return result
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        """The lines of `metrics.jsonl`. Raises `ValueError` naming the line that is damaged, or half written."""
+        lines = []
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(), start=1):
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{self.metrics}, line {number}, is damaged: {error}") from error
+        return lines
 
     def save_model(self, model: "PreTrainedModel", corpus: "Corpus") -> None:
         """Write the model and the tokenizer of its corpus; the folder `model/` appears only once it is complete."""
@@ -184,6 +227,13 @@ class RunFolder:
                 raise ValueError(f"{path} is damaged: it is missing")
             if file_sha256(path) != expected:
                 raise ValueError(f"{path} is damaged: it is not what was written (its SHA-256 does not fit)")
+
+
+def _config_of(file: Path, fields: object) -> RunConfig:
+    try:
+        return RunConfig.from_dict(fields)
+    except ValueError as error:
+        raise ValueError(f"{file} is of another version: {error}") from error
 
 
 def _hashes(folder: Path) -> dict[str, str]:

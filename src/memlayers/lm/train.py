@@ -21,6 +21,7 @@ from memlayers.lm.data import Corpus, Windows, prepare, training_order
 from memlayers.lm.evaluate import device_name
 from memlayers.lm.faults import TrainingFault
 from memlayers.lm.footprint import explain_out_of_memory, require_memory, size_text
+from memlayers.lm.metrics import MetricsFile
 from memlayers.lm.run import RunFolder
 from memlayers.lm.trainer import LanguageModelTrainer, Text, words_per_token
 from memlayers.ops import cpu
@@ -63,26 +64,27 @@ def train(
     if resume and folder.begun:
         _require_same_config(folder.read_config(), config, folder)
         if folder.finished:
-            say(f"{folder.path} holds a finished run, which is left as it is")
-            return folder.read_result()
+            return _leave(folder, say)
     if not isinstance(corpus, Corpus):
         corpus = prepare(config.data, folder.path.parent / "corpus" if corpus is None else corpus, progress=progress)
-    windows = _training_windows(config, corpus)
+    windows = training_windows(config, corpus)
     order = training_order(
         windows, config.training.steps * config.batch_windows, config.training.seed, config.data.weights
     )
     text = Text(corpus, Subset(windows, cast(Sequence[int], order)), order)
-    identity = {
+    identity: dict[str, Any] = {
         "config": config.to_dict(),
         "data": {
             "corpus_sha256": corpus.manifest["corpus_sha256"],
             "tokenizer_sha256": corpus.tokenizer_sha256,
-            "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
+            "order_sha256": hashlib.sha256(order.data).hexdigest(),
         },
+        "precision": precision,
     }
     need = require_memory(config, vocab_size=corpus.vocab_size, precision=precision, device=device)
     checkpoint_bytes = need.parameters + need.optimizer_state
-    _require_space(folder, (config.training.keep_checkpoints + 1) * checkpoint_bytes + need.parameters)
+    checkpoints = min(config.training.keep_checkpoints + 1, config.training.checkpoints)
+    _require_space(folder, checkpoints * checkpoint_bytes + need.parameters)
     set_seed(config.training.seed)
     model = build_model(config, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
     parameters = count_parameters(model)
@@ -94,6 +96,8 @@ def train(
 
     folder.path.mkdir(parents=True, exist_ok=True)
     with sole_user(folder.path):
+        if resume and folder.finished:  # by another process, meanwhile
+            return _leave(folder, say)
         checkpoint = _checkpoint(folder, identity, say) if resume else None
         if checkpoint is None:
             folder.start(config, overwrite=overwrite or resume)
@@ -113,7 +117,8 @@ def train(
             if explained := explain_out_of_memory(error, need):
                 raise TrainingFault(explained) from error
             raise
-        folder.save_model(model, corpus)
+        with trainer.writing("the model"):
+            folder.save_model(model, corpus)
         tokens = config.training.steps * config.training.batch_tokens
         result = {
             "config": identity["config"],
@@ -141,7 +146,13 @@ def train(
             "curve": curve,
             "validation": validation.to_dict(),
         }
-        folder.finish(result)
+        with trainer.writing("the result"):
+            folder.finish(result)
+    return folder.read_result()
+
+
+def _leave(folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
+    say(f"{folder.path} holds a finished run, which is left as it is")
     return folder.read_result()
 
 
@@ -164,6 +175,12 @@ def _checkpoint(folder: RunFolder, identity: dict[str, Any], say: Callable[[str]
                 f"output must hold a run on the same text to be resumed, but {str(folder.path)!r} was trained with "
                 f"another {what.removesuffix('_sha256')}"
             )
+    if checkpoint.content["precision"] != identity["precision"]:
+        raise ValueError(
+            f"training.precision must be that of the run to be resumed: {str(folder.path)!r} was trained in "
+            f"{checkpoint.content['precision']}, which means {identity['precision']} on this machine"
+        )
+    MetricsFile(folder.metrics).cut(checkpoint.content["metrics_bytes"])
     say(f"going on from the checkpoint of step {checkpoint.step}")
     return checkpoint
 
@@ -176,7 +193,7 @@ def _require_same_config(held: RunConfig, asked: RunConfig, folder: RunFolder) -
         )
 
 
-def _training_windows(config: RunConfig, corpus: Corpus) -> Windows:
+def training_windows(config: RunConfig, corpus: Corpus) -> Windows:
     needed, longest = config.model.context + 1, max(len(shard.tokens) for shard in corpus.train.shards)
     if longest < needed:
         raise ValueError(

@@ -9,7 +9,7 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOG_ENTRIES = 100  # windows of usage figures and rates that a run leaves in its log, about
+FP16_PATIENCE = 50  # bad steps in a row: a loss scaler that halves as often has nothing left to halve
 USAGE = "usage.safetensors"
 OPTIMIZER, SCHEDULER, STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"  # as `Trainer` names them
 
@@ -97,9 +98,11 @@ class LanguageModelTrainer(Trainer):
         self.curve: list[dict[str, float]] = []
         self.latest: Evaluation | None = None
         self._step_loss = torch.zeros((), device=model.device)
+        self._bad_steps = 0  # in a row
         self._line: dict[str, Any] | None = None  # of the step that was made last, until it is written
         self._window = {"step": 0, "seconds": 0.0, "loss": 0.0}  # where the last usage figures were, losses since
         training = config.training
+        self._tensorboard = _event_writer(folder, from_step)
         self._optimizer = build_optimizer(config, model)
         self._scheduler = get_scheduler(
             "constant_with_warmup" if training.schedule == "constant" else training.schedule,
@@ -113,7 +116,7 @@ class LanguageModelTrainer(Trainer):
             train_dataset=text.windows,
             data_collator=_collate,
             optimizers=(self._optimizer, self._scheduler),
-            callbacks=[_Rhythm(self.clock, config), _tensorboard(folder, from_step)],
+            callbacks=[_Rhythm(self.clock, config), TensorBoardCallback(self._tensorboard)],
         )
         self.remove_callback(PrinterCallback)
         self._progress = _Progress(config)
@@ -127,6 +130,7 @@ class LanguageModelTrainer(Trainer):
             self._restore(checkpoint)
         with contextlib.ExitStack() as stack:
             stack.callback(self._progress.close)
+            stack.callback(self._tensorboard.close)
             for meter in self.meters.values():
                 stack.enter_context(meter)
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
@@ -174,11 +178,12 @@ class LanguageModelTrainer(Trainer):
         return norm
 
     def _checked_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        """Norm of all dense gradients. Where a loss scaler does not skip bad steps, a bad one ends the run."""
+        """Norm of all dense gradients. If it is not finite the run ends; with a loss scaler, after many such steps."""
         self.accelerator.unscale_gradients()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         is_good = bool(torch.isfinite(norm)) and rows_are_finite(self.language_model)
-        if not is_good and self.precision != "fp16":
+        self._bad_steps = 0 if is_good else self._bad_steps + 1
+        if self._bad_steps > (FP16_PATIENCE if self.precision == "fp16" else 0):
             found = bad_gradient(self.language_model) or "the norm of all gradients, each of which is finite"
             raise self._fault(f"the loss is {float(self._step_loss):.6g}, but its gradient is not finite", found)
         return norm
@@ -206,6 +211,8 @@ class LanguageModelTrainer(Trainer):
             tokens=self.run_config.training.eval_tokens,
             context=self.run_config.model.context,
             precision=self.precision,
+            # No more than training holds at once: the estimate of memory is of a step.
+            batch_windows=min(8, self.run_config.batch_windows // self.run_config.training.accumulate),
         )
         for meter in self.meters.values():
             meter.attach()
@@ -246,7 +253,8 @@ class LanguageModelTrainer(Trainer):
         is_due, self.control.should_save = self.control.should_save, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self._line is not None:
-            self.metrics.append(self._line)
+            with self.writing(f"the metrics of step {self.state.global_step}"):
+                self.metrics.append(self._line)
             self._line = None
         if is_due:
             self._save_checkpoint(self.language_model, None)
@@ -255,21 +263,27 @@ class LanguageModelTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._require_finite_model()
-        step, last = self.state.global_step, self.checkpoints.newest_step()
-        content = {
-            **self.identity,
-            "metrics_bytes": self.metrics.flush(),
-            "seconds": self.clock.seconds,
-            "window": self._window,
-            "curve": self.curve,
-        }
-        try:
+        step = self.state.global_step
+        with self.writing(f"the checkpoint of step {step}"):
+            content = {
+                **self.identity,
+                "metrics_bytes": self.metrics.flush(),
+                "seconds": self.clock.seconds,
+                "window": self._window,
+                "curve": self.curve,
+            }
             self.checkpoints.write(step, content, self._write_state)
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Turns what prevents a file from being written into a `TrainingFault` that says what is kept."""
+        try:
+            yield
         except Exception as error:  # OSError, and what torch and safetensors make of one
-            kept = "there is no earlier one" if last is None else f"the last good one is of step {last}"
+            folder = self.metrics.path.parent
             raise TrainingFault(
-                f"the checkpoint of step {step} could not be written to {str(self.checkpoints.folder)!r} ({kept}): "
-                f"{error}; {free_space(self.checkpoints.folder)}"
+                f"{what} could not be written to {str(folder)!r}: {error}; "
+                f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free there; {self._kept()}"
             ) from error
 
     def _write_state(self, folder: Path) -> None:
@@ -285,7 +299,6 @@ class LanguageModelTrainer(Trainer):
     def _restore(self, checkpoint: Checkpoint) -> None:
         """What is ours; model, optimizer, scheduler and random state are left to `Trainer`."""
         content = checkpoint.content
-        self.metrics.cut(content["metrics_bytes"])
         self.clock.seconds = content["seconds"]
         self._window = dict(content["window"])
         self.curve = list(content["curve"])
@@ -414,11 +427,6 @@ def words_per_token(split: Split) -> float:
     return split.num_words / split.num_tokens
 
 
-def free_space(folder: Path) -> str:
-    """How much room the disk has, in words."""
-    return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free there"
-
-
 def _training_arguments(config: RunConfig, folder: RunFolder, precision: ComputePrecision) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -451,11 +459,11 @@ def _collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Ten
     return {"input_ids": window_BT[:, :-1], "labels": window_BT[:, 1:]}
 
 
-def _tensorboard(folder: RunFolder, from_step: int) -> TensorBoardCallback:
+def _event_writer(folder: RunFolder, from_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
     # What a killed process wrote after its last checkpoint is written again.
-    return TensorBoardCallback(SummaryWriter(str(folder.tensorboard), purge_step=from_step + 1 if from_step else None))
+    return SummaryWriter(str(folder.tensorboard), purge_step=from_step + 1 if from_step else None)
 
 
 def _usage_entries(prefix: str, name: str, usage: Mapping[str, Any]) -> dict[str, float]:

@@ -16,7 +16,8 @@ def available_memory(device: str | torch.device) -> int:
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by this process, for itself
+        return torch.cuda.mem_get_info(device)[0] + cached
     return min(_left_on_machine(Path("/proc/meminfo")), left_in_groups(Path("/proc/self/cgroup")))
 
 
