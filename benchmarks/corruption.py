@@ -82,8 +82,8 @@ class Scene:
             LanguageModelTrainer.training_step = original  # type: ignore[method-assign]
 
 
-def damage(file: Path, kind: str, others: list[Path], draw: random.Random) -> dict[Path, bytes]:
-    """Damage a file; what to put back."""
+def damage(file: Path, kind: str, others: list[Path], draw: random.Random) -> tuple[str, dict[Path, bytes]]:
+    """Damage a file. What was done, a flipped bit where there is nothing to swap with, and what to put back."""
     content = file.read_bytes()
     before = {file: content}
     if kind == "swapped":
@@ -104,7 +104,7 @@ def damage(file: Path, kind: str, others: list[Path], draw: random.Random) -> di
         file.write_bytes(content + draw.randbytes(draw.randint(1, 100)))
     elif kind == "missing":
         file.unlink()
-    return before
+    return kind, before
 
 
 def run_damages(folder: Path, *, files: int, seed: int = 0) -> tuple[Counter[tuple[str, str]], list[str]]:
@@ -117,7 +117,7 @@ def run_damages(folder: Path, *, files: int, seed: int = 0) -> tuple[Counter[tup
     for number in range(files):
         file, kind = draw.choice(list(guarded)), KINDS[number % len(KINDS)]
         neighbours = [other for other in guarded if other.parent == file.parent and other != file]
-        before = damage(file, kind, neighbours, draw)
+        kind, before = damage(file, kind, neighbours, draw)
         damaged = _hash_all(folder)
         label = f"{kind}: {file.relative_to(folder)}"
         try:

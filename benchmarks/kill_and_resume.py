@@ -98,20 +98,21 @@ def run_kills(folder: Path, *, kills: int, config: RunConfig, seed: int = 0) -> 
         run = folder / f"run-{found.runs}"
         while not RunFolder(run).finished:
             aims = found.kills % 4 == 3
+            checkpoints = Checkpoints(RunFolder(run).checkpoints)
+            left = _half_written(checkpoints)  # by earlier kills, if the process does not come to removing it
             child = _fork(folder, lambda run=run: work(run.name))
             is_over = found.kills >= kills  # let it finish
             if is_over:
                 _wait(child, folder)
                 break
             moment = draw.uniform(0, usual_seconds / 2)
-            hit = _aim(child, run, draw.uniform(0, 0.03)) if aims else _sleep(child, moment)
+            hit = _aim(child, run, draw.uniform(0, 0.03)) if aims else _sleep(child, folder, moment)
             if not hit:  # it was done first
                 continue
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             found.kills += 1
-            checkpoints = Checkpoints(RunFolder(run).checkpoints)
-            found.in_checkpoints += any(checkpoints.folder.glob(".step-*.partial"))
+            found.in_checkpoints += bool(_half_written(checkpoints) - left)
             if RunFolder(run).metrics.is_file() and not RunFolder(run).finished:
                 made = len(RunFolder(run).metrics.read_bytes().split(b"\n")) - 1
                 found.most_steps_lost = max(found.most_steps_lost, made - (checkpoints.newest_step() or 0))
@@ -127,6 +128,10 @@ def _fingerprint(run: Path) -> Any:
     lines = [{name: value for name, value in line.items() if name not in TIMES} for line in folder.read_metrics()]
     result = folder.read_result()
     return lines, result["validation"], result["model_files"]
+
+
+def _half_written(checkpoints: Checkpoints) -> set[Path]:
+    return set(checkpoints.folder.glob(".step-*.partial"))
 
 
 def _fork(folder: Path, work: Callable[[], Any]) -> int:
@@ -149,7 +154,11 @@ def _fork(folder: Path, work: Callable[[], Any]) -> int:
 
 
 def _wait(child: int, folder: Path) -> None:
-    if os.waitpid(child, 0)[1]:
+    _require_success(os.waitpid(child, 0)[1], folder)
+
+
+def _require_success(status: int, folder: Path) -> None:
+    if status:
         raise RuntimeError(f"a run failed instead of going on:\n{(folder / 'log.txt').read_text()[-2000:]}")
 
 
@@ -157,32 +166,32 @@ def _must_finish(folder: Path, work: Callable[[], Any]) -> None:
     _wait(_fork(folder, work), folder)
 
 
-def _sleep(child: int, seconds: float) -> bool:
+def _sleep(child: int, folder: Path, seconds: float) -> bool:
     """Wait; whether the process is still there."""
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
-        if _has_ended(child):
+        if _has_ended(child, folder):
             return False
         time.sleep(0.001)
-    return not _has_ended(child)
+    return not _has_ended(child, folder)
 
 
 def _aim(child: int, run: Path, seconds: float) -> bool:
     """Wait until a checkpoint is begun, and `seconds` longer."""
-    folder = RunFolder(run).checkpoints
-    before = set(folder.glob(".step-*"))
-    while not set(folder.glob(".step-*")) - before:
-        if _has_ended(child):
+    checkpoints = RunFolder(run).checkpoints
+    before = set(checkpoints.glob(".step-*"))
+    while not set(checkpoints.glob(".step-*")) - before:
+        if _has_ended(child, run.parent):
             return False
         time.sleep(0.0005)
-    return _sleep(child, seconds)
+    return _sleep(child, run.parent, seconds)
 
 
-def _has_ended(child: int) -> bool:
+def _has_ended(child: int, folder: Path) -> bool:
     """Whether a process has ended by itself; one that failed ends all."""
     pid, status = os.waitpid(child, os.WNOHANG)
-    if pid and status:
-        raise RuntimeError("a run failed instead of going on: see log.txt beside it")
+    if pid:
+        _require_success(status, folder)
     return bool(pid)
 
 

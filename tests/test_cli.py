@@ -170,8 +170,10 @@ def test_info_says_what_a_training_needs(tiny, tmp_path, capsys):
 def test_what_a_user_gets_wrong_is_one_line(run, tiny, tmp_path, capsys):
     new = tmp_path / "new"
     assert "no such file" in fails(capsys, "train", "--output", new, "--data.sources", '["missing.txt"]')
-    assert "output must be a folder that can be made" in fails(capsys, "train", "--output", "/proc/none/run")
-    assert "output must be a folder that can be made" in fails(capsys, "compare", "--output", "/proc/none/run")
+    (tmp_path / "file").touch()
+    for command in ("train", "compare"):
+        said = fails(capsys, command, "--output", tmp_path / "file" / "run")
+        assert "output must be a folder that can be made" in said
     assert "prompt must be valid UTF-8" in fails(capsys, "generate", run, "--prompt", "\udcff")
     assert "holds a finished run" in fails(capsys, "train", "--output", run, *tiny)
     assert "it has no result.json" in fails(capsys, "eval", tmp_path)
@@ -283,3 +285,20 @@ def test_a_dry_run_prints_and_writes_nothing(tiny, run, tmp_path, monkeypatch, c
         assert capsys.readouterr().out == "tokens  128\n"
     assert list(tmp_path.iterdir()) == []
     assert not (run.parent / "other").exists()
+
+
+def test_a_dry_run_refuses_what_the_training_would(tiny, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "memlayers.lm.dry_run", SimpleNamespace(dry_run=lambda *_, **__: {}["stepped"]))
+    other = (*tiny, "--data.vocab_size", 280)
+    for place in (("--corpus", run.parent / "corpus"), ("--output", run.parent / "other")):
+        assert "vocab_size 270, asked for 280" in fails(capsys, "train", "--dry-run", *other, *place)
+    long = (*tiny, "--model.context", 6400, "--training.batch_tokens", 6400, "--corpus", run.parent / "corpus")
+    assert "model.context must be below the" in fails(capsys, "train", "--dry-run", *long)
+    missing = (*tiny, "--data.sources", '["missing.txt"]')
+    for place in ((), ("--output", tmp_path / "run"), ("--corpus", tmp_path / "corpus")):
+        assert "no such file or folder: missing.txt" in fails(capsys, "train", "--dry-run", *missing, *place)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").touch()
+    said = fails(capsys, "train", "--dry-run", *tiny, "--corpus", tmp_path / "thesis")
+    assert "holds no prepared corpus" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]

@@ -33,7 +33,9 @@ def test_slots_are_the_square_of_the_sub_keys():
         ({"query_norm": "layer"}, "query_norm .* 'batch', 'rms', 'none', got 'layer'"),
         ({"keys": "lsh"}, "keys .* 'product', 'flat', got 'lsh'"),
         ({"query_bias": 1}, "query_bias .* got 1"),
-        ({"value_dropout": 1.0}, r"value_dropout .* \[0, 1\), got 1.0"),
+        ({"value_dropout": 1.0}, "value_dropout .* at least 0 and below 1, got 1.0"),
+        ({"dim": 10**400}, "dim must be an integer from 1 to 2\\*\\*53, got 1000"),
+        ({"value_dropout": 10**400}, "value_dropout must be a finite number .* got 1000"),
     ],
 )
 def test_bad_fields_are_named_with_value_and_what_is_allowed(fields, named):

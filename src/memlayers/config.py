@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from memlayers.checks import require_choice, require_int, require_number
+
 QueryNorm = Literal["batch", "rms", "none"]
 KeyKind = Literal["product", "flat"]
 
@@ -36,21 +38,19 @@ class MemoryConfig:
         if isinstance(self.query_hidden, list):
             object.__setattr__(self, "query_hidden", tuple(self.query_hidden))
         for name in ("dim", "heads", "topk", "num_subkeys", "query_dim"):
-            _require_int(name, getattr(self, name), least=2 if name in ("num_subkeys", "query_dim") else 1)
+            require_int(name, getattr(self, name), least=2 if name in ("num_subkeys", "query_dim") else 1)
         if self.value_dim is not None:
-            _require_int("value_dim", self.value_dim, least=1)
+            require_int("value_dim", self.value_dim, least=1)
         if not isinstance(self.query_hidden, tuple):
             raise ValueError(f"query_hidden must be a sequence of hidden sizes, got {self.query_hidden!r}")
         for size in self.query_hidden:
-            _require_int("query_hidden", size, least=1)
-        _require_choice("query_norm", self.query_norm, get_args(QueryNorm))
-        _require_choice("keys", self.keys, get_args(KeyKind))
+            require_int("query_hidden", size, least=1)
+        require_choice("query_norm", self.query_norm, get_args(QueryNorm))
+        require_choice("keys", self.keys, get_args(KeyKind))
         if not isinstance(self.query_bias, bool):
             raise ValueError(f"query_bias must be True or False, got {self.query_bias!r}")
         for name in ("input_dropout", "query_dropout", "value_dropout"):
-            rate = getattr(self, name)
-            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 <= rate < 1.0:
-                raise ValueError(f"{name} must be a number in [0, 1), got {rate!r}")
+            require_number(name, getattr(self, name), least=0.0, below=1.0)
         if self.num_subkeys > 2**16:  # the selection keeps a slot in 32 bits
             raise ValueError(f"num_subkeys must be at most {2**16}, got {self.num_subkeys}")
         most = self.num_subkeys if self.keys == "product" else self.slots
@@ -108,13 +108,3 @@ def instead(name: object, known: Collection[str], *, spelled: str = "{!r}") -> s
     if close:
         return f"did you mean {' or '.join(map(spelled.format, close))}?"
     return f"allowed: {', '.join(siblings.values() or known)}"
-
-
-def _require_int(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def _require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

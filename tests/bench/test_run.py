@@ -126,7 +126,7 @@ def test_the_gate_is_asked_about_every_shape(monkeypatch):
 
 @pytest.mark.parametrize("case", ["forward", "read", "decode", "machine"])
 def test_what_does_not_fit_is_skipped(case, monkeypatch):
-    monkeypatch.setattr(cases, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(cases, "available_memory", lambda _: 1000)
     (result,) = results_of(case)
     assert not result.samples
     assert result.notes == ("skipped: needs 0 GB, 0 GB are free",)
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_skipped(case, monkeypatch):
 def test_a_contender_that_does_not_fit_is_left_out(monkeypatch):
     one = shape("tiny")
     monkeypatch.setattr(cases, "contender_bytes", lambda name, _: 10**9 if name == "ours" else 17 * 10**9)
-    monkeypatch.setattr(cases, "free_bytes", lambda _: 12 * 10**9)
+    monkeypatch.setattr(cases, "available_memory", lambda _: 12 * 10**9)
     (result,) = results_of("train")
     assert list(result.samples) == ["ours"]
     assert result.notes[0] == "textbook, fused Adam: needs 17 GB, 12 GB are free"
@@ -151,7 +151,7 @@ def test_a_sweep_narrows_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(sweeps, "contender_bytes", lambda _, one: one.table_bytes)
     monkeypatch.setattr(cases, "contender_bytes", lambda _, one: one.table_bytes)
     monkeypatch.setattr(type(shape("tiny")), "workspace_bytes", 0)
-    monkeypatch.setattr(cases, "free_bytes", lambda _: largest - 1)
+    monkeypatch.setattr(cases, "available_memory", lambda _: largest - 1)
     results = results_of("slots")
     widths = [result.shape.value_dim for result in results if result.part == "forward"]
     assert widths == [32, 32, 32, 32, 8]

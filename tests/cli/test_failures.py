@@ -1,3 +1,8 @@
+import errno
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -14,6 +19,8 @@ FAULTS = [
         "not enough memory: [enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate",
     ),
     (GateError("read differs"), "read differs"),
+    (OSError(errno.ENOSPC, "No space left on device", "f"), "[Errno 28] No space left on device: 'f'"),
+    (OSError(errno.EIO, "Input/output error", "f"), "[Errno 5] Input/output error: 'f'"),
 ]
 
 
@@ -60,3 +67,27 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(module, "versions", interrupt)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == "memlayers: interrupted\n"
+
+
+def test_a_file_that_may_not_be_read_is_the_user_s_fault(monkeypatch, capsys):
+    import memlayers.info as module
+
+    def fail():
+        raise PermissionError(errno.EACCES, "Permission denied", "f")
+
+    monkeypatch.setattr(module, "versions", fail)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "memlayers: error: [Errno 13] Permission denied: 'f'\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # so that it shows at the end, or at once
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(unbuffered):
+    script = "import sys; from memlayers.cli import main; sys.exit(main(['info']))"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    command.stdout.close()
+    assert command.stderr.read() == b""
+    command.stderr.close()
+    assert command.wait(100) == 1

@@ -6,6 +6,8 @@ import pytest
 
 import memlayers.experiments.compare as module
 from memlayers.experiments.compare import compare, describe, loss_at_time, require_same_data
+from memlayers.lm.data import Split
+from memlayers.lm.footprint import footprint
 from memlayers.lm.run import RunFolder
 from memlayers.lm.train import train
 
@@ -158,6 +160,46 @@ def test_what_cannot_be_compared_is_refused_before_any_work(comparison, corpus, 
         with pytest.raises(ValueError, match=f"model.context must be from 2 to the number .*, got {context}"):
             compare(dataclasses.replace(comparison, model=model, training=training), tmp_path / "out", corpus=corpus)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_trained_later_is_refused_before_the_first_is_trained(
+    comparison, corpus, tmp_path, trained, monkeypatch
+):
+    needs = [footprint(run, vocab_size=corpus.vocab_size).total for run in comparison.runs().values()]
+    assert needs[0] < max(needs)
+    with monkeypatch.context() as patch:
+        patch.setattr("memlayers.lm.footprint.estimate.available_memory", lambda device: needs[0])
+        with pytest.raises(ValueError, match="a training step needs"):
+            compare(comparison, tmp_path / "out", corpus=corpus, progress=False)
+    short = dataclasses.replace(corpus, train=Split(corpus.train.tokens[:16], corpus.train.documents[:1]))
+    with pytest.raises(ValueError, match="model.context must be below the 16 tokens of the training text"):
+        compare(comparison, tmp_path / "out", corpus=short, progress=False)
+    untested = dataclasses.replace(corpus, test=Split(corpus.test.tokens[:1], corpus.test.documents[:1]))
+    with pytest.raises(ValueError, match="test_tokens must be 0 for a corpus with 1 test tokens"):
+        compare(comparison, tmp_path / "out", corpus=untested, test_tokens=300, progress=False)
+    assert trained == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_runs_need_no_memory_to_train(finished, comparison, corpus, trained, monkeypatch):
+    output, _ = finished
+    monkeypatch.setattr("memlayers.lm.footprint.estimate.available_memory", lambda device: 1)
+    compare(comparison, output, corpus=corpus, progress=False)
+    assert trained == []
+
+
+def test_what_training_says_is_passed_on(comparison, corpus, tmp_path, monkeypatch, capsys):
+    def end(self, *args):
+        raise KeyboardInterrupt
+
+    folder = RunFolder(tmp_path / NAMES[0])
+    folder.start(comparison.runs()[NAMES[0]])
+    monkeypatch.setattr(RunFolder, "save_model", end)
+    said = []
+    with pytest.raises(KeyboardInterrupt):
+        compare(comparison, tmp_path, corpus=corpus, progress=False, say=said.append)
+    assert said[1:] == [f"{folder.path} has no checkpoint yet: the run begins again"]
+    assert "has no checkpoint yet" not in capsys.readouterr().err
 
 
 CURVE = [{"seconds": 10.0, "loss": 5.0}, {"seconds": 20.0, "loss": 4.0}, {"seconds": 40.0, "loss": 3.0}]

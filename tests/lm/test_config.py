@@ -21,6 +21,8 @@ from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig, differen
         (TrainingConfig, "tokens", 0),
         (TrainingConfig, "batch_tokens", 0),
         (TrainingConfig, "learning_rate", 0.0),
+        (TrainingConfig, "learning_rate", 10**400),
+        (ModelConfig, "dim", 10**400),
         (TrainingConfig, "learning_rate", float("nan")),
         (TrainingConfig, "value_learning_rate", float("inf")),
         (TrainingConfig, "schedule", "linear"),
@@ -50,6 +52,8 @@ def test_a_bad_value_is_refused_by_name(section, field, value):
         ({"memory_layers": (0,)}, "memory_layers must be an integer from 1 to 4, got 0"),
         ({"memory_layers": (2, 2)}, "memory_layers must name each block once"),
         ({"memory_layers": 2}, "memory_layers must be a sequence"),
+        ({"model": {"dim": 3}}, "model must be a ModelConfig, got {'dim': 3}"),
+        ({"data": None}, "data must be a DataConfig, got None"),
         ({"memory": MemoryConfig(dim=128)}, "memory.dim must be model.dim = 256, got 128"),
         (
             {"training": TrainingConfig(batch_tokens=1000)},

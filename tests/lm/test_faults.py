@@ -44,6 +44,13 @@ def test_the_first_bad_parameter_is_named_with_its_place(monkeypatch):
     assert bad_parameter(model) == "first.weight (1 of 6 elements)"
 
 
+def test_statistics_are_parameters_of_a_model_and_no_cause_of_a_loss():
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean[1] = math.nan
+    assert bad_parameter(norm) == "running_mean (1 of 3 elements)"
+    assert bad_parameter(norm, buffers=False) is None
+
+
 def test_bad_gradients_states_and_outputs_are_named():
     model = Small()
     optimizer = MemoryAdamW(model)

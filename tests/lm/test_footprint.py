@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
+from memlayers.available import available_memory, left_in_groups
 from memlayers.config import MemoryConfig
 from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
 from memlayers.lm.footprint import Footprint, explain_out_of_memory, footprint, require_memory, size_text
-from memlayers.lm.footprint.available import available_memory, left_in_groups
 
 # In a process of its own: the same plain loop that `footprint` counts, three steps of it.
 MEASURE = """

@@ -1,3 +1,4 @@
+import math
 import shutil
 
 import pytest
@@ -36,15 +37,38 @@ def test_an_empty_prompt_begins_a_document(tiny_run):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer of at least 1, got 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an integer of at least 1, got True"),
         ({"max_new_tokens": 100}, r"max_new_tokens must be at most \d+ to fit into the model's context of 16 tokens"),
-        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"temperature": -1.0}, "temperature must be a finite number of at least 0, got -1.0"),
+        ({"temperature": math.nan}, "temperature must be a finite number of at least 0, got nan"),
+        ({"temperature": math.inf}, "temperature must be a finite number of at least 0, got inf"),
         ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": math.nan}, "top_p must be above 0 and at most 1, got nan"),
+        ({"seed": -1}, "seed must be an integer from 0 to 18446744073709551615, got -1"),
+        ({"seed": 2**64}, "seed must be an integer from 0 to .*, got 18446744073709551616"),
+        ({"seed": 0.5}, "seed must be an integer from 0 to .*, got 0.5"),
     ],
 )
 def test_a_bad_setting_is_refused(tiny_run, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny_run, PROMPT, **{"max_new_tokens": 5, **settings})
+
+
+def test_a_prompt_leaves_room_for_one_token_at_least(tiny_run):
+    tokenizer = RunFolder(tiny_run).load_tokenizer()
+    prompt = "abc"
+    while len(tokenizer.encode(prompt)) < 14:
+        prompt += " j"
+    assert len(tokenizer.encode(prompt)) == 14
+    assert generate(tiny_run, prompt, max_new_tokens=1).startswith(prompt)
+    with pytest.raises(ValueError, match="max_new_tokens must be at most 1 to fit .* after a prompt of 15, got 2"):
+        generate(tiny_run, prompt, max_new_tokens=2)
+    for count, longer in ((16, prompt + " j"), (17, prompt + " j j")):
+        message = f"prompt must have at most 15 tokens to leave room for one more .* of 16, got {count}, the one that"
+        with pytest.raises(ValueError, match=message):
+            generate(tiny_run, longer, max_new_tokens=1)
 
 
 def test_a_run_that_did_not_finish_has_no_text(tiny_run, tmp_path):

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memlayers.available import available_memory
 from memlayers.bench import gate, limits
 from memlayers.bench.baselines import PackageMemory, dense_ffn, grid_topk, lean_grid_topk, why_not
 from memlayers.bench.layers import make_layer, make_table, make_textbook
-from memlayers.bench.machine import cache_bytes, free_bytes
+from memlayers.bench.machine import cache_bytes
 from memlayers.bench.peak import measure as measure_peak
 from memlayers.bench.result import OURS, Result, fold
 from memlayers.bench.shapes import Shape
@@ -52,7 +53,7 @@ class Bench:
     def lacks(self, needed: int) -> str | None:
         """Why something that needs so many bytes cannot run here; None if it can."""
         gc.collect()
-        free = free_bytes(self.device)
+        free = available_memory(self.device)
         if free is None or needed <= free:
             return None
         return f"needs {needed / 1e9:,.0f} GB, {free / 1e9:,.0f} GB are free"

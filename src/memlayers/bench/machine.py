@@ -24,27 +24,6 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had on the device, None where nobody says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    found = re.search(r"^MemAvailable: +(\d+) kB", meminfo.read_text(), re.MULTILINE)
-    return None if found is None else min(int(found[1]) * 1024, _left_in_container())
-
-
-def _left_in_container() -> int:
-    folder = Path("/sys/fs/cgroup")
-    try:
-        most, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
-        cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-    except OSError:
-        return 2**63
-    return 2**63 if most == "max" else int(most) - int(used) + (int(cached[1]) if cached else 0)
-
-
 def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has held on the device so far."""
     if device.type == "cuda":

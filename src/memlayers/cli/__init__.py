@@ -7,18 +7,22 @@ config_file  a file of options
 refusals     one line for what the parser does not take
 """
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 
 FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # full, or failing: nothing that a user got wrong
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. A failure is one line on standard error.
 
-    Status 2 is for what a user got wrong, 1 for what went wrong on the way: no memory left, a loss that is not finite.
+    Status 2 is for what a user got wrong, 1 for what went wrong on the way: no memory or no room on the disk left, a
+    loss that is not finite. Nothing is said if nobody reads the output any more.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -33,8 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()  # of saving and loading; training keeps its own
     try:
         run_command(arguments)
+        sys.stdout.flush()  # what is still to be written must not fail after the end
+    except BrokenPipeError:
+        return _leave_quietly()
     except (ValueError, OSError) as error:
-        return _fail(_with_notes(error), USER_ERROR)
+        is_of_the_disk = isinstance(error, OSError) and error.errno in _OF_THE_DISK
+        return _fail(_with_notes(error), FAILED if is_of_the_disk else USER_ERROR)
     except (TrainingFault, GateError) as error:
         return _fail(str(error), FAILED)
     except (MemoryError, RuntimeError) as error:
@@ -44,6 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         return _fail(_with_notes(interruption) or "interrupted", INTERRUPTED)
     return 0
+
+
+def _leave_quietly() -> int:
+    """The end of a command of which the output went into a pipe that was closed, as by `head`."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # where the rest of it goes at the end of the process
+    os.close(nowhere)
+    return FAILED
 
 
 def _with_notes(error: BaseException) -> str:

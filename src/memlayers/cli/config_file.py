@@ -22,6 +22,7 @@ def read_config_file(file: str) -> Mapping[Any, Any]:
         raise ValueError(f"config file {file} is no text: not UTF-8 at byte {error.start}") from None
     try:
         _require_shallow(text)
+        _require_unique(yaml.compose(text, Loader=yaml.SafeLoader))
         content = get_loader("yaml")(text)
     except yaml.YAMLError as error:
         raise ValueError(f"config file {file} is not valid YAML: {_what_and_where(error)}") from None
@@ -41,6 +42,26 @@ def _require_shallow(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_LEVELS:
             raise ValueError(f"more than {MOST_LEVELS} levels of nesting (line {event.start_mark.line + 1})")
+
+
+def _require_unique(node: yaml.Node | None) -> None:
+    """Raises `ValueError` for a key that a mapping has twice: the last one would count without a word."""
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, value in node.value:
+                waiting.append(value)
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in keys:
+                        raise ValueError(f"{key.value!r} is given twice (line {key.start_mark.line + 1})")
+                    keys.add(key.value)
 
 
 def _what_and_where(error: yaml.YAMLError) -> str:

@@ -51,14 +51,23 @@ def run_train(call: Call) -> None:
 
 
 def _dry_run(call: Call) -> None:
-    from memlayers.lm.data import open_corpus
+    from memlayers.lm.data import prepare
+    from memlayers.lm.data.sources import open_sources
+    from memlayers.lm.data.workspace import is_occupied
     from memlayers.lm.dry_run import dry_run
+    from memlayers.lm.train import training_windows
 
     config, corpus = _with_data_of_corpus(call)
     if isinstance(corpus, str | None):
-        output = call.options.output
+        output, data = call.options.output, config.data
         folder = corpus or (None if output is None else str(Path(output).parent / "corpus"))
-        corpus = open_corpus(folder) if folder is not None and _is_ready(folder) else None
+        if folder is not None and is_occupied(Path(folder)):
+            corpus = prepare(data, folder)  # which opens and compares what is there, and writes nothing
+        else:
+            open_sources(data.sources, text_field=data.text_field, id_field=data.id_field)
+            corpus = None
+    if corpus is not None:
+        training_windows(config, corpus)
     lines = dry_run(config, corpus=corpus).lines()
     if corpus is None:
         lines = [("corpus", "the text was not tokenised yet"), *lines]

@@ -40,7 +40,11 @@ class Base:
         name: str | None = named.preset
         given: dict[str, Any] = {}
         files: dict[str, str] = {}
-        for file in filter(None, named.config):
+        for file in named.config:
+            if file is None:  # the option's value is missing, which the parser says
+                continue
+            if not file:
+                raise ValueError("config must be the name of a file, got ''")
             content = dict(read_config_file(file))
             in_file = content.pop("preset", None)
             name = in_file if named.preset is None and in_file is not None else name

@@ -13,9 +13,10 @@ from memlayers.lm.build import pick_device, resolve_precision
 from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus, prepare
 from memlayers.lm.evaluate import Speed, evaluate, measure_speed
+from memlayers.lm.footprint import require_memory
 from memlayers.lm.presets import Comparison
 from memlayers.lm.run import RunFolder, check_output
-from memlayers.lm.train import train
+from memlayers.lm.train import train, training_windows
 
 
 def compare(
@@ -40,10 +41,10 @@ def compare(
         corpus: a prepared corpus, or the folder of one; None: the folder `corpus` in `output`.
         test_tokens: also report on so many tokens of the test split; 0 leaves it untouched, as tuning must.
         progress: show progress bars on standard error.
-        say: receives a line at each stage.
+        say: receives a line at each stage, those of `train` included.
 
-    Raises `ValueError` before any work for a configuration that cannot be compared, or if `output` holds a finished
-    run of another configuration.
+    Raises `ValueError` before anything is trained for a configuration that cannot be compared or that does not fit the
+    memory or the text in one of its runs, and if `output` holds a finished run of another configuration.
     """
     output = Path(output)
     if isinstance(test_tokens, bool) or test_tokens < 0 or test_tokens == 1:
@@ -61,8 +62,13 @@ def compare(
             "model.context must be from 2 to the number of validation tokens, on which inference speed is measured, "
             f"{corpus.validation.num_tokens}, got {context}"
         )
-    for folder in folders.values():
-        _require_corpus(folder, corpus)
+    if test_tokens and corpus.test.num_tokens < 2:
+        raise ValueError(f"test_tokens must be 0 for a corpus with {corpus.test.num_tokens} test tokens")
+    for name, folder in folders.items():
+        if folder.finished:
+            _require_corpus(folder, corpus)
+        else:
+            _require_trainable(runs[name], corpus)
     for number, (name, run) in enumerate(runs.items(), start=1):
         if folders[name].finished:
             say(f"[{number}/{len(runs)}] {describe(run)}: finished already, used as it is")
@@ -70,7 +76,8 @@ def compare(
         goes_on = _can_go_on(folders[name], run)
         begin = "going on with training" if goes_on else "training"
         say(f"[{number}/{len(runs)}] {describe(run)}: {begin} on {run.training.tokens:,} tokens")
-        train(run, folders[name].path, corpus=corpus, overwrite=not goes_on, resume=goes_on, progress=progress)
+        settings = {"overwrite": not goes_on, "resume": goes_on, "progress": progress}
+        train(run, folders[name].path, corpus=corpus, say=say, **settings)
     say("measuring inference speed")
     return report(folders, output, corpus=corpus, baseline=list(runs)[1], test_tokens=test_tokens)
 
@@ -206,8 +213,16 @@ def _can_go_on(folder: RunFolder, config: RunConfig) -> bool:
 
 
 def _require_corpus(folder: RunFolder, corpus: Corpus) -> None:
-    if folder.finished and folder.read_result()["data"]["corpus_sha256"] != corpus.manifest["corpus_sha256"]:
+    if folder.read_result()["data"]["corpus_sha256"] != corpus.manifest["corpus_sha256"]:
         raise ValueError(
             f"output must not hold finished runs on other text, but {str(folder.path)!r} was not trained on the corpus "
             f"in {str(corpus.folder)!r}"
         )
+
+
+def _require_trainable(config: RunConfig, corpus: Corpus) -> None:
+    """What `train` would refuse, before other runs have taken their hours."""
+    training_windows(config, corpus)
+    device = pick_device()
+    precision = resolve_precision(config.training.precision, device)
+    require_memory(config, vocab_size=corpus.vocab_size, precision=precision, device=device)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args, get_type_hints
 
+from memlayers.checks import require_choice, require_int, require_number
 from memlayers.config import MemoryConfig, instead
 from memlayers.lm.data.config import DataConfig
 
@@ -14,7 +15,6 @@ Schedule = Literal["cosine", "inverse_sqrt", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 _WITHOUT_EFFECT = ("training.save_every_tokens", "training.keep_checkpoints")  # on the result of a run
-LARGEST = 2**53  # integers beyond are not exact as floating point numbers, which rates and shares are made of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +29,16 @@ class ModelConfig:
     dropout: float = 0.0  # on embeddings, attention and residuals (gpt2); on attention (llama)
 
     def __post_init__(self) -> None:
-        _require_choice("model.family", self.family, get_args(Family))
+        require_choice("model.family", self.family, get_args(Family))
         for name in ("layers", "dim", "heads", "context"):
-            _require_int(f"model.{name}", getattr(self, name), least=1)
+            require_int(f"model.{name}", getattr(self, name), least=1)
         if self.dim % self.heads:
             raise ValueError(f"model.heads must divide model.dim = {self.dim}, got {self.heads}")
         if self.family == "llama" and (self.dim // self.heads) % 2:
             raise ValueError(
                 f"model.dim / model.heads must be even for rotary positions, got {self.dim} / {self.heads}"
             )
-        _require_number("model.dropout", self.dropout, least=0.0, below=1.0)
+        require_number("model.dropout", self.dropout, least=0.0, below=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +67,23 @@ class TrainingConfig:
         if isinstance(self.betas, list):  # from JSON and YAML
             object.__setattr__(self, "betas", tuple(self.betas))
         for name in ("tokens", "batch_tokens", "accumulate", "eval_every_tokens", "keep_checkpoints"):
-            _require_int(f"training.{name}", getattr(self, name), least=1)
+            require_int(f"training.{name}", getattr(self, name), least=1)
         if self.save_every_tokens is not None:
-            _require_int("training.save_every_tokens", self.save_every_tokens, least=1)
-        _require_int("training.eval_tokens", self.eval_tokens, least=2)
-        _require_int("training.seed", self.seed, least=0, most=2**32 - 1)
+            require_int("training.save_every_tokens", self.save_every_tokens, least=1)
+        require_int("training.eval_tokens", self.eval_tokens, least=2)
+        require_int("training.seed", self.seed, least=0, most=2**32 - 1)
         for name in ("learning_rate", "value_learning_rate"):
-            _require_number(f"training.{name}", getattr(self, name), above=0.0)
+            require_number(f"training.{name}", getattr(self, name), above=0.0)
         for name in ("warmup", "weight_decay", "max_grad_norm"):
-            _require_number(f"training.{name}", getattr(self, name), least=0.0)
+            require_number(f"training.{name}", getattr(self, name), least=0.0)
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"training.warmup must be a share below 1 or a whole number of steps, got {self.warmup!r}")
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:
             raise ValueError(f"training.betas must be two numbers in [0, 1), got {self.betas!r}")
         for beta in self.betas:
-            _require_number("training.betas", beta, least=0.0, below=1.0)
-        _require_choice("training.schedule", self.schedule, get_args(Schedule))
-        _require_choice("training.precision", self.precision, get_args(Precision))
+            require_number("training.betas", beta, least=0.0, below=1.0)
+        require_choice("training.schedule", self.schedule, get_args(Schedule))
+        require_choice("training.precision", self.precision, get_args(Precision))
         if not isinstance(self.gradient_checkpointing, bool):
             raise ValueError(
                 f"training.gradient_checkpointing must be True or False, got {self.gradient_checkpointing!r}"
@@ -126,12 +126,15 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)  # the budget and the step
 
     def __post_init__(self) -> None:
+        for name, kind in section_types(type(self)).items():
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
         if isinstance(self.memory_layers, list):  # from JSON and YAML
             object.__setattr__(self, "memory_layers", tuple(self.memory_layers))
         if not isinstance(self.memory_layers, tuple):
             raise ValueError(f"memory_layers must be a sequence of block numbers, got {self.memory_layers!r}")
         for layer in self.memory_layers:
-            _require_int("memory_layers", layer, least=1, most=self.model.layers)
+            require_int("memory_layers", layer, least=1, most=self.model.layers)
         if len(set(self.memory_layers)) != len(self.memory_layers):
             raise ValueError(f"memory_layers must name each block once, got {self.memory_layers!r}")
         if self.memory.dim != self.model.dim:
@@ -268,31 +271,3 @@ def _entries(what: str, fields: object, where: str) -> Iterable[tuple[Any, Any]]
     if not isinstance(fields, Mapping):
         raise ValueError(f"{what} must hold fields and their values, got {fields!r}{where}")
     return fields.items()
-
-
-def _require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _require_int(name: str, value: object, *, least: int, most: int | None = None) -> None:
-    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-    if most is None and isinstance(value, int) and value > LARGEST:
-        limits, most = f"from {least} to 2**53", LARGEST
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
-
-
-def _require_number(
-    name: str, value: object, *, least: float | None = None, above: float | None = None, below: float | None = None
-) -> None:
-    limits = [("at least", least), ("above", above), ("below", below)]
-    fits = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < math.inf
-    if fits:
-        assert isinstance(value, int | float)
-        fits = (
-            (least is None or value >= least) and (above is None or value > above) and (below is None or value < below)
-        )
-    if not fits:
-        allowed = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
-        raise ValueError(f"{name} must be a finite number {allowed}, got {value!r}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memlayers.available import available_memory
 from memlayers.bench.machine import peak_bytes
 from memlayers.info import count_parameters
 from memlayers.lm.build import batch_loss, build_model, build_optimizer, pick_device, resolve_precision
@@ -21,7 +22,6 @@ from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus
 from memlayers.lm.evaluate import ComputePrecision, autocast
 from memlayers.lm.footprint import Footprint, require_memory, size_text
-from memlayers.lm.footprint.available import available_memory
 from memlayers.ops import cpu
 
 if TYPE_CHECKING:

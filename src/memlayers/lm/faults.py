@@ -15,10 +15,10 @@ class TrainingFault(RuntimeError):  # noqa: N818  (a fault of the machine or of 
     """A run cannot go on: its numbers are not finite any more, or the machine has no room for it."""
 
 
-def bad_parameter(model: nn.Module) -> str | None:
-    """The first parameter or buffer of the model that is not finite, and where; None if all are."""
+def bad_parameter(model: nn.Module, *, buffers: bool = True) -> str | None:
+    """The first parameter (or buffer) of the model that is not finite, and where; None if all are."""
     tables = {table.weight for table in model.modules() if isinstance(table, ValueTable)}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*model.named_parameters(), *(model.named_buffers() if buffers else ())]:
         if (found := _bad_elements(name, tensor, is_table=tensor in tables)) is not None:
             return found
     return None

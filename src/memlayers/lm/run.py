@@ -229,7 +229,7 @@ class RunFolder:
                 raise ValueError(f"{path} is damaged: it is not what was written (its SHA-256 does not fit)")
 
 
-def _config_of(file: Path, fields: object) -> RunConfig:
+def _config_of(file: Path, fields: Any) -> RunConfig:
     try:
         return RunConfig.from_dict(fields)
     except ValueError as error:

@@ -64,7 +64,8 @@ def train(
     if resume and folder.begun:
         _require_same_config(folder.read_config(), config, folder)
         if folder.finished:
-            return _leave(folder, say)
+            with sole_user(folder.path):
+                return _leave(folder, say)
     if not isinstance(corpus, Corpus):
         corpus = prepare(config.data, folder.path.parent / "corpus" if corpus is None else corpus, progress=progress)
     windows = training_windows(config, corpus)
@@ -153,6 +154,7 @@ def train(
 
 def _leave(folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"{folder.path} holds a finished run, which is left as it is")
+    folder.tidy()
     return folder.read_result()
 
 
@@ -194,7 +196,7 @@ def _require_same_config(held: RunConfig, asked: RunConfig, folder: RunFolder) -
 
 
 def training_windows(config: RunConfig, corpus: Corpus) -> Windows:
-    needed, longest = config.model.context + 1, max(len(shard.tokens) for shard in corpus.train.shards)
+    needed, longest = config.model.context + 1, max(shard.num_tokens for shard in corpus.train.shards)
     if longest < needed:
         raise ValueError(
             f"model.context must be below the {longest} tokens of the training text (its longest shard), "

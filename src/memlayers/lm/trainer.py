@@ -338,7 +338,8 @@ class LanguageModelTrainer(Trainer):
     # What stops it.
 
     def _stop_at_loss(self, model: torch.nn.Module, inputs: dict[str, Any], loss: float) -> None:
-        found = bad_parameter(self.language_model) or bad_output(
+        # Statistics are no cause: this very step has moved them.
+        found = bad_parameter(self.language_model, buffers=False) or bad_output(
             self.language_model, lambda: batch_loss(model, inputs["input_ids"], inputs["labels"])
         )
         raise self._fault(f"the loss is {loss}", found or "the loss itself, from logits that are finite")

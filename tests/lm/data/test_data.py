@@ -7,7 +7,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from memlayers.files import read_sealed, write_sealed
+from memlayers.files import file_sha256, read_sealed, write_sealed
 from memlayers.lm.data import DOCUMENT, SPLITS, DataConfig, Shard, Split, Windows, encode, open_corpus, prepare
 from memlayers.lm.data import corpus as corpus_module
 
@@ -46,7 +46,10 @@ def corpus(tmp_path_factory):
         ({"skip_malformed": "no"}, "data.skip_malformed must be true or false"),
         ({"sources": ("a", "b"), "weights": (1.0,)}, r"data.weights .* each of the 2 sources, got \[1.0\]"),
         ({"weights": (1.0,)}, "data.weights .* each of the 0 sources"),
-        ({"sources": ("a",), "weights": (0,)}, "data.weights must be a list of finite numbers above 0"),
+        ({"sources": ("a",), "weights": (0,)}, "data.weights must be a finite number above 0, got 0"),
+        ({"sources": ("a",), "weights": (10**400,)}, "data.weights must be a finite number above 0, got 1000"),
+        ({"tokenizer_megabytes": 10**400}, "data.tokenizer_megabytes must be a finite number above 0, got 1000"),
+        ({"vocab_size": 10**400}, "data.vocab_size must be an integer from 257 to 2147483648, got 1000"),
         ({"sources": ("a",), "weights": (float("nan"),)}, "data.weights"),
         ({"sources": ("a",), "weights": (True,)}, "data.weights"),
         ({"sources": ("a",), "weights": 1.0}, "data.weights"),
@@ -219,7 +222,7 @@ def test_the_tokenizer_is_copied_as_transformers_would_save_it(corpus, tmp_path)
     )
     assert copied == saved
     assert set(saved) == {"tokenizer.json", "tokenizer_config.json"}
-    assert corpus.tokenizer_sha256 == corpus_module.file_sha256(tmp_path / "copied" / "tokenizer.json")
+    assert corpus.tokenizer_sha256 == file_sha256(tmp_path / "copied" / "tokenizer.json")
 
 
 def test_ready_token_files_need_no_library_for_text(corpus):

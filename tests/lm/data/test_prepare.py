@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import importlib
 import itertools
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from memlayers.lm.data import DataConfig, encode, prepare, spans
 from memlayers.lm.data.corpus import SPLITS, Corpus, Split
-from memlayers.lm.data.tokenize import encode_texts, token_dtype, train_tokenizer
+from memlayers.lm.data.tokenize import encode_texts, save_tokenizer, token_dtype, train_tokenizer
 
 prepare_module = importlib.import_module("memlayers.lm.data.prepare")
 WORDS = ["the", "memory", "layer", "reads", "rows", "of", "its", "table", "élan", "日本", "<|endoftext|>", "12,5\n"]
@@ -258,6 +259,22 @@ def test_a_vocabulary_that_the_text_does_not_have_is_refused(tmp_path):
     assert make(source, tmp_path / "corpus", vocab_size=most).vocab_size == most
 
 
+def test_a_vocabulary_beyond_all_bytes_is_refused_before_the_tokenizer_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "train_tokenizer", lambda *_: pytest.fail("trained"))
+    source = write_jsonl(tmp_path / "docs.jsonl", records(400))
+    with pytest.raises(ValueError, match="data.vocab_size must be at most (\\d+) for this text, got 2147483648"):
+        make(source, tmp_path / "corpus", vocab_size=1 << 31)
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_is_full_when_the_tokenizer_is_written_is_an_error_of_the_system(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        save_tokenizer(tokenizer, tmp_path)
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path))
+
+
 def test_tokens_are_as_narrow_as_the_vocabulary_allows(corpus):
     assert corpus.train.tokens.dtype == np.uint16
     assert isinstance(corpus.train.tokens, np.memmap)
@@ -307,7 +324,7 @@ def test_a_finished_folder_is_reused(source, tmp_path, monkeypatch):
 
 
 def test_sources_with_equal_stamps_are_not_hashed_again(source, corpus, monkeypatch):
-    monkeypatch.setattr("memlayers.lm.data.sources.JsonLines.describe", lambda self: pytest.fail("hashed again"))
+    monkeypatch.setattr("memlayers.lm.data.sources.JsonLines.describe", lambda *_, **__: pytest.fail("hashed again"))
     assert make(source, corpus.folder).manifest == corpus.manifest
 
 

@@ -3,6 +3,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -144,7 +145,7 @@ def test_an_interrupted_run_goes_on_where_it_was(sources, whole, tmp_path, monke
     monkeypatch.setattr(encode, "encode_texts", lambda *args: encoded.extend(args[1]) or encode_texts(*args))
     monkeypatch.setattr(prepare_module, "survey_documents", lambda *_: pytest.fail("read everything again"))
     monkeypatch.setattr(prepare_module, "train_tokenizer", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(JsonLines, "describe", lambda self: pytest.fail("hashed again"))
+    monkeypatch.setattr(JsonLines, "describe", lambda *_, **__: pytest.fail("hashed again"))
     prepare(config(sources), tmp_path / "corpus", progress=False)
     assert contents(tmp_path / "corpus") == whole
     assert 0 < len(encoded) < 150
@@ -204,31 +205,95 @@ def test_what_failed_at_the_last_step_is_not_done_again(sources, whole, tmp_path
     assert contents(tmp_path / "corpus") == whole
 
 
+def refuses(sources, folder, difference, **changes):
+    """Another request is refused, and what was begun is left as it is."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    before = contents(aside)
+    assert any(name.startswith("train-") for name in before)
+    message = f"{aside} holds the beginning of a corpus that was asked for otherwise ({difference}); remove it to start"
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as raised:
+        prepare(config(sources, **changes), folder, progress=False)
+    assert not hasattr(raised.value, "__notes__")
+    assert contents(aside) == before
+
+
 def test_shards_of_another_size_are_not_continued(sources, whole, tmp_path, monkeypatch):
+    interrupt(sources, tmp_path / "corpus")
     with monkeypatch.context() as patch:
         patch.setattr(encode, "SHARD_TOKENS", 700)
-        interrupt(sources, tmp_path / "corpus")
+        refuses(sources, tmp_path / "corpus", "shards of 1200 tokens, now 700")
     prepare(config(sources), tmp_path / "corpus", progress=False)
     assert contents(tmp_path / "corpus") == whole
 
 
-def test_another_request_starts_over(sources, tmp_path):
+def test_a_mistyped_option_does_not_cost_what_was_begun(sources, whole, tmp_path):
     interrupt(sources, tmp_path / "corpus")
-    other = config(sources, vocab_size=262)
-    prepare(other, tmp_path / "corpus", progress=False)
-    prepare(other, tmp_path / "fresh", progress=False)
-    assert contents(tmp_path / "corpus") == contents(tmp_path / "fresh")
+    refuses(sources, tmp_path / "corpus", "vocab_size 268, asked for 262", vocab_size=262)
+    prepare(config(sources), tmp_path / "corpus", progress=False)
+    assert contents(tmp_path / "corpus") == whole
 
 
-def test_changed_sources_start_over(tmp_path, sources):
+def test_another_version_of_a_package_does_not_cost_what_was_begun(sources, whole, tmp_path, monkeypatch):
+    interrupt(sources, tmp_path / "corpus")
+    now = prepare_module._versions()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_versions", lambda: now | {"numpy": "9.9"})
+        refuses(sources, tmp_path / "corpus", f"numpy {now['numpy']}, now 9.9")
+    prepare(config(sources), tmp_path / "corpus", progress=False)
+    assert contents(tmp_path / "corpus") == whole
+
+
+def test_changed_sources_do_not_cost_what_was_begun(tmp_path, sources):
     source = tmp_path / "docs.jsonl"
     lines = Path(sources[1]).read_bytes().splitlines(keepends=True)
     source.write_bytes(b"".join(lines))
     interrupt((str(source),), tmp_path / "corpus", after=6)
     source.write_bytes(b"".join(lines[::-1]))
-    prepare(config((str(source),)), tmp_path / "corpus", progress=False)
-    prepare(config((str(source),)), tmp_path / "fresh", progress=False)
-    assert contents(tmp_path / "corpus") == contents(tmp_path / "fresh")
+    refuses((str(source),), tmp_path / "corpus", "sources with other contents")
+
+
+def test_another_request_does_not_cost_what_only_lacks_its_name(sources, whole, tmp_path, monkeypatch):
+    def fail(*_):
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(PermissionError):
+            prepare(config(sources), tmp_path / "corpus", progress=False)
+    refuses(sources, tmp_path / "corpus", "vocab_size 268, asked for 262", vocab_size=262)
+    prepare(config(sources), tmp_path / "corpus", progress=False)
+    assert contents(tmp_path / "corpus") == whole
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize(
+    "name", ["survey.json", "span-00001.json", "train-00000.tokens", "test-00000.entries", "tokenizer/tokenizer.json"]
+)
+def test_a_disk_that_fails_for_a_moment_does_not_cost_what_was_begun(sources, tmp_path, monkeypatch, name, number):
+    interrupt(sources, tmp_path / "corpus")
+    aside = tmp_path / ".corpus.partial"
+    before, opening = contents(aside), Path.open
+
+    class Failing:
+        """As a file that can be opened, but not read."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read(self, *_):
+            raise OSError(number, os.strerror(number))
+
+        readinto = getbuffer = fileno = read
+        readable, seekable = (lambda self: True), (lambda self: False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, *a, **k: Failing() if self == aside / name else opening(self, *a, **k))
+        with pytest.raises(OSError, match=f"{os.strerror(number)}: '{aside / name}'"):
+            prepare(config(sources), tmp_path / "corpus", progress=False)
+    assert contents(aside) == before
 
 
 def swap_lines_unseen(source, first, second):

@@ -97,6 +97,14 @@ def test_weights_decide_the_share_of_each_source():
     assert shares == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.01)
 
 
+def test_weights_may_be_as_large_as_numbers_are():
+    windows = Windows(three_sources(), 3)
+    usual = training_order(windows, 1000, 0, weights=(1.0, 2.0, 5.0))
+    for scale in (2.0**1021, 3e307, 1e-300):
+        order = training_order(windows, 1000, 0, weights=(1.0 * scale, 2.0 * scale, 5.0 * scale))
+        assert np.array_equal(order, usual)
+
+
 def test_each_source_is_seen_in_shuffled_passes_of_its_own():
     windows = Windows(three_sources(), 3)
     order = training_order(windows, 400, 0, weights=(1.0, 1.0, 1.0))

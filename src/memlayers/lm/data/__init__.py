@@ -5,7 +5,8 @@ sources/                                where documents come from
 prepare.py  request.py  workspace.py    what is asked for, what is there already, the folder that is worked in
 survey.py  tokenize.py                  the first pass: checks, counts, the tokenizer's sample; the tokenizer
 encode.py  readahead.py  spans.py       the second: documents to shards
-corpus.py  windows.py                   what is read in training
+corpus.py  maps.py  windows.py          what is read in training
+whole.py  progress.py                   whether files are what was written; a bar for work that is counted in bytes
 """
 
 from memlayers.lm.data.config import DataConfig

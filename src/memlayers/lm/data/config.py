@@ -1,9 +1,9 @@
 """DataConfig: which text a model is trained on, and how it becomes tokens."""
 
-import math
 from dataclasses import dataclass
 
-from memlayers.lm.data.tokenize import END_OF_TEXT, SMALLEST_VOCABULARY
+from memlayers.checks import require_int, require_number
+from memlayers.lm.data.tokenize import SMALLEST_VOCABULARY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +33,18 @@ class DataConfig:
         for name in ("text_field", "id_field"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"data.{name} must be the name of a field, got {getattr(self, name)!r}")
-        percent = self.holdout_percent
-        if percent is not None and not (_is_integer(percent) and 1 <= percent <= 49):
-            raise ValueError(f"data.holdout_percent must be an integer from 1 to 49, or None, got {percent!r}")
-        if not _is_integer(self.vocab_size) or not SMALLEST_VOCABULARY <= self.vocab_size <= 1 << 31:
-            raise ValueError(
-                f"data.vocab_size must be an integer from {SMALLEST_VOCABULARY} (every byte and {END_OF_TEXT}) to "
-                f"2**31, got {self.vocab_size!r}"
-            )
-        if not _is_positive(self.tokenizer_megabytes):
-            raise ValueError(
-                f"data.tokenizer_megabytes must be a finite number above 0, got {self.tokenizer_megabytes!r}"
-            )
+        if self.holdout_percent is not None:
+            require_int("data.holdout_percent", self.holdout_percent, least=1, most=49)
+        require_int("data.vocab_size", self.vocab_size, least=SMALLEST_VOCABULARY, most=1 << 31)
+        require_number("data.tokenizer_megabytes", self.tokenizer_megabytes, above=0.0)
         if not isinstance(self.skip_malformed, bool):
             raise ValueError(f"data.skip_malformed must be true or false, got {self.skip_malformed!r}")
 
     def _check_weights(self) -> None:
-        if not isinstance(self.weights, list | tuple) or not all(_is_positive(weight) for weight in self.weights):
-            raise ValueError(f"data.weights must be a list of finite numbers above 0, got {self.weights!r}")
+        if not isinstance(self.weights, list | tuple):
+            raise ValueError(f"data.weights must be a list of numbers, got {self.weights!r}")
+        for weight in self.weights:
+            require_number("data.weights", weight, above=0.0)
         if self.weights and len(self.weights) != len(self.sources):
             raise ValueError(
                 f"data.weights must be empty or have one number for each of the {len(self.sources)} sources, "
@@ -63,11 +57,3 @@ class DataConfig:
         if self.holdout_percent is not None:
             return self.holdout_percent
         return 1 if self.sources else 5
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

@@ -11,10 +11,8 @@ Read with numpy alone. A word is whitespace-separated, a byte one of UTF-8.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memlayers.files import file_sha256, read_sealed
+from memlayers.files import read_sealed
+from memlayers.lm.data.maps import Maps, OnDisk
 from memlayers.lm.data.progress import progress_bar
 from memlayers.lm.data.tokenize import DOCUMENT, END_OF_TEXT
+from memlayers.lm.data.whole import verify_files
 
 if TYPE_CHECKING:  # token files that are ready are read without it
     from transformers import PreTrainedTokenizerFast
@@ -38,23 +38,45 @@ SEVERAL_SOURCES = -1
 SHOWN_BYTES = 1 << 30
 
 
-@dataclass(frozen=True, eq=False)
 class Shard:
     """Documents that lie one after the other in one file.
 
-    `tokens` is a memory map [num_tokens] of uint16 or uint32; `documents` [num_documents] has the fields `offset`
-    (where in `tokens` the document's <|endoftext|> lies), `words` and `bytes`; `source` is the place in
-    `DataConfig.sources` that all of them come from, -1 for several.
+    `tokens` is an array [num_tokens] of uint16 or uint32; `documents` [num_documents] has the fields `offset` (where in
+    `tokens` the document's <|endoftext|> lies), `words` and `bytes`; both are memory maps, opened when they are looked
+    at, if the shard is on disk. `source` is the place in `DataConfig.sources` that all of them come from, -1 for
+    several.
     """
 
-    tokens: np.ndarray
-    documents: np.ndarray
     source: int
+
+    def __init__(self, tokens: np.ndarray | OnDisk, documents: np.ndarray | OnDisk, source: int) -> None:
+        self._tokens, self._documents = tokens, documents
+        self.source = source
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self._tokens.look() if isinstance(self._tokens, OnDisk) else self._tokens
+
+    @property
+    def documents(self) -> np.ndarray:
+        return self._documents.look() if isinstance(self._documents, OnDisk) else self._documents
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._documents)
 
     def first(self, count: int) -> "Shard":
         """The first `count` documents."""
-        end = len(self.tokens) if count == len(self.documents) else int(self.documents["offset"][count])
-        return Shard(self.tokens[:end], self.documents[:count], self.source)
+        end = self.num_tokens if count == self.num_documents else int(self.documents["offset"][count])
+        return Shard(_first(self._tokens, end), _first(self._documents, count), self.source)
+
+
+def _first(array: np.ndarray | OnDisk, count: int) -> np.ndarray | OnDisk:
+    return array.first(count) if isinstance(array, OnDisk) else array[:count]
 
 
 class Split:
@@ -77,22 +99,32 @@ class Split:
         """All tokens [num_tokens]: the memory map itself if there is one shard, else a copy."""
         if len(self.shards) == 1:
             return self.shards[0].tokens
-        return np.concatenate([shard.tokens for shard in self.shards])
+        return self._joined("tokens", self.num_tokens)
 
     @property
     def documents(self) -> np.ndarray:
         """All documents [num_documents], with offsets into `tokens`."""
         if len(self.shards) == 1:
             return self.shards[0].documents
-        documents = np.concatenate([shard.documents for shard in self.shards])
-        before = np.cumsum([0, *(len(shard.tokens) for shard in self.shards)])[:-1]
-        documents["offset"] += np.repeat(before, [len(shard.documents) for shard in self.shards])
+        documents = self._joined("documents", self.num_documents)
+        before = np.cumsum([0, *(shard.num_tokens for shard in self.shards)])[:-1]
+        documents["offset"] += np.repeat(before, [shard.num_documents for shard in self.shards])
         return documents
+
+    def _joined(self, name: str, count: int) -> np.ndarray:
+        """A copy of an array of all shards, of which one is looked at at a time."""
+        joined = np.empty(count, getattr(self.shards[0], name).dtype)
+        done = 0
+        for shard in self.shards:
+            part = getattr(shard, name)
+            joined[done : done + len(part)] = part
+            done += len(part)
+        return joined
 
     @cached_property
     def num_tokens(self) -> int:
         """The <|endoftext|> of each document included."""
-        return sum(len(shard.tokens) for shard in self.shards)
+        return sum(shard.num_tokens for shard in self.shards)
 
     @cached_property
     def num_words(self) -> int:
@@ -104,7 +136,7 @@ class Split:
 
     @cached_property
     def num_documents(self) -> int:
-        return sum(len(shard.documents) for shard in self.shards)
+        return sum(shard.num_documents for shard in self.shards)
 
     def prefix(self, max_tokens: int) -> "Split":
         """The longest run of first documents with at most `max_tokens` tokens; at least one document.
@@ -118,13 +150,13 @@ class Split:
         for shard in self.shards:
             # A document is within the prefix if it ends in it: where the next one begins.
             count = int(np.searchsorted(shard.documents["offset"][1:], room, side="right"))
-            count += len(shard.tokens) <= room
+            count += shard.num_tokens <= room
             if count == 0 and shards:
                 break
             shards.append(shard.first(max(1, count)))
-            if count < len(shard.documents):
+            if count < shard.num_documents:
                 break
-            room -= len(shard.tokens)
+            room -= shard.num_tokens
         return Split.of(shards)
 
 
@@ -176,7 +208,8 @@ def open_corpus(folder: str | Path, *, progress: bool = False) -> Corpus:
     """Open what `prepare` left and verify every file of it. Needs neither `tokenizers` nor `transformers`.
 
     Raises `ValueError` if the folder is no prepared corpus or is of another format, and names the file if one is
-    missing, truncated, exchanged, or differs in a single bit. `progress` shows a bar for a corpus of over a gigabyte.
+    missing, truncated, exchanged, or differs in a single bit; `OSError` if one cannot be read. `progress` shows a bar
+    for a corpus of over a gigabyte.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
@@ -200,8 +233,9 @@ def open_corpus(folder: str | Path, *, progress: bool = False) -> Corpus:
                 raise ValueError(f"{folder / name} is damaged: it is not what was written (its SHA-256 differs)")
             bar.update(sizes[name])
     shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
+    maps = Maps()
     for split, entry in _shards(manifest):
-        shards[split].append(_open_shard(folder, entry, np.dtype(manifest["dtype"])))
+        shards[split].append(_shard_on_disk(folder, entry, np.dtype(manifest["dtype"]), maps))
     return Corpus(folder=folder, manifest=manifest, **{name: Split.of(shards[name]) for name in SPLITS})
 
 
@@ -212,22 +246,6 @@ def expected_hashes(manifest: dict[str, Any]) -> dict[str, str]:
         for suffix, digest in shard["sha256"].items():
             hashes[f"{shard['name']}.{suffix}"] = digest
     return hashes
-
-
-def verify_files(folder: Path, hashes: dict[str, str]) -> Iterator[tuple[str, bool]]:
-    """Whether each file has the hash that it should have; several files at a time. A missing file has not."""
-
-    def same(name: str) -> bool:
-        try:
-            return file_sha256(folder / name) == hashes[name]
-        except OSError:
-            return False
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
-        try:
-            yield from zip(hashes, pool.map(same, hashes), strict=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _shards(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -269,9 +287,7 @@ def _refuse_other_json(folder: Path, raw: bytes) -> None:
         raise ValueError(f"{folder} holds no prepared corpus (its {MANIFEST} is not one of a corpus)") from None
 
 
-def _open_shard(folder: Path, entry: dict[str, Any], dtype: np.dtype) -> Shard:
-    tokens = np.memmap(folder / f"{entry['name']}.tokens", dtype, mode="r")
-    documents = np.load(folder / f"{entry['name']}.documents.npy", mmap_mode="r", allow_pickle=False)
-    assert documents.dtype == DOCUMENT
-    assert len(documents) == entry["documents"]
+def _shard_on_disk(folder: Path, entry: dict[str, Any], dtype: np.dtype, maps: Maps) -> Shard:
+    tokens = OnDisk(maps, folder / f"{entry['name']}.tokens", dtype, entry["tokens"])
+    documents = OnDisk(maps, folder / f"{entry['name']}.documents.npy", DOCUMENT, entry["documents"])
     return Shard(tokens, documents, entry["source"])

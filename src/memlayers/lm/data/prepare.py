@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memlayers import __version__
-from memlayers.files import file_sha256, flush, read_sealed, write_sealed
+from memlayers.files import file_sha256, flush, write_sealed
 from memlayers.lm.data import encode
 from memlayers.lm.data.corpus import (
     FORMAT,
@@ -33,14 +33,21 @@ from memlayers.lm.data.corpus import (
     Corpus,
     expected_hashes,
     open_corpus,
-    verify_files,
 )
 from memlayers.lm.data.progress import progress_bar
 from memlayers.lm.data.request import describe_request, differences, open_what_is_here
 from memlayers.lm.data.sources import Source, open_sources
 from memlayers.lm.data.spans import HELD_OUT, Span, merge_parts, read_spans
 from memlayers.lm.data.survey import Survey, survey_documents
-from memlayers.lm.data.tokenize import END_OF_TEXT, load_tokenizer, save_tokenizer, token_dtype, train_tokenizer
+from memlayers.lm.data.tokenize import (
+    END_OF_TEXT,
+    SMALLEST_VOCABULARY,
+    load_tokenizer,
+    save_tokenizer,
+    token_dtype,
+    train_tokenizer,
+)
+from memlayers.lm.data.whole import read_if_whole, verify_files
 from memlayers.lm.data.workspace import is_occupied, keep_only, publish, working_folder
 
 if TYPE_CHECKING:
@@ -49,6 +56,10 @@ if TYPE_CHECKING:
 SURVEY = "survey.json"
 # Of UTF-8 in a token, at the least: for a rough idea of the room that a corpus needs.
 BYTES_OF_A_TOKEN = 3
+
+
+class OtherRequestError(ValueError):
+    """What was begun is of use to another request only."""
 
 
 def prepare(config: "DataConfig", folder: str | Path, *, progress: bool = True) -> Corpus:
@@ -61,12 +72,18 @@ def prepare(config: "DataConfig", folder: str | Path, *, progress: bool = True) 
 
     Raises `ValueError` for sources that are missing, empty, malformed or changed while they were read, for a split
     that is left without documents, for a vocabulary that the text does not have, and for a `folder` that holds
-    anything else, which is left as it is. A corpus that is there is verified, and compared with what is asked for; a
-    source that cannot be opened here is then taken to be the one of that name.
+    anything else, or the beginning of another corpus beside it, which are left as they are. A corpus that is there is
+    verified, and compared with what is asked for; a source that cannot be read here is then taken to be the one of
+    that name.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # a link stays one, to the folder that is made
     if is_occupied(folder):
         return _reuse(folder, config, progress)
+    if os.path.ismount(folder):
+        raise ValueError(
+            f"{folder} is a mount point, which a new corpus cannot take the place of: name a folder in it, such as "
+            f"{folder / 'corpus'}"
+        )
     entries = open_sources(config.sources, text_field=config.text_field, id_field=config.id_field)
     with working_folder(folder) as aside:
         if aside is not None:
@@ -74,6 +91,8 @@ def prepare(config: "DataConfig", folder: str | Path, *, progress: bool = True) 
                 _make(aside, entries, config, progress)
                 publish(aside, folder)
                 return open_corpus(folder, progress=progress)
+            except OtherRequestError:
+                raise
             except BaseException as error:
                 if not isinstance(error, OSError) or not is_occupied(folder):
                     _give_up(aside, folder, error)
@@ -85,7 +104,7 @@ def prepare(config: "DataConfig", folder: str | Path, *, progress: bool = True) 
 def _reuse(folder: Path, config: "DataConfig", progress: bool) -> Corpus:
     corpus = open_corpus(folder, progress=progress)
     held = corpus.manifest["asked"]
-    found = differences(held, describe_request(config, open_what_is_here(config, held), held))
+    found = differences(held, describe_request(config, open_what_is_here(config, held), held, progress))
     if found:
         raise ValueError(
             f"{folder} holds a corpus that was prepared otherwise: {'; '.join(found)}. "
@@ -96,11 +115,12 @@ def _reuse(folder: Path, config: "DataConfig", progress: bool) -> Corpus:
 
 def _make(aside: Path, entries: list[list[Source]], config: "DataConfig", progress: bool) -> None:
     """Everything that a corpus consists of, in `aside`, and nothing else."""
-    made = _read_record(aside / MANIFEST)
-    held = _read_record(aside / SURVEY)
-    asked = describe_request(config, entries, (made or held).get("asked"))
-    if not _is_finished(aside, made, asked):
-        if not _is_same_request(aside, held, asked):
+    made = read_if_whole(aside / MANIFEST)
+    held = read_if_whole(aside / SURVEY)
+    asked = describe_request(config, entries, (made or held).get("asked"), progress)
+    _refuse_other_request(aside, made, held, asked)
+    if not made or not _are_whole(aside, expected_hashes(made)):
+        if not held or not _are_whole(aside, _tokenizer_hashes(held)):
             keep_only(aside, set())
             held = _first_pass(aside, entries, config, asked, progress)
         made = _second_pass(aside, entries, config, held, progress) | {"asked": asked}
@@ -119,15 +139,13 @@ def _first_pass(
             if source.stamp() != file["stamp"]:  # else its hash might be that of something else than was read
                 raise encode.ChangedError(f"{source.name} changed while it was read")
     sample_bytes = sum(map(len, survey.sample))
+    # Every token beyond the smallest vocabulary merges some bytes. Room for a number of them that cannot be is asked
+    # for all the same, and the process ends where it cannot be had.
+    _require_vocabulary(config, SMALLEST_VOCABULARY + sample_bytes, sample_bytes)
     with progress_bar("training the tokenizer", sample_bytes, progress) as bar:
         tokenizer = train_tokenizer(_counted(survey.sample, bar), config.vocab_size)
     vocab_size = tokenizer.get_vocab_size()
-    if vocab_size < config.vocab_size:
-        raise ValueError(
-            f"data.vocab_size must be at most {vocab_size} for this text, got {config.vocab_size} (no further pair "
-            f"of tokens occurs twice in the {sample_bytes} bytes that the tokenizer is trained on; more of "
-            "data.tokenizer_megabytes may have some, if there is more text)"
-        )
+    _require_vocabulary(config, vocab_size, sample_bytes)
     save_tokenizer(tokenizer, aside / TOKENIZER)
     names = sorted(path.name for path in (aside / TOKENIZER).iterdir())
     for path in (*(aside / TOKENIZER).iterdir(), aside / TOKENIZER):
@@ -148,6 +166,15 @@ def _first_pass(
     write_sealed(aside / SURVEY, record)
     flush(aside)
     return record
+
+
+def _require_vocabulary(config: "DataConfig", most: int, sample_bytes: int) -> None:
+    if config.vocab_size > most:
+        raise ValueError(
+            f"data.vocab_size must be at most {most} for this text, got {config.vocab_size} (no further pair "
+            f"of tokens occurs twice in the {sample_bytes} bytes that the tokenizer is trained on; more of "
+            "data.tokenizer_megabytes may have some, if there is more text)"
+        )
 
 
 def _survey_figures(survey: Survey) -> dict[str, Any]:
@@ -225,25 +252,41 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _is_finished(aside: Path, manifest: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether a run was killed between the last file and the renaming."""
-    if not manifest or differences(manifest["asked"], asked):
-        return False
-    return all(same for _, same in verify_files(aside, expected_hashes(manifest)))
+def _refuse_other_request(aside: Path, made: dict[str, Any], held: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raises `OtherRequestError` unless what lies in `aside` was begun for this request, by this version.
+
+    It may be days of work, and what differs a letter: only its owner can say that it may go. What is finished but for
+    its name is of use whatever version made it.
+    """
+    found = differences((made or held)["asked"], asked) if made or held else []
+    if held and not made:
+        versions = _versions()
+        found += [
+            f"{name} {held['versions'].get(name)}, now {version}"
+            for name, version in versions.items()
+            if held["versions"].get(name) != version
+        ]
+        if held["shard_tokens"] != encode.SHARD_TOKENS:
+            found.append(f"shards of {held['shard_tokens']} tokens, now {encode.SHARD_TOKENS}")
+    if found:
+        raise OtherRequestError(
+            f"{aside} holds the beginning of a corpus that was asked for otherwise ({'; '.join(found)}); remove it to "
+            "start over, or name another folder"
+        )
 
 
-def _is_same_request(aside: Path, held: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether what lies in `aside` was begun for this request, by this version."""
-    if not held or held["versions"] != _versions() or held["shard_tokens"] != encode.SHARD_TOKENS:
-        return False
-    files = {f"{TOKENIZER}/{name}": digest for name, digest in held["tokenizer"]["files"].items()}
-    return not differences(held["asked"], asked) and all(same for _, same in verify_files(aside, files))
+def _are_whole(aside: Path, hashes: dict[str, str]) -> bool:
+    return all(same for _, same in verify_files(aside, hashes))
+
+
+def _tokenizer_hashes(held: dict[str, Any]) -> dict[str, str]:
+    return {f"{TOKENIZER}/{name}": digest for name, digest in held["tokenizer"]["files"].items()}
 
 
 def _give_up(aside: Path, folder: Path, error: BaseException) -> None:
     """After a failure: keep what a restart can go on from, and say so, or leave nothing."""
-    held = _read_record(aside / SURVEY)
-    if not (held or _read_record(aside / MANIFEST)) or isinstance(error, encode.ChangedError):
+    held = read_if_whole(aside / SURVEY)
+    if not (held or read_if_whole(aside / MANIFEST)) or isinstance(error, encode.ChangedError):
         shutil.rmtree(aside, ignore_errors=True)
     elif aside.exists():
         error.add_note(f"What is done is kept in {aside}; the same command goes on from there.")
@@ -258,11 +301,3 @@ def _give_up(aside: Path, folder: Path, error: BaseException) -> None:
 
 def _rough_size(held: dict[str, Any]) -> float:
     return held["num_bytes"] / BYTES_OF_A_TOKEN * np.dtype(held["dtype"]).itemsize
-
-
-def _read_record(file: Path) -> dict[str, Any]:
-    """A sealed file's content; empty if it is not there or not whole."""
-    try:
-        return read_sealed(file)
-    except ValueError:
-        return {}

@@ -17,14 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memlayers.files import flush, read_sealed, write_sealed
-from memlayers.lm.data.corpus import SPLITS, verify_files
+from memlayers.files import flush, write_sealed
+from memlayers.lm.data.corpus import SPLITS
 from memlayers.lm.data.tokenize import DOCUMENT
+from memlayers.lm.data.whole import read_if_whole, verify_files
 
 HELD_OUT = SPLITS[1:]
 # One entry a document that waits in a part.
 PART = np.dtype([("rank", "<i8"), ("tokens", "<i8"), ("words", "<i8"), ("bytes", "<i8")])
 COPIED_AT_ONCE = 1 << 16  # documents, or tokens
+TOKENS_AHEAD = 1 << 22  # that are read ahead of the merging, of all parts together
 
 
 class Place(NamedTuple):
@@ -119,12 +121,11 @@ def part_entries(name: str) -> str:
 
 
 def read_spans(folder: Path) -> list[Span]:
-    """The spans that are in `folder`, whole and verified, from the first on."""
+    """The spans that are in `folder`, whole and verified, from the first on. Raises `OSError` if one cannot be read."""
     spans: list[Span] = []
     while True:
-        try:
-            record = read_sealed(folder / record_name(len(spans)))
-        except ValueError:
+        record = read_if_whole(folder / record_name(len(spans)))
+        if not record:
             break
         spans.append(Span(**{**record, "end": Place(*record["end"])}))
     hashes = {name: digest for span in spans for name, digest in span.file_hashes().items()}
@@ -136,25 +137,45 @@ def read_spans(folder: Path) -> list[Span]:
 def merge_parts(folder: Path, split: str, spans: Sequence[Span], dtype: np.dtype) -> dict[str, str]:
     """Make one shard of all parts of a held-out split, ordered by rank; the SHA-256 of its files by their suffix."""
     names = [f"{split}-{span.number:05}" for span in spans if span.counts[split]["documents"]]
-    tokens = [np.memmap(folder / f"{name}.tokens", dtype, mode="r") for name in names]
-    entries = [np.memmap(folder / part_entries(name), PART, mode="r") for name in names]
+    count = sum(span.counts[split]["documents"] for span in spans)
+    entries = [folder / part_entries(name) for name in names]
+    tokens = [_Reader(folder / f"{name}.tokens", dtype, TOKENS_AHEAD // len(names)) for name in names]
     return {
         "tokens": write_chunks(folder / f"{split}.tokens", _merged_tokens(tokens, entries)),
         "documents.npy": write_chunks(
-            folder / f"{split}.documents.npy", document_chunks(_merged_entries(entries), sum(map(len, entries)))
+            folder / f"{split}.documents.npy", document_chunks(_merged_entries(entries), count)
         ),
     }
 
 
-def _merged_tokens(tokens: Sequence[np.ndarray], entries: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    reached = [0] * len(entries)
+class _Reader:
+    """A file from its beginning on, open only while it is read: there may be more parts than descriptors."""
+
+    def __init__(self, file: Path, dtype: np.dtype, ahead: int) -> None:
+        self._file, self._dtype, self._ahead = file, dtype, ahead
+        self._rest = np.empty(0, dtype)
+        self._reached = 0  # bytes
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` items, fewer at the end."""
+        if count > len(self._rest):
+            with self._file.open("rb") as stream:
+                stream.seek(self._reached)
+                raw = stream.read(max(count - len(self._rest), self._ahead) * self._dtype.itemsize)
+            self._reached += len(raw)
+            self._rest = np.concatenate([self._rest, np.frombuffer(raw, self._dtype)])
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken
+
+
+def _merged_tokens(tokens: Sequence[_Reader], entries: Sequence[Path]) -> Iterator[np.ndarray]:
     collected: list[np.ndarray] = []
     size = 0
     for part, entry in _by_rank(entries):
-        length = entry[1]
-        collected.append(tokens[part][reached[part] : reached[part] + length])
-        reached[part] += length
-        size += length
+        document = tokens[part].take(entry[1])
+        assert len(document) == entry[1]
+        collected.append(document)
+        size += len(document)
         if size >= COPIED_AT_ONCE:
             yield np.concatenate(collected)
             collected, size = [], 0
@@ -162,7 +183,7 @@ def _merged_tokens(tokens: Sequence[np.ndarray], entries: Sequence[np.ndarray]) 
         yield np.concatenate(collected)
 
 
-def _merged_entries(entries: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+def _merged_entries(entries: Sequence[Path]) -> Iterator[np.ndarray]:
     collected: list[tuple[int, ...]] = []
     for _, entry in _by_rank(entries):
         collected.append(entry)
@@ -173,12 +194,14 @@ def _merged_entries(entries: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         yield np.array(collected, PART)
 
 
-def _by_rank(entries: Sequence[np.ndarray]) -> Iterator[tuple[int, tuple[int, ...]]]:
+def _by_rank(entries: Sequence[Path]) -> Iterator[tuple[int, tuple[int, ...]]]:
     """The entries of all parts and the parts they are of, by rank; the earlier document first where ranks are equal."""
+    at_once = max(1, COPIED_AT_ONCE // len(entries))
 
     def walk(part: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        for start in range(0, len(entries[part]), COPIED_AT_ONCE):
-            for entry in entries[part][start : start + COPIED_AT_ONCE].tolist():
+        reader = _Reader(entries[part], PART, at_once)
+        while len(some := reader.take(at_once)):
+            for entry in some.tolist():
                 yield entry[0], part, entry
 
     for _, part, entry in heapq.merge(*map(walk, range(len(entries))), key=lambda item: item[:2]):

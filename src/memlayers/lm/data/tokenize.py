@@ -1,5 +1,7 @@
 """The tokenizer of a corpus: a byte-level BPE, trained, saved, loaded and applied."""
 
+import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +43,19 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
     """Write the files that `transformers` loads a tokenizer from; <|endoftext|> begins and ends a text."""
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(
+    saved = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+    )
+    try:
+        saved.save_pretrained(folder)
+    except Exception as error:  # `tokenizers` raises no other kind, and tells the operating system's only in words
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer":

@@ -22,7 +22,7 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
     by_source: dict[int, range]
 
     def __init__(self, split: Split, length: int) -> None:
-        longest = max((len(shard.tokens) for shard in split.shards), default=0)
+        longest = max((shard.num_tokens for shard in split.shards), default=0)
         if isinstance(length, bool) or not isinstance(length, int) or not 2 <= length <= longest:
             whole = "split" if len(split.shards) == 1 else "split's longest shard"
             raise ValueError(f"length must be an integer from 2 to the {whole}'s {longest} tokens, got {length!r}")
@@ -35,7 +35,7 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
             self._starts.append(self._count)
             first = self.by_source.get(shard.source, range(self._count, self._count))
             assert first.stop == self._count, "the shards of a source follow each other"
-            self._count += len(shard.tokens) // length
+            self._count += shard.num_tokens // length
             self.by_source[shard.source] = range(first.start, self._count)
 
     def __len__(self) -> int:
@@ -94,6 +94,7 @@ def _fill_with_passes(order: np.ndarray, numbers: range, *entropy: int) -> None:
 
 def _draw(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
     """The source of each place: integers [count]."""
+    weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # by a power of two, so exact; else the sum may overflow
     bounds = np.cumsum(weights) / weights.sum()
     generator = np.random.default_rng([seed, 0])
     drawn = np.empty(count, np.uint8 if len(weights) <= 1 << 8 else np.uint32)

@@ -1,6 +1,6 @@
 """How much memory a training step needs, before it takes any."""
 
-from memlayers.lm.footprint.available import available_memory
+from memlayers.available import available_memory
 from memlayers.lm.footprint.estimate import Footprint, explain_out_of_memory, footprint, require_memory, size_text
 
 __all__ = ["Footprint", "available_memory", "explain_out_of_memory", "footprint", "require_memory", "size_text"]

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from memlayers.available import available_memory
 from memlayers.lm.build import batch_loss, build_model, build_optimizer
 from memlayers.lm.config import RunConfig
 from memlayers.lm.evaluate import ComputePrecision, autocast
-from memlayers.lm.footprint.available import available_memory
 from memlayers.lm.footprint.inside_operations import InsideOperations
 from memlayers.lm.footprint.live_bytes import tensor_bytes
 

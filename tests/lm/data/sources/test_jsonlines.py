@@ -59,3 +59,15 @@ def test_a_line_without_an_end_is_not_read_into_memory(written, read, monkeypatc
 @pytest.mark.parametrize("content", [b"\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n\n"])
 def test_blank_lines_are_no_documents(written, read, content):
     assert read(written("blank.jsonl", content)) == []
+
+
+@pytest.mark.parametrize("suffix", [".ndjson", ".jsonlines", ".NDJSON", ".ndjson.gz"])
+def test_other_suffixes_are_of_json_lines_too(written, read, tmp_path, suffix):
+    path = written(f"folder/docs{suffix}", b'{"text": "one", "id": "a"}\n')
+    assert read(path) == read(path.parent) == [("a", "one")]
+
+
+def test_an_empty_id_is_none(written, read):
+    (document,) = read(written("docs.jsonl", b'{"text": "one", "id": ""}\n'))
+    assert document.key is document.text
+    assert [document.key for document in read(written("docs.jsonl", b'{"text": "one", "id": 0}\n'))] == ["0"]

@@ -46,7 +46,7 @@ def test_each_entry_has_its_own_list_and_the_fields_that_were_asked_for(written)
     ("name", "message"),
     [
         ("missing.txt", "sources: no such file or folder: .*missing.txt"),
-        ("hollow", "sources: no file of .parquet, .txt, .*.jsonl.zst in the folder .*hollow"),
+        ("hollow", "sources: no file of .parquet, .txt, .*.jsonl.zst, .*.ndjson.zst in the folder .*hollow"),
         ("empty.txt", "empty.txt is empty"),
         ("empty.txt.zst", "empty.txt.zst is empty"),
         ("empty.parquet", "empty.parquet is empty"),

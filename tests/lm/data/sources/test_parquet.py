@@ -97,6 +97,28 @@ def test_what_is_not_whole_parquet_is_named_and_never_skipped(table, read, spoil
         read(path, skip=lambda message: None)
 
 
+@pytest.mark.parametrize(
+    ("fault", "expected", "message"),
+    [
+        (OSError(5, "Error reading bytes from file. Detail: [errno 5]"), OSError, "Input/output error: .*docs.parquet"),
+        (pyarrow.ArrowMemoryError("malloc of size 64 failed"), MemoryError, "malloc of size 64 failed"),
+        (OSError("Corrupt snappy compressed data."), ValueError, "docs.parquet: not readable as Parquet: Corrupt"),
+    ],
+    ids=["disk", "memory", "damaged"],
+)
+def test_a_disk_that_fails_and_a_lack_of_memory_are_not_the_file_s_fault(
+    table, read, monkeypatch, fault, expected, message
+):
+    def fail(*_, **__):
+        raise fault
+
+    path = table({"text": ["one"]})
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
+    with pytest.raises(expected, match=message) as raised:
+        read(path, skip=lambda message: None)
+    assert isinstance(raised.value, ValueError) == (expected is ValueError)
+
+
 def test_a_field_that_is_both_text_and_id_is_read_once(table):
     path = table({"text": ["one"]})
     assert list(Parquet(path, id_field="text").documents()) == [("one", "one")]

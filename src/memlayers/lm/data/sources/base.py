@@ -9,6 +9,14 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 # What is told about a malformed record that is left out.
 Skip = Callable[[str], None]
+# What is told how many bytes were read. It may raise, to end the reading.
+Read = Callable[[int], None]
+
+HASHED_AT_ONCE = 1 << 20  # bytes
+
+
+def nobody(count: int) -> None:
+    """Whom it does not concern how many bytes were read."""
 
 
 class Document(NamedTuple):
@@ -28,7 +36,7 @@ class Source(Protocol):
     def stamp(self) -> dict[str, Any] | None:
         """`name`, `bytes` and `mtime_ns`: as long as they are the same, so are the contents. None: no cheap sign."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, *, read: Read = nobody) -> dict[str, Any]:
         """`format`, `name`, and what tells other contents: `bytes` and `sha256` of what lies on disk, where it does."""
 
     def documents(self, *, skip: Skip | None = None) -> Iterator[Document]:
@@ -56,8 +64,12 @@ class FileSource:
         status = self.file.stat()
         return {"name": os.path.abspath(self.file), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, *, read: Read = nobody) -> dict[str, Any]:
+        digest, size = hashlib.sha256(), 0
         with self.file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            while piece := stream.read(HASHED_AT_ONCE):
+                digest.update(piece)
+                size += len(piece)
+                read(len(piece))
         name = self.relative or self.file.name
-        return {"format": self.format, "name": name, "bytes": self.file.stat().st_size, "sha256": digest}
+        return {"format": self.format, "name": name, "bytes": size, "sha256": digest.hexdigest()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memlayers.lm.data.sources.base import Document, Skip
+from memlayers.lm.data.sources.base import Document, Read, Skip, nobody
 from memlayers.lm.data.sources.records import to_document
 
 PREFIX = "hf:"
@@ -22,6 +22,9 @@ class HuggingFace:
     Named `hf:NAME`, `hf:NAME:CONFIG` or `hf:NAME:CONFIG:SPLIT`; NAME may be a local folder of data files, CONFIG may
     be left empty. News articles much like those that product-key memories were published with are
     `hf:vblagoje/cc_news`, with the field `text`.
+
+    A stream has no place to go on from: preparing that goes on after a kill reads the dataset again from its first
+    row, over the network, though it encodes only what is not encoded yet.
     """
 
     dataset: str
@@ -50,7 +53,7 @@ class HuggingFace:
     def stamp(self) -> None:
         """None: only reading it all would show that it has changed."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, *, read: Read = nobody) -> dict[str, Any]:
         return {"format": "huggingface", "name": self.dataset, "config": self.config, "split": self.split}
 
     def documents(self, *, skip: Skip | None = None) -> Iterator[Document]:

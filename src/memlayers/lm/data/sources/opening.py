@@ -15,9 +15,10 @@ from memlayers.lm.data.sources.stdlib import StandardLibrary
 from memlayers.lm.data.sources.text import TextFile
 
 # What is taken from a folder; a file that is named is plain text with any other suffix too.
+JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")
 FOLDER_SUFFIXES = (
     ".parquet",
-    *(kind + packed for kind in (".txt", ".jsonl") for packed in ("", *compressed.SUFFIXES)),
+    *(kind + packed for kind in (".txt", *JSON_LINES) for packed in ("", *compressed.SUFFIXES)),
 )
 
 
@@ -25,8 +26,8 @@ def open_sources(sources: Sequence[str], *, text_field: str, id_field: str) -> l
     """The sources behind each entry, in a fixed order; without an entry, Python's own standard library.
 
     An entry is a file, a folder (all of `FOLDER_SUFFIXES` below it, hidden ones left out), a glob (`**` for any depth)
-    or a dataset (`hf:NAME`, see `HuggingFace`). Files are JSON lines (`.jsonl`) or plain text, each plain, `.gz`,
-    `.xz` or `.zst`, or Parquet (`.parquet`).
+    or a dataset (`hf:NAME`, see `HuggingFace`); `~` is the home folder. Files are JSON lines (`JSON_LINES`) or plain
+    text, each plain, `.gz`, `.xz` or `.zst`, or Parquet (`.parquet`).
 
     Raises `ValueError`, before anything is read, for an entry that is or matches nothing, an empty file, one of another
     format, one that is given twice, and a format whose package is not installed.
@@ -50,6 +51,7 @@ def _open_entry(entry: str, text_field: str, id_field: str) -> Iterator[Source]:
         return
     if not entry.strip():
         raise ValueError(f"sources: {entry!r} is not the path of a file or folder")
+    entry = os.path.expanduser(entry)
     path = Path(entry)
     if path.is_dir():
         found = _below(path)
@@ -116,7 +118,7 @@ def _open_file(file: Path, relative: str, text_field: str, id_field: str) -> Sou
     if suffix == ".parquet":
         _require("pyarrow", file)
         return Parquet(file, relative, text_field, id_field)
-    if suffix == ".jsonl":
+    if suffix in JSON_LINES:
         return JsonLines(file, relative, text_field, id_field)
     return TextFile(file, relative)
 

@@ -1,5 +1,6 @@
 """Parquet: one document a row."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -47,7 +48,12 @@ class Parquet(FileSource):
                     arrays = [batch.column(name) for name in columns]
                     for values in zip(*arrays, strict=True):
                         yield dict(zip(columns, values, strict=True))
+        except MemoryError:  # which is one of Arrow's errors, too
+            raise
         except (pyarrow.ArrowException, OSError) as error:
+            number = getattr(error, "errno", None)  # Arrow's own have none, but for those of the operating system
+            if number is not None:
+                raise OSError(number, os.strerror(number), str(self.file)) from error
             raise ValueError(f"{self.file}: not readable as Parquet: {error}") from None
 
     def _columns(self, schema: Any) -> list[str]:

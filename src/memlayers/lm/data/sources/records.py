@@ -7,7 +7,7 @@ from memlayers.lm.data.sources.base import Document
 
 
 def to_document(record: Mapping[str, Any], place: str, *, text_field: str, id_field: str) -> Document:
-    """The document of a record. One without an id has its text as its key.
+    """The document of a record. One without an id, or with an empty one, has its text as its key.
 
     Raises `ValueError` naming the `place` if the text is missing or no string, or the id no string or integer.
     """
@@ -17,7 +17,7 @@ def to_document(record: Mapping[str, Any], place: str, *, text_field: str, id_fi
     if not isinstance(text, str):
         raise ValueError(f"{place}: field {text_field!r} is {type(text).__name__}, expected a string")
     key = record.get(id_field)
-    if key is None:
+    if key is None or key == "":
         key = text
     elif isinstance(key, bool) or not isinstance(key, str | int):
         raise ValueError(f"{place}: field {id_field!r} is {type(key).__name__}, expected a string or an integer")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memlayers.lm.data.sources.base import Document, Skip
+from memlayers.lm.data.sources.base import Document, Read, Skip, nobody
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,14 @@ class StandardLibrary:
     def stamp(self) -> None:
         """None: it is read in a moment."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, *, read: Read = nobody) -> dict[str, Any]:
         """`files` is their number; `bytes` and `sha256` are of all of them."""
         digest, size, files = hashlib.sha256(), 0, 0
         for name, path in self._files():
             content = path.read_bytes()
             digest.update(f"{name}\0{len(content)}\0".encode() + content)
             size, files = size + len(content), files + 1
+            read(len(content))
         return {"format": "stdlib", "name": self.name, "bytes": size, "sha256": digest.hexdigest(), "files": files}
 
     def documents(self, *, skip: Skip | None = None) -> Iterator[Document]:
