@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from memlayers.checks import require_int
 from memlayers.lm.run import RunFolder
 
 
@@ -29,8 +30,8 @@ def generate(
 
     Raises `ValueError` for a folder without a finished run, a bad setting, or a text that does not fit.
     """
-    _require_int("max_new_tokens", max_new_tokens, least=1)
-    _require_int("seed", seed, least=0, most=2**64 - 1)
+    require_int("max_new_tokens", max_new_tokens, least=1)
+    require_int("seed", seed, least=0, most=2**64 - 1)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     if not 0 < top_p <= 1:
@@ -67,9 +68,3 @@ def generate(
         **drawing,
     )
     return str(tokenizer.decode(written_BT[0], skip_special_tokens=True))
-
-
-def _require_int(name: str, value: object, *, least: int, most: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
