@@ -90,7 +90,7 @@ CASES = {
     "checkpointing, llama": (run_config("llama", layers=8, dim=384, batch=4096, checkpointing=True), 1000, {}),
     "bf16": (run_config(layers=4, dim=256, batch=2048, memory=(3,)), 8000, {"precision": "bf16"}),
 }
-QUICK = ("table", "logits")
+QUICK = ("table",)
 
 
 @on_linux
