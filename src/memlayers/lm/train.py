@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch.utils.data import Subset
 from transformers import set_seed
 
+from memlayers.available import available_memory
 from memlayers.files import sole_user
 from memlayers.info import count_parameters, hardware, versions
 from memlayers.lm.build import build_model, pick_device, resolve_precision
@@ -69,9 +70,13 @@ def train(
     if not isinstance(corpus, Corpus):
         corpus = prepare(config.data, folder.path.parent / "corpus" if corpus is None else corpus, progress=progress)
     windows = training_windows(config, corpus)
-    order = training_order(
-        windows, config.training.steps * config.batch_windows, config.training.seed, config.data.weights
-    )
+    count = config.training.steps * config.batch_windows
+    if 4 * count > available_memory("cpu"):
+        raise ValueError(
+            f"training.tokens must be fewer: the order of {count:,} windows alone does not fit into memory, "
+            f"got {config.training.tokens:,}"
+        )
+    order = training_order(windows, count, config.training.seed, config.data.weights)
     text = Text(corpus, Subset(windows, cast(Sequence[int], order)), order)
     identity: dict[str, Any] = {
         "config": config.to_dict(),
@@ -120,36 +125,39 @@ def train(
             raise
         with trainer.writing("the model"):
             folder.save_model(model, corpus)
-        tokens = config.training.steps * config.training.batch_tokens
-        result = {
-            "config": identity["config"],
-            "data": {
-                **identity["data"],
-                "folder": os.path.abspath(corpus.folder),
-                "epochs": len(order) / len(windows),
-                "vocab_size": corpus.vocab_size,
-            },
-            "command": sys.argv,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seed": config.training.seed,
-            "versions": versions(),
-            "hardware": hardware(),
-            "device": device_name(device),
-            "precision": precision,
-            "parameters": parameters,
-            "training": {
-                "steps": config.training.steps,
-                "tokens": tokens,
-                "seconds": trainer.clock.seconds,
-                "tokens_per_s": tokens / trainer.clock.seconds,
-                "words_per_s": tokens * words_per_token(corpus.train) / trainer.clock.seconds,
-            },
-            "curve": curve,
-            "validation": validation.to_dict(),
-        }
         with trainer.writing("the result"):
-            folder.finish(result)
+            folder.finish({**_result(trainer, parameters), "curve": curve, "validation": validation.to_dict()})
     return folder.read_result()
+
+
+def _result(trainer: LanguageModelTrainer, parameters: dict[str, int]) -> dict[str, Any]:
+    """What `result.json` says of a run beside its quality."""
+    training, corpus, seconds = trainer.run_config.training, trainer.text.corpus, trainer.clock.seconds
+    tokens = training.steps * training.batch_tokens
+    return {
+        "config": trainer.identity["config"],
+        "data": {
+            **trainer.identity["data"],
+            "folder": os.path.abspath(corpus.folder),
+            "epochs": len(trainer.text.order) / len(trainer.text.windows.dataset),  # type: ignore[arg-type]
+            "vocab_size": corpus.vocab_size,
+        },
+        "command": sys.argv,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": training.seed,
+        "versions": versions(),
+        "hardware": hardware(),
+        "device": device_name(trainer.language_model.device),
+        "precision": trainer.precision,
+        "parameters": parameters,
+        "training": {
+            "steps": training.steps,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            "words_per_s": tokens * words_per_token(corpus.train) / seconds,
+        },
+    }
 
 
 def _leave(folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
