@@ -5,7 +5,7 @@ import os
 import pytest
 
 from memlayers import files
-from memlayers.files import flush, read_sealed, sole_user, write_sealed, write_text
+from memlayers.files import flush, new_folder, read_sealed, sole_user, write_sealed, write_text
 
 
 def test_a_sealed_file_is_json_and_comes_back(tmp_path):
@@ -91,3 +91,10 @@ def test_windows_flushes_files_that_it_may_write_and_no_folders(tmp_path, monkey
     flush(tmp_path)
     flush(file)
     assert opened == [(file, os.O_RDWR)]
+
+
+def test_what_is_written_can_be_read_by_whom_the_folder_can(tmp_path):
+    """Some libraries keep their files from others."""
+    with new_folder(tmp_path / "new") as aside:
+        (aside / "private").touch(mode=0o600)
+    assert (tmp_path / "new" / "private").stat().st_mode & 0o777 == (tmp_path / "new").stat().st_mode & 0o666

@@ -80,6 +80,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         for path in (*aside.rglob("*"), aside):
+            if path.is_file():  # safetensors keeps its files from others
+                path.chmod(aside.stat().st_mode & 0o666)
             flush(path)
         os.rename(aside, folder)
         flush(folder.parent)

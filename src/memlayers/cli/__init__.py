@@ -15,7 +15,7 @@ from collections.abc import Sequence
 FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # full, or failing: nothing that a user got wrong
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # full, or failing: nothing that a user got wrong
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def _leave_quietly() -> int:
 
 def _with_notes(error: BaseException) -> str:
     """What it says, and what was added on its way here: where what is done so far is kept."""
-    return "; ".join(filter(None, (str(error) or None, *getattr(error, "__notes__", ()))))
+    return ". ".join(filter(None, (str(error) or None, *getattr(error, "__notes__", ()))))
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

@@ -102,9 +102,12 @@ def add_prepare(parser: ArgumentParser, base: Base | None) -> None:
 
 def run_prepare(call: Call) -> None:
     from memlayers.lm.data import prepare
+    from memlayers.lm.run import check_output
 
     config, folder = call.configuration(), call.options.output
     was_ready = _is_ready(folder)
+    if not was_ready:
+        check_output(Path(folder))
     start = time.perf_counter()
     corpus = prepare(config.data, folder)
     print(show.corpus(corpus, None if was_ready else time.perf_counter() - start))

@@ -116,7 +116,7 @@ class RunFolder:
             state = "a finished run" if self.finished else "a run that did not finish"
             raise ValueError(
                 f"output must be a folder without a run, got {str(self.path)!r}, which holds {state}; choose another "
-                f"one, allow it to be overwritten{'' if self.finished else ', or resume it'}"
+                f"one, {'' if self.finished else 'let it go on (resume), '}or have it replaced (overwrite)"
             )
 
     def start(self, config: RunConfig, *, overwrite: bool = False) -> None:

@@ -139,11 +139,11 @@ def _first_pass(
             if source.stamp() != file["stamp"]:  # else its hash might be that of something else than was read
                 raise encode.ChangedError(f"{source.name} changed while it was read")
     sample_bytes = sum(map(len, survey.sample))
-    # Every token beyond the smallest vocabulary merges some bytes. Room for a number of them that cannot be is asked
-    # for all the same, and the process ends where it cannot be had.
-    _require_vocabulary(config, SMALLEST_VOCABULARY + sample_bytes, sample_bytes)
+    # Every token beyond the smallest vocabulary merges some bytes. Room for more tokens than can be would be asked for
+    # all the same, and the process would end where it cannot be had.
+    most = SMALLEST_VOCABULARY + sample_bytes
     with progress_bar("training the tokenizer", sample_bytes, progress) as bar:
-        tokenizer = train_tokenizer(_counted(survey.sample, bar), config.vocab_size)
+        tokenizer = train_tokenizer(_counted(survey.sample, bar), min(config.vocab_size, most))
     vocab_size = tokenizer.get_vocab_size()
     _require_vocabulary(config, vocab_size, sample_bytes)
     save_tokenizer(tokenizer, aside / TOKENIZER)
