@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/memlayers compare --preset demo --output runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
