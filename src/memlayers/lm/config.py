@@ -243,18 +243,11 @@ def differences(one: RunConfig, other: RunConfig) -> list[str]:
     What cannot change the result is left out: when checkpoints are written, and what describes a memory when neither
     has one.
     """
-    left, right = _flat(one.to_dict()), _flat(other.to_dict())
+    left, right = (flat_fields(type(config), config.to_dict()) for config in (one, other))
     names = [name for name in left if left[name] != right[name] and name not in _WITHOUT_EFFECT]
     if not one.memory_layers and not other.memory_layers:
         names = [name for name in names if not name.startswith("memory.") and name != "training.value_learning_rate"]
     return [f"{name}: {left[name]!r}, {right[name]!r}" for name in names]
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
-    return flat
 
 
 def _plain(value: Any) -> Any:
