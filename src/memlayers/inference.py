@@ -24,7 +24,7 @@ _PARTS = (QueryNetwork, nn.Linear, MaskedBatchNorm, ProductKeys, ValueTable)
 def try_infer(layer: "MemoryLayer", x_TD: Tensor) -> Tensor | None:
     """y [T, V], without gradients and in float32, of the paper's layer with nobody who listens to its parts.
 
-    None otherwise: then the parts are to be called.
+    A subclass has it, too, where it differs in `combine` alone. None otherwise: then the parts are to be called.
     """
     if torch.is_grad_enabled() or layer.training or x_TD.dtype != torch.float32 or x_TD.device.type != "cpu":
         return None
@@ -37,7 +37,7 @@ def try_infer(layer: "MemoryLayer", x_TD: Tensor) -> Tensor | None:
         # Hooks, or a forward of its own: `accelerate` gives modules one where it moves their weights.
         if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
             return None
-    if len(projections) > 1 or norm.training:
+    if len(projections) > 1 or norm.training or not layer.reads_plainly():
         return None
     stats = norm.running_mean, norm.running_var, norm.weight, norm.bias
     arguments = (projection.weight, projection.bias, *stats, norm.eps, keys.weight, keys.topk, values.weight)

@@ -1,4 +1,4 @@
-"""ProductKeys and FlatKeys: from a query to the K best slots of each head, exactly.
+"""ProductKeys, NormalisedKeys and FlatKeys: from a query to the K best slots of each head, exactly.
 
 Letters: T tokens, H heads, Q query width of a head, N sub-keys a codebook, S slots, K neighbours, C keys of a block,
 ... any leading shape.
@@ -8,10 +8,11 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlayers.ops import without_autocast
-from memlayers.ops.read import dot
+from memlayers.ops.read import accumulation_dtype, dot
 from memlayers.ops.search import search
 from memlayers.ops.select import best
 
@@ -61,6 +62,57 @@ class ProductKeys(nn.Module):
     def extra_repr(self) -> str:
         _, heads, num_subkeys, half = self.weight.shape
         return f"heads={heads}, num_subkeys={num_subkeys}, query_dim={2 * half}, topk={self.topk}"
+
+
+class NormalisedKeys(ProductKeys):
+    """Product keys whose scores are cosines over a learned temperature, whatever the norms of queries and keys.
+
+    score(i, j) = <q, k_ij> / temperature, with q = query / |query| and
+    k_ij = (first[i] / |first[i]|, second[j] / |second[j]|) / sqrt(2), so that |q| = |k_ij| = 1
+
+    One temperature a head, exp(log_temperature), 1/sqrt(Q) at the start: then scores of random queries have a standard
+    deviation of 1. The search is that of `ProductKeys`, exact, in at least float32.
+    """
+
+    # A norm below it counts as this: near zero, directions are noise, and their gradient is without bound.
+    least_norm = 1e-3
+
+    def __init__(
+        self,
+        heads: int,
+        num_subkeys: int,
+        query_dim: int,
+        topk: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(heads, num_subkeys, query_dim, topk, device=device, dtype=dtype)
+        self.log_temperature = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
+        self._reset_temperature()
+
+    def reset_parameters(self) -> None:
+        """Sub-keys as those of `ProductKeys`, temperatures to 1/sqrt(Q)."""
+        super().reset_parameters()
+        if "log_temperature" in self._parameters:  # not yet, where the constructor of ProductKeys calls
+            self._reset_temperature()
+
+    def _reset_temperature(self) -> None:
+        nn.init.constant_(self.log_temperature, -0.5 * math.log(2 * self.weight.shape[-1]))
+
+    def forward(self, query: Tensor) -> Hits:
+        """query: [..., H, Q] -> Hits of shape [..., H, K]."""
+        dtype = accumulation_dtype(query.dtype)
+        query_THQ = query.reshape(-1, *query.shape[-2:]).to(dtype)
+        # The temperature goes with the query: it is positive, so the order of scores is that of cosines.
+        query_THQ = self._unit(query_THQ) * torch.exp(-self.log_temperature.to(dtype))[:, None]
+        weight_2HNC = self._unit(self.weight.to(dtype)) / math.sqrt(2)
+        scores_THK, slots_THK = search(query_THQ, weight_2HNC, self.topk)
+        shape = (*query.shape[:-1], self.topk)
+        return Hits(scores_THK.view(shape), slots_THK.view(shape))
+
+    def _unit(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1, eps=self.least_norm)
 
 
 class FlatKeys(nn.Module):

@@ -1,9 +1,11 @@
-"""MemoryLayer: query, search, read, output.
+"""MemoryLayer: query, search, weigh, read, combine; and the classes that take some of these steps otherwise.
 
 Letters: T tokens, D model width, H heads, Q query width of a head, K neighbours, S slots, V value width.
 """
 
-from typing import Any
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,16 @@ class MemoryLayer(nn.Module):
     differs from `dim` adds an output projection.
 
     `values` shares the table of another layer; it must have ``config.slots`` rows of width ``config.width``.
+
+    A layer of another kind is a subclass with steps of its own: `make_keys` and `make_output` build parts; `weigh`,
+    `read` and `combine` are what `forward` does with them. Further parts are made after ``super().__init__``.
     """
+
+    made: ClassVar[int] = 0  # when the class was made: tells two of one name apart (`layer_class`)
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.made = time.monotonic_ns()
 
     def __init__(
         self,
@@ -41,11 +52,7 @@ class MemoryLayer(nn.Module):
         self.config = config
         where: Any = {"device": device, "dtype": dtype}
         self.query = QueryNetwork(config, **where)
-        self.keys: ProductKeys | FlatKeys
-        if config.keys == "product":
-            self.keys = ProductKeys(config.heads, config.num_subkeys, config.query_dim, config.topk, **where)
-        else:
-            self.keys = FlatKeys(config.heads, config.slots, config.query_dim, config.topk, **where)
+        self.keys = self.make_keys(**where)
         if values is not None and values.weight.shape != (config.slots, config.width):
             raise ValueError(
                 f"values must be a table of {config.slots} slots of width {config.width}, "
@@ -53,21 +60,33 @@ class MemoryLayer(nn.Module):
             )
         self.owns_values = values is None
         self.values = ValueTable(config.slots, config.width, **where) if values is None else values
-        self.output = (
-            nn.Identity() if config.width == config.dim else nn.Linear(config.width, config.dim, bias=False, **where)
-        )
+        self.output = self.make_output(**where)
         # The real tokens of the call in progress, [B, T]: set by a model around its call, for blocks that call
         # `self.mlp(hidden)` and so cannot pass a mask.
         self.mask: Tensor | None = None
 
+    def make_keys(self, **where: Any) -> ProductKeys | FlatKeys:
+        """What is called with the query and returns `Hits`; `where` is the device and the dtype."""
+        config = self.config
+        if config.keys == "product":
+            return ProductKeys(config.heads, config.num_subkeys, config.query_dim, config.topk, **where)
+        return FlatKeys(config.heads, config.slots, config.query_dim, config.topk, **where)
+
+    def make_output(self, **where: Any) -> nn.Module:
+        """The projection V -> D of `combine`; nothing where values are as wide as the model."""
+        config = self.config
+        if config.width == config.dim:
+            return nn.Identity()
+        return nn.Linear(config.width, config.dim, bias=False, **where)
+
     def reset_parameters(self) -> None:
-        """Initialise as the paper's authors do; a table passed in is left to the layer that made it."""
-        self.query.reset_parameters()
-        self.keys.reset_parameters()
-        if self.owns_values:
-            self.values.reset_parameters()
-        if isinstance(self.output, nn.Linear):
-            self.output.reset_parameters()
+        """Initialise as the paper's authors do; a table passed in is left to the layer that made it.
+
+        Every part resets itself, those of a subclass, too. A subclass that holds parameters itself resets them here.
+        """
+        for part in self.children():
+            if part is not self.values or self.owns_values:
+                _reset(part)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: [..., D] -> [..., D], any leading shape.
@@ -86,16 +105,32 @@ class MemoryLayer(nn.Module):
         if (y_TV := try_infer(self, x_TD)) is not None:
             if mask_T is not None:
                 y_TV = torch.where(mask_T[:, None], y_TV, 0)
-            return self.output(y_TV.to(x.dtype)).view(x.shape)
-        x_TD = F.dropout(x_TD, config.input_dropout, self.training)
-        query_THQ = F.dropout(self.query(x_TD, mask_T), config.query_dropout, self.training)
-        scores_THK, slots_THK = self.keys(query_THQ)
-        weights_THK = scores_THK.softmax(-1)
+            return self.combine(y_TV.to(x.dtype), x_TD).view(x.shape)
+        query_THQ = self.query(F.dropout(x_TD, config.input_dropout, self.training), mask_T)
+        scores_THK, slots_THK = self.keys(F.dropout(query_THQ, config.query_dropout, self.training))
+        weights_THK = self.weigh(scores_THK)
         if mask_T is not None:  # padding reads nothing, so that it trains no row
             weights_THK = torch.where(mask_T[:, None, None], weights_THK, 0)
-        y_TV = self.values.read(slots_THK.flatten(1), weights_THK.flatten(1))
+        y_TV = self.read(x_TD, slots_THK, weights_THK)
         y_TV = F.dropout(y_TV, config.value_dropout, self.training)
-        return self.output(y_TV.to(x.dtype)).view(x.shape)
+        return self.combine(y_TV.to(x.dtype), x_TD).view(x.shape)
+
+    def weigh(self, scores_THK: Tensor) -> Tensor:
+        """The weights of the K slots of each head, of the shape of their scores."""
+        return scores_THK.softmax(-1)
+
+    def read(self, x_TD: Tensor, slots_THK: Tensor, weights_THK: Tensor) -> Tensor:
+        """y [T, V], in at least float32. x_TD is the input of the layer; of padding, it and the weights are zero."""
+        return self.values.read(slots_THK.flatten(1), weights_THK.flatten(1))
+
+    def combine(self, y_TV: Tensor, x_TD: Tensor) -> Tensor:
+        """[T, D] of what was read and the input of the layer; zero where both are, as they are for padding."""
+        return self.output(y_TV)
+
+    def reads_plainly(self) -> bool:
+        """Whether `weigh` and `read` are those of this class, which `memlayers.ops.infer` does the work of."""
+        steps = (self.weigh, MemoryLayer.weigh), (self.read, MemoryLayer.read)
+        return all(getattr(step, "__func__", None) is plain for step, plain in steps)
 
     def token_mask(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """The mask [T] (bool) that a call with these arguments uses, or None: all tokens are real."""
@@ -112,3 +147,32 @@ class MemoryLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"slots={self.config.slots}, heads={self.config.heads}, topk={self.config.topk}"
+
+
+def layer_class(name: str) -> type[MemoryLayer]:
+    """`MemoryLayer` or the subclass of this name, as a saved description gives it; of two, the one made last.
+
+    Raises `ValueError` for a name that no class has, or none that was imported.
+    """
+    known = {kind.__name__: kind for kind in sorted(_kinds(MemoryLayer), key=lambda kind: kind.made)}
+    if name not in known:
+        raise ValueError(
+            f"kind must be the name of a class of memory layers that was imported, got {name!r}; known: "
+            f"{', '.join(sorted(known))}. If it is a class of your own, import the module that defines it first"
+        )
+    return known[name]
+
+
+def _kinds(kind: type[MemoryLayer]) -> Iterator[type[MemoryLayer]]:
+    yield kind
+    for subclass in kind.__subclasses__():
+        yield from _kinds(subclass)
+
+
+def _reset(part: nn.Module) -> None:
+    reset = getattr(part, "reset_parameters", None)
+    if reset is not None:
+        reset()
+        return
+    for child in part.children():  # a container
+        _reset(child)

@@ -113,7 +113,7 @@ class UsageMeter:
     def add(self, hits: Hits, mask_T: Tensor | None = None) -> None:
         """Count hits of shape [..., H, K]; tokens where mask_T is False are left out."""
         scores_THK, slots_THK = (found.reshape(-1, *found.shape[-2:]) for found in hits)
-        weights_THK = scores_THK.double().softmax(-1)
+        weights_THK = self.layer.weigh(scores_THK.double())
         # A masked token counts nothing rather than being selected away, which would wait for a device.
         real_T = torch.ones(len(slots_THK), dtype=torch.bool, device=slots_THK.device) if mask_T is None else mask_T
         weights_THK = torch.where(real_T[:, None, None], weights_THK, 0)

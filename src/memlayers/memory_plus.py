@@ -1,0 +1,58 @@
+"""MemoryPlus: a memory whose output is gated by its input.
+
+Letters: T tokens, D model width, V value width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memlayers.config import MemoryConfig
+from memlayers.keys import NormalisedKeys
+from memlayers.layer import MemoryLayer
+from memlayers.values import ValueTable
+
+
+class MemoryPlus(MemoryLayer):
+    """The memory m: R^D -> R^D of *Memory Layers at Scale* (Berges et al. 2024, arXiv 2412.09764), "Memory+".
+
+        m(x) = W2 (y * silu(W1 x))
+        y = sum over heads h of sum over i in I_h of w_hi * v_i
+        I_h = the K slots whose keys k_hi have the best cosine with q_h(x)
+        w_h = softmax of these K cosines, divided by t_h
+
+    W1 [V, D] and W2 [D, V] are linear maps without biases, * goes entry by entry, silu(z) = z / (1 + exp(-z)).
+    q_h is the query network of head h, k_hi its (product) key of slot i, t_h its learned temperature
+    (`NormalisedKeys`), v_i the value of slot i, shared by all heads. Padding has an output of zero.
+
+    There, several layers share one table: pass ``values=first.values`` to the others. Raises `ValueError` for flat
+    keys.
+    """
+
+    keys: NormalisedKeys
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        *,
+        values: ValueTable | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if config.keys != "product":
+            raise ValueError(f"keys must be 'product' for MemoryPlus, got {config.keys!r}")
+        super().__init__(config, values=values, device=device, dtype=dtype)
+        self.gate = nn.Linear(config.dim, config.width, bias=False, device=device, dtype=dtype)
+
+    def make_keys(self, **where: Any) -> NormalisedKeys:
+        config = self.config
+        return NormalisedKeys(config.heads, config.num_subkeys, config.query_dim, config.topk, **where)
+
+    def make_output(self, **where: Any) -> nn.Linear:
+        """W2, also where values are as wide as the model."""
+        return nn.Linear(self.config.width, self.config.dim, bias=False, **where)
+
+    def combine(self, y_TV: Tensor, x_TD: Tensor) -> Tensor:
+        return self.output(y_TV * F.silu(self.gate(x_TD)))
