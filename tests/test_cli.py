@@ -122,7 +122,7 @@ def test_evaluation(run, capsys):
     assert main(["eval", str(run), "--split", "test", "--tokens", "200"]) == 0
     shown = capsys.readouterr().out
     assert "bits per byte" in shown
-    assert "transformer.h.0.mlp: usage" in shown
+    assert "transformer.h.0.mlp.memory: usage" in shown
 
 
 def test_evaluation_needs_the_corpus_of_the_run(run, tmp_path, capsys):

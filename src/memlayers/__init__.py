@@ -3,14 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 from memlayers.config import MemoryConfig
-from memlayers.keys import FlatKeys, Hits, ProductKeys
+from memlayers.keys import FlatKeys, Hits, NormalisedKeys, ProductKeys
 from memlayers.layer import MemoryLayer
+from memlayers.memory_plus import MemoryPlus
 from memlayers.optim import RowAdagrad, RowAdam, RowSGD
 from memlayers.usage import UsageMeter
 from memlayers.values import ValueTable
 
 if TYPE_CHECKING:
-    from memlayers.models import add_memory
+    from memlayers.diagnosis import doctor
+    from memlayers.models import add_memory, load_memory, save_memory
 
 __version__ = "0.1.0"
 
@@ -19,6 +21,8 @@ __all__ = [
     "Hits",
     "MemoryConfig",
     "MemoryLayer",
+    "MemoryPlus",
+    "NormalisedKeys",
     "ProductKeys",
     "RowAdagrad",
     "RowAdam",
@@ -26,13 +30,20 @@ __all__ = [
     "UsageMeter",
     "ValueTable",
     "add_memory",
+    "doctor",
+    "load_memory",
+    "save_memory",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # The only public name that needs transformers, which takes seconds to import.
-    if name == "add_memory":
-        from memlayers.models import add_memory
+    # The public names that need transformers, which takes seconds to import.
+    if name in ("add_memory", "load_memory", "save_memory"):
+        from memlayers import models
 
-        return add_memory
+        return getattr(models, name)
+    if name == "doctor":  # a tool: imported when it is used
+        from memlayers.diagnosis import doctor
+
+        return doctor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

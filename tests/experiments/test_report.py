@@ -20,7 +20,7 @@ SPEED = {
 
 def model(label, perplexity, *, timed, memory=(), seconds=100.0, ratio=1.0):
     overall = {"usage": 97.86, "kl": 0.683, "top1_usage": 55.12}
-    usage = {"transformer.h.2.mlp": {"tokens": 49_000, "slots": 16_384, "overall": overall}} if memory else {}
+    usage = {"transformer.h.2.mlp.memory": {"tokens": 49_000, "slots": 16_384, "overall": overall}} if memory else {}
     return {
         "label": label,
         "memory_layers": list(memory),
@@ -87,7 +87,7 @@ def test_every_model_has_a_row_in_both_tables(content):
     assert "| 4 layers | 8.1 M | - | 120.0 | 120.0 | 2.50e+09 | 1.500 |" in rows
     assert "| 4 layers + memory | 8.1 M | 4.2 M | 99.0 | 105.0 | 2.50e+09 | 1.500 |" in rows
     assert "| 4 layers | 9,000 | 3,000 | 100 | 5,000 | 1.70 | 150 | 1.70 |" in rows
-    assert "| 4 layers + memory (`transformer.h.2.mlp`) | 16,384 | 97.9 | 0.68 | 55.1 | 49,000 |" in rows
+    assert "| 4 layers + memory (`transformer.h.2.mlp.memory`) | 16,384 | 97.9 | 0.68 | 55.1 | 49,000 |" in rows
 
 
 def test_the_notes_say_how_it_was_measured(content):

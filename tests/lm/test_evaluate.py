@@ -60,7 +60,7 @@ def test_the_batch_changes_nothing(model, tiny_corpus):
         evaluate(model, tiny_corpus.validation, tokens=300, context=16, batch_windows=windows) for windows in (1, 100)
     )
     assert one.nll == pytest.approx(many.nll, rel=1e-6)
-    assert one.usage.keys() == many.usage.keys() == {"transformer.h.1.mlp"}
+    assert one.usage.keys() == many.usage.keys() == {"transformer.h.1.mlp.memory"}
 
 
 def test_evaluation_leaves_the_model_as_it_was(model, tiny_corpus):

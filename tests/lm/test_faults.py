@@ -150,7 +150,7 @@ def test_rows_whose_gradient_overflows_stop_the_run(config, tiny_corpus, tmp_pat
     monkeypatch.setattr(LanguageModelTrainer, "_clip_grad_norm", overflow)
     message = stop(config, tmp_path / "run", tiny_corpus)
     assert "at step 4 of 10" in message
-    assert "the gradient of rows of transformer.h.1.mlp.values.weight" in message
+    assert "the gradient of rows of transformer.h.1.mlp.memory.values.weight" in message
 
 
 def test_rows_that_went_bad_are_named_before_anything_else(config, tiny_corpus, tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_rows_that_went_bad_are_named_before_anything_else(config, tiny_corpus, 
 
     spoil_step(monkeypatch, 5, spoil)
     message = stop(config, tmp_path / "run", tiny_corpus)
-    assert "First not to be finite: transformer.h.1.mlp.values.weight (1 of 16 rows, the first is 7)" in message
+    assert "First not to be finite: transformer.h.1.mlp.memory.values.weight (1 of 16 rows, the first is 7)" in message
 
 
 @pytest.mark.parametrize("when", ["checkpoint", "end"])
@@ -181,7 +181,7 @@ def test_rows_that_went_bad_and_were_not_read_again_are_not_saved(config, tiny_c
     message = stop(config, tmp_path / "run", tiny_corpus)
     kept = "step 2" if when == "checkpoint" else "step 8"
     assert message == (
-        f"stopped at step {step} of 10: transformer.h.1.mlp.values.weight (1 of 16 rows, the first is 7) is not "
+        f"stopped at step {step} of 10: transformer.h.1.mlp.memory.values.weight (1 of 16 rows, the first is 7) is not "
         f"finite; the last good checkpoint is of {kept}"
     )
     assert not RunFolder(tmp_path / "run").model.exists()

@@ -100,9 +100,9 @@ def test_the_log_has_rates_and_usage_of_every_window(tiny_run):
     assert [line["tokens"] for line in steps] == [64 * step for step in range(1, 41)]
     for line in steps:
         assert line["tokens_per_s"] > line["words_per_s"] > 0
-        assert 0 < line["usage/transformer.h.1.mlp"] <= 100
-        assert 0 <= line["kl/transformer.h.1.mlp"] <= math.log(16)
-        assert 0 < line["top1_usage/transformer.h.1.mlp"] <= line["usage/transformer.h.1.mlp"]
+        assert 0 < line["usage/transformer.h.1.mlp.memory"] <= 100
+        assert 0 <= line["kl/transformer.h.1.mlp.memory"] <= math.log(16)
+        assert 0 < line["top1_usage/transformer.h.1.mlp.memory"] <= line["usage/transformer.h.1.mlp.memory"]
     # Warm-up over the first 2 of 40 steps, then a cosine towards 0.
     rates = [line["learning_rate"] for line in steps]
     assert rates[:3] == pytest.approx([0, 0.005, 0.01])
@@ -111,7 +111,7 @@ def test_the_log_has_rates_and_usage_of_every_window(tiny_run):
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [4 * number for number in range(1, 11)]
     assert all(line["eval_perplexity"] == pytest.approx(math.exp(line["eval_loss"])) for line in evaluations)
-    assert all("eval_usage/transformer.h.1.mlp" in line for line in evaluations)
+    assert all("eval_usage/transformer.h.1.mlp.memory" in line for line in evaluations)
 
 
 def test_usage_is_of_the_last_window_of_the_log_alone(tiny_config, tiny_corpus, tmp_path, monkeypatch):
@@ -239,7 +239,7 @@ def test_the_values_learn_at_their_own_rate(tiny_config, tiny_corpus, tmp_path, 
 def test_llama_trains_too(tiny_config, tiny_corpus, tmp_path):
     config = variant(tiny_config, model={"family": "llama"})
     result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
-    assert result["validation"]["usage"].keys() == {"model.layers.1.mlp"}
+    assert result["validation"]["usage"].keys() == {"model.layers.1.mlp.memory"}
     again = evaluate(RunFolder(tmp_path / "run").load_model(), tiny_corpus.validation, tokens=300, context=16)
     assert again.nll == pytest.approx(result["validation"]["nll"], rel=1e-6)
 

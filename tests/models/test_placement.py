@@ -13,6 +13,8 @@ def test_round_trip_through_json(memory_config):
     section = json.loads(json.dumps(placement.to_dict()))
     assert section["mode"] == "replace"
     assert MemoryPlacement.from_dict(section) == placement
+    named = MemoryPlacement(config=memory_config, layers=["b.mlp", "a.mlp"], kind="MemoryPlus", mode="parallel")
+    assert MemoryPlacement.from_dict(json.loads(json.dumps(named.to_dict()))) == named
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,10 @@ def test_round_trip_through_json(memory_config):
         ([0], "layers must be integers of at least 1 .* got 0"),
         ([1, True], "layers must be integers of at least 1 .* got True"),
         ([1.0], r"layers must be integers of at least 1 .* got 1\.0"),
-        ([2, 1, 2], r"layers must not name a block twice, got \[2, 1, 2\]"),
+        ([1, "h.2"], "or all names of modules, got 'h.2'"),
+        ([""], "layers must be names of modules inside of the model, got ''"),
+        (["h.2", "h.2"], "layers must not name a module twice"),
+        ([2, 1, 2], r"layers must not name a module twice, got \[2, 1, 2\]"),
     ],
 )
 def test_layers_are_checked(memory_config, layers, message):
@@ -51,8 +56,9 @@ def test_a_model_that_does_not_fit_is_refused(memory_config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda section: section.update(mode="parallel"), "mode must be 'replace', got 'parallel'"),
-        (lambda section: section.update(gate=1), "unknown key 'gate' in memory; allowed: config, layers, mode"),
+        (lambda section: section.update(mode="beside"), "mode must be one of 'replace', 'parallel', got 'beside'"),
+        (lambda section: section.update(kind=3), "kind must be the name of a class of memory layers, got 3"),
+        (lambda section: section.update(gate=1), "unknown key 'gate' in memory; allowed: config, kind, layers, mode"),
         (lambda section: section.pop("layers"), "'layers' is missing"),
         (lambda section: section.update(config=3), "config must be a dictionary, got 3"),
         (lambda section: section["config"].update(slots=3), "slots"),
@@ -63,7 +69,7 @@ def test_sections_are_checked(memory_config, change, message):
     change(section)
     with pytest.raises(ValueError, match=message):
         MemoryPlacement.from_dict(section)
-    with pytest.raises(ValueError, match="memory must be a dictionary of config, layers, mode, share_values, got None"):
+    with pytest.raises(ValueError, match="memory must be a dictionary of config, kind, layers, mode, .* got None"):
         MemoryPlacement.from_dict(None)
 
 

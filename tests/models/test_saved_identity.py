@@ -74,7 +74,10 @@ def test_what_is_in_the_folder(with_memory, memory_config, tmp_path):
     with_memory.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == FILES
     config = json.loads((tmp_path / "config.json").read_text())
-    section = {"config": memory_config.to_dict(), "layers": [2, 3], "mode": "replace", "share_values": True}
+    section = {
+        "config": memory_config.to_dict(), "kind": "MemoryLayer", "layers": [2, 3], "mode": "replace",
+        "share_values": True,
+    }  # fmt: skip
     assert config["memory"] == json.loads((tmp_path / "memory_config.json").read_text()) == section
     assert config["model_type"] == type(with_memory.config).model_type
     assert config["architectures"] == [type(with_memory).__name__]
@@ -107,12 +110,12 @@ def test_a_shared_table_is_stored_once_and_stays_one(memory_config, tmp_path, ti
     model = add_memory(LlamaForCausalLM(config), memory_config, [1, 2, 4], share_values=True)
     declared = {
         **({"lm_head.weight": "model.embed_tokens.weight"} if tie_word_embeddings else {}),
-        "model.layers.1.mlp.values.weight": "model.layers.0.mlp.values.weight",
-        "model.layers.3.mlp.values.weight": "model.layers.0.mlp.values.weight",
+        "model.layers.1.mlp.memory.values.weight": "model.layers.0.mlp.memory.values.weight",
+        "model.layers.3.mlp.memory.values.weight": "model.layers.0.mlp.memory.values.weight",
     }
     assert model.all_tied_weights_keys == declared
     model.save_pretrained(tmp_path)
-    assert [name for name in stored_names(tmp_path) if "values" in name] == ["model.layers.0.mlp.values.weight"]
+    assert [name for name in stored_names(tmp_path) if "values" in name] == ["model.layers.0.mlp.memory.values.weight"]
     assert ("lm_head.weight" in stored_names(tmp_path)) is not tie_word_embeddings
     for _ in range(2):  # again from the loaded one
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -259,7 +262,7 @@ def test_configurations_are_checked(family, memory_config):
     with pytest.raises(ValueError, match=r"layers must be within 1\.\.3, .* got 4"):
         memory_class(**sizes, memory=MemoryPlacement(config=memory_config, layers=[4]).to_dict())
     model_class = {"gpt2": MemoryGPT2LMHeadModel, "llama": MemoryLlamaForCausalLM}[family]
-    with pytest.raises(ValueError, match="memory must be a dictionary of config, layers, mode, share_values, got None"):
+    with pytest.raises(ValueError, match="memory must be a dictionary of config, kind, layers, mode, .* got None"):
         model_class(memory_class(**sizes))
     plain_class, _ = PLAIN[family]
     with pytest.raises(ValueError, match="config must be one with the section memory, got a (GPT2|Llama)Config"):

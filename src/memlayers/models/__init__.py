@@ -1,21 +1,42 @@
-"""Memories in Hugging Face causal LMs. Importing this registers the classes with the Auto classes of `transformers`."""
+"""Memories in existing models. Importing this registers the classes with the Auto classes of `transformers`."""
 
-from memlayers.models.add import add_memory, default_layer, memory_layers
+from typing import Any
+
+from memlayers.models.add import add_memory, memory_layers, remove_memory
 from memlayers.models.carriers import causal_lm
-from memlayers.models.classes import MemoryGPT2LMHeadModel, MemoryLlamaForCausalLM, register
-from memlayers.models.configs import MemoryGPT2Config, MemoryLlamaConfig
+from memlayers.models.classes import register
+from memlayers.models.loading import load_memory
 from memlayers.models.placement import MemoryPlacement
+from memlayers.models.presets import memory_preset
+from memlayers.models.saving import save_memory
+from memlayers.models.summary import MemorySummary, memory_summary
+from memlayers.models.targets import default_layer
+from memlayers.models.trainable import freeze_base
+from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, ReplacingMemory
 
 register()
 
 __all__ = [
-    "MemoryGPT2Config",
-    "MemoryGPT2LMHeadModel",
-    "MemoryLlamaConfig",
-    "MemoryLlamaForCausalLM",
     "MemoryPlacement",
+    "MemorySummary",
+    "MemoryWrapper",
+    "ParallelMemory",
+    "ReplacingMemory",
     "add_memory",
     "causal_lm",
     "default_layer",
+    "freeze_base",
+    "load_memory",
     "memory_layers",
+    "memory_preset",
+    "memory_summary",
+    "remove_memory",
+    "save_memory",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # MemoryLlamaForCausalLM and the like.
+    from memlayers.models import classes
+
+    return getattr(classes, name)

@@ -1,77 +1,147 @@
-"""add_memory: puts memories into an existing Hugging Face causal LM."""
+"""add_memory and remove_memory: memories in an existing model, and the model as it was."""
 
 import copy
-import math
-from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from memlayers.config import MemoryConfig
 from memlayers.layer import MemoryLayer
-from memlayers.models.classes import WITH_MEMORY
-from memlayers.models.configs import MemoryConfigMixin
-from memlayers.models.mixin import MemoryMixin, build_memories
+from memlayers.models.classes import config_with_memory, with_memory
+from memlayers.models.identity import forget_base, identity_of, record_base
+from memlayers.models.install import build_memories, install, put_beside, set_module
+from memlayers.models.masks import remove_hooks
+from memlayers.models.mixin import MemoryMixin
 from memlayers.models.placement import MemoryPlacement
+from memlayers.models.targets import Layers, choose, names_of
+from memlayers.models.unwrapping import unwrap
+from memlayers.models.wrappers import Mode, find_wrappers
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def add_memory(
-    model: Model, config: MemoryConfig, layers: Sequence[int] | None = None, *, share_values: bool = False
+    model: Model,
+    config: MemoryConfig,
+    layers: Layers | None = None,
+    *,
+    mode: Mode = "replace",
+    kind: type[MemoryLayer] = MemoryLayer,
+    share_values: bool = False,
+    keep_original: bool = False,
 ) -> Model:
-    """Replaces the feed-forward network of some blocks by a memory, in place: x + m(x) where it was x + FFN(x).
+    """Puts memories into a model, in place: m(x) instead of a feed-forward network f(x), or f(x) + gate * m(x).
 
-    The model also changes its class, GPT2LMHeadModel to MemoryGPT2LMHeadModel or LlamaForCausalLM to
-    MemoryLlamaForCausalLM: a plain class would be saved and loaded back with random feed-forward networks, silently.
-    Create the optimizer afterwards: the replaced networks' parameters are gone, new ones have come.
+    A model of `transformers` also changes its class, LlamaForCausalLM to MemoryLlamaForCausalLM: a plain class would be
+    saved and loaded back with random feed-forward networks, silently. Create the optimizer afterwards: there are new
+    parameters, and in "replace" mode the replaced modules' are gone.
 
     Args:
-        model: a `transformers` GPT2LMHeadModel or LlamaForCausalLM.
-        config: what each memory is; ``config.dim`` is the model's hidden size.
-        layers: blocks to change, counted from 1. None: one, at three quarters of the depth (`default_layer`).
+        model: any module; one that `torch.compile`, PEFT or `DistributedDataParallel` is around, too.
+        config: what each memory is; ``config.dim`` is the width of what the modules are given and return.
+        layers: where. Blocks counted from 1, for models of `transformers` whose blocks have a feed-forward module
+            ``mlp``; or names of modules; or regular expressions that match whole names. None: the block at three
+            quarters of the depth (`default_layer`).
+        mode: "replace" puts a memory in place of each module (paper, section 3.3). "parallel" keeps the module and
+            adds the memory behind a gate that begins at zero: the outputs are bit for bit those of `model`.
+        kind: the class of the memories, `MemoryLayer` or one derived from it (`MemoryPlus`).
         share_values: one table of values for all of them; queries and keys stay their own.
+        keep_original: in "replace" mode, keep the replaced modules for `remove_memory`, outside of the model: they are
+            in no state_dict and no optimizer.
 
     Returns:
-        `model` itself. Memories stand on the device, in the dtype and in the mode (train or eval) of their block.
+        `model` itself. Memories stand on the device, in the dtype and in the mode (train or eval) of their module.
 
     Raises:
-        ValueError: a layer outside 1..N, named twice, or none; ``config.dim`` is another size; a class of model without
-            support; a model that has memories already. The model is then as it was.
+        ValueError: a layer that `model` does not have, named twice, or none; ``config.dim`` is another width; a model
+            that has memories already. The model is then as it was.
     """
-    with_memory = WITH_MEMORY.get(type(model))
-    if with_memory is None and not isinstance(model, MemoryMixin):
-        supported = ", ".join(plain.__name__ for plain in WITH_MEMORY)
-        raise ValueError(f"model must be one of {supported} (transformers), got {type(model).__name__}")
-    if with_memory is None or memory_layers(model):
-        raise ValueError(f"model must have no memory yet, got one with {', '.join(memory_layers(model))}")
-    plain_config = model.config
-    num_blocks = plain_config.num_hidden_layers
-    chosen = (default_layer(num_blocks),) if layers is None else layers
-    placement = MemoryPlacement(config=config, layers=chosen, share_values=share_values)
-    memory_config = _with_section(plain_config, with_memory, placement)
-    memories = build_memories(getattr(model.base_model, with_memory.blocks_name), placement)
-
-    # Nothing below fails.
-    model.__class__ = with_memory  # type: ignore[assignment]
-    for module in model.modules():
-        # One object is shared by the model and its parts. It is not changed: the caller may build other models from it.
-        if getattr(module, "config", None) is plain_config:
-            module.config = memory_config  # type: ignore[assignment]
-    assert isinstance(model, MemoryMixin)
-    model.install_memories(placement, memories)
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    inner = unwrap(model)
+    if memories := memory_layers(inner):
+        raise ValueError(f"model must have no memory yet, got one with {', '.join(memories)}")
+    if not (isinstance(kind, type) and issubclass(kind, MemoryLayer)):
+        raise ValueError(f"kind must be MemoryLayer or a class derived from it, got {kind!r}")
+    placement = MemoryPlacement(
+        config=config, kind=kind.__name__, layers=choose(inner, layers), mode=mode, share_values=share_values
+    )
+    if not isinstance(keep_original, bool):
+        raise ValueError(f"keep_original must be True or False, got {keep_original!r}")
+    names = names_of(inner, placement)
+    attach(inner, placement, names, build_memories(inner, placement, names, kind=kind), keep_original=keep_original)
     return model
 
 
-def default_layer(num_blocks: int) -> int:
-    """The block for a single memory, counted from 1: three quarters of the depth, rounded up.
+def attach(
+    model: nn.Module,
+    placement: MemoryPlacement,
+    names: list[str],
+    memories: list[MemoryLayer],
+    *,
+    keep_original: bool = False,
+) -> None:
+    """Puts finished memories into a model that was unwrapped; what of it can fail, fails first."""
+    base = identity_of(model, without=names if placement.mode == "replace" else [])
+    if not isinstance(model, PreTrainedModel):
+        install(model, placement, names, memories, keep_original=keep_original)
+        record_base(model, base)
+        return
+    plain: Any = type(model)
+    memory_class = with_memory(plain)
+    memory_config: Any = copy.deepcopy(model.config)  # all that it says, also what is in no file
+    memory_config.__class__ = config_with_memory(memory_config.__class__)
+    memory_config.set_placement(placement)
+    memory_config.set_model_class(memory_class.__name__, memory_class.auto_class_name)
 
-    Middle-to-late is best in the paper's table 3 (5 of 6, then 4; the last is worse again), and 3 of 4 was good in our
-    first runs: this gives 3 of 4, 5 of 6, 9 of 12, 18 of 24.
+    # Nothing below fails.
+    install(model, placement, names, memories, keep_original=keep_original)
+    record_base(model, base)
+    model.__class__ = memory_class
+    _exchange_config(model, memory_config)
+    assert isinstance(model, MemoryMixin)
+    model.declare_memories()
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def remove_memory(model: Model) -> Model:
+    """The inverse of `add_memory`, in place: the model gives the outputs of the base model again, bit for bit.
+
+    Removes memories added in "parallel" mode, or in "replace" mode with ``keep_original=True``; a kept module takes the
+    device of the memory in its place, and its dtype if the model was cast since. What was frozen stays frozen. Build
+    the optimizer anew: the memories' parameters are gone.
+
+    Raises:
+        ValueError: a model without memories, or one whose replaced modules were not kept. The model is then as it was.
     """
-    return math.ceil(num_blocks * 3 / 4)
+    inner = unwrap(model)
+    wrappers = dict(find_wrappers(inner))
+    if not wrappers:
+        raise ValueError(f"model must have memories that add_memory put there, got a {type(inner).__name__} without")
+    originals = {name: wrapper.original for name, wrapper in wrappers.items()}
+    if lost := [name for name, original in originals.items() if original is None]:
+        raise ValueError(
+            f"model must still have the modules that its memories replaced, got one that has not kept "
+            f"{', '.join(lost)}: use add_memory(..., keep_original=True), or mode='parallel'"
+        )
+    remove_hooks(inner)
+    forget_base(inner)
+    for name, original in originals.items():
+        assert original is not None
+        wrapper = wrappers[name]
+        if wrapper.mode == "replace":
+            put_beside(original, wrapper.memory)
+            original.train(wrapper.training)
+        set_module(inner, name, original)
+    if isinstance(inner, MemoryMixin):
+        plain: Any = copy.deepcopy(inner.config)
+        plain.__class__ = type(inner.config).plain_class
+        for field in ("memory", "auto_map"):
+            plain.__dict__.pop(field, None)
+        _exchange_config(inner, plain)
+        inner.__class__ = inner.plain_class  # type: ignore[assignment]
+        inner.__dict__.pop("_tied_weights_keys", None)
+        inner.all_tied_weights_keys = inner.get_expanded_tied_weights_keys(all_submodels=True)
+    return model
 
 
 def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:
@@ -79,12 +149,9 @@ def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MemoryLayer)}
 
 
-def _with_section(
-    plain_config: PreTrainedConfig, with_memory: type[MemoryMixin], placement: MemoryPlacement
-) -> MemoryConfigMixin:
-    """All that `plain_config` says (also what is in no file: the choice of attention), and the section ``memory``."""
-    config = copy.deepcopy(plain_config)
-    config.__class__ = with_memory.config_class  # type: ignore[assignment]
-    assert isinstance(config, MemoryConfigMixin)
-    config.set_placement(placement)
-    return config
+def _exchange_config(model: PreTrainedModel, config: Any) -> None:
+    # One object is shared by the model and its parts. It is not changed: the caller may build other models from it.
+    before = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = config

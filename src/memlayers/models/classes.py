@@ -1,41 +1,106 @@
-"""The registered models: causal LMs some of whose blocks carry a memory in place of their feed-forward network.
+"""The registered models: `transformers` models some of whose modules are a memory, or carry one beside them.
 
 A GPT-2 whose ``block.mlp`` was swapped is still saved as a GPT-2: `from_pretrained` then builds plain feed-forward
 networks, finds no weights for them, and leaves them random with no more than a line in a log. Classes and a model type
 of their own make the memory part of what is saved; a reader without memlayers fails on the unknown type instead.
+
+Every model class of `transformers` has its counterpart, made when it is first asked for: ``MemoryGPT2LMHeadModel`` and
+``MemoryGPT2Config`` are attributes of this module, and so on for any other class.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+import functools
+from typing import Any, cast
 
-from memlayers.models.configs import MemoryGPT2Config, MemoryLlamaConfig
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from memlayers.models.configs import MemoryConfigMixin
 from memlayers.models.mixin import MemoryMixin
 
+PREFIX = "Memory"
 
-class MemoryGPT2LMHeadModel(MemoryMixin, GPT2LMHeadModel):
-    """`transformers.GPT2LMHeadModel` with memories in the blocks that ``config.memory`` names."""
+# What is known to the Auto classes of `transformers` as soon as this is imported.
+REGISTERED = (
+    "GPT2LMHeadModel",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "PhiForCausalLM",
+    "Phi3ForCausalLM",
+    "GPTNeoXForCausalLM",
+    "OPTForCausalLM",
+)
 
-    config: MemoryGPT2Config
-    blocks_name = "h"
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForImageClassification",
+    "AutoModelForImageTextToText",
+    "AutoModel",
+)
 
 
-class MemoryLlamaForCausalLM(MemoryMixin, LlamaForCausalLM):
-    """`transformers.LlamaForCausalLM` with memories in the blocks that ``config.memory`` names."""
+@functools.cache
+def with_memory(plain: type[Any]) -> type[MemoryMixin]:
+    """The class of models of class `plain` with memories, known to the Auto class that knows `plain`."""
+    config_class = config_with_memory(plain.config_class)
+    auto = _auto_class(plain, plain.config_class)
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"`transformers.{plain.__name__}` with the memories that ``config.memory`` names.",
+        "__annotations__": {"config": config_class},
+        "plain_class": plain,
+        "auto_class_name": auto,
+    }
+    made: type[Any] = type(f"{PREFIX}{plain.__name__}", (MemoryMixin, plain), namespace)
+    if auto is not None:
+        getattr(transformers, auto).register(config_class, made, exist_ok=True)
+    return made
 
-    config: MemoryLlamaConfig
-    blocks_name = "layers"
+
+@functools.cache
+def config_with_memory(plain: type[Any]) -> type[MemoryConfigMixin]:
+    """The class of configurations of class `plain` with the section ``memory``, known to `AutoConfig`."""
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"`transformers.{plain.__name__}` with the section ``memory``.",
+        "model_type": f"memory_{plain.model_type}",
+        "plain_class": plain,
+    }
+    made: type[Any] = type(f"{PREFIX}{plain.__name__}", (MemoryConfigMixin, plain), namespace)
+    AutoConfig.register(made.model_type, made, exist_ok=True)
+    return made
 
 
-# Plain class -> class with memories: what `add_memory` supports.
-WITH_MEMORY: dict[type[PreTrainedModel], type[MemoryMixin]] = {
-    GPT2LMHeadModel: MemoryGPT2LMHeadModel,
-    LlamaForCausalLM: MemoryLlamaForCausalLM,
-}
+def _auto_class(plain: type[PreTrainedModel], plain_config: type[PreTrainedConfig]) -> str | None:
+    if getattr(transformers, plain.__name__, None) is not plain:
+        return None
+    for name in _AUTO_CLASSES:
+        mapping = getattr(transformers, name)._model_mapping
+        known = mapping.get(plain_config, ())
+        if plain is known or (isinstance(known, tuple) and plain in known):
+            return name
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    plain = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if isinstance(plain, type) and issubclass(plain, PreTrainedModel):
+        return with_memory(cast(Any, plain))
+    if isinstance(plain, type) and issubclass(plain, PreTrainedConfig):
+        return config_with_memory(cast(Any, plain))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register() -> None:
-    """Makes the classes known to `transformers.AutoConfig` and `transformers.AutoModelForCausalLM`."""
-    for model_class in WITH_MEMORY.values():
-        config_class = model_class.config_class
-        assert config_class is not None
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    """Makes the classes known to the Auto classes of `transformers`."""
+    for name in REGISTERED:
+        with_memory(getattr(transformers, name))

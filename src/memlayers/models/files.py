@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,20 @@ REMOTE_MODULE = "modeling_memlayers"
 # process that never imported memlayers. It holds no code of its own, so old folders get the installed library's fixes.
 REMOTE_CODE = '''"""The classes of this model, for `trust_remote_code=True`. Needs `pip install "memlayers[lm]"`."""
 
-from memlayers.models import (  # noqa: F401
-    MemoryGPT2Config,
-    MemoryGPT2LMHeadModel,
-    MemoryLlamaConfig,
-    MemoryLlamaForCausalLM,
-)
+from memlayers.models.classes import {names}  # noqa: F401
 '''
 
 
-def write_identity(folder: Path, section: dict[str, Any]) -> None:
+def write_identity(folder: Path, section: dict[str, Any], auto_map: Mapping[str, str]) -> None:
     """Writes ``memory_config.json`` (`section`: configuration and placement) and the module `auto_map` points to."""
     (folder / MEMORY_CONFIG_NAME).write_text(json.dumps(section, indent=2) + "\n", encoding="utf-8")
-    (folder / f"{REMOTE_MODULE}.py").write_text(REMOTE_CODE, encoding="utf-8")
+    write_remote_code(folder, auto_map)
+
+
+def write_remote_code(folder: Path, auto_map: Mapping[str, str]) -> None:
+    """Writes the module that `auto_map` points to."""
+    names = ", ".join(sorted({place.rpartition(".")[2] for place in auto_map.values()}))
+    (folder / f"{REMOTE_MODULE}.py").write_text(REMOTE_CODE.format(names=names), encoding="utf-8")
 
 
 @contextmanager

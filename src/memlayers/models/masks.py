@@ -4,9 +4,10 @@ A block calls ``self.mlp(hidden)``: no mask arrives there, yet padding must coun
 in the usage figures. So a pre-forward hook lays the mask of the call on each memory (`MemoryLayer.mask`) and a forward
 hook takes it away again, also when the call fails.
 
-The hooks sit on the *base model* (``model.transformer``, ``model.model``), not on the outermost one: wrappers such as
-PEFT's call ``model.forward`` directly, which skips the outermost model's hooks, but every forward of the outer model
-calls the base model as a module. They hold no state and are found by name, so deepcopy and pickle carry them along.
+The hooks sit on the *base model* (``model.transformer``, ``model.model``; of an encoder-decoder on each half that
+has memories), not on the outermost one: wrappers such as PEFT's call ``model.forward`` directly, which skips the
+outermost model's hooks, but every forward of the outer model calls the base model as a module. They hold names and no
+state, and are found by their functions, so deepcopy and pickle carry them along.
 
 Under gradient checkpointing a block runs a second time during backward, long after the call has ended and the mask was
 taken away, perhaps after another batch went through. There the mask travels as an argument of the checkpointed
@@ -14,40 +15,81 @@ function.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from memlayers.layer import MemoryLayer
 
 
-def install_hooks(base: nn.Module, *, blocks: str) -> None:
-    """Hands the masks of `base`, whose forward runs its list of `blocks`, to the memories in them from now on."""
-    # Its place differs between models, and between versions of transformers for one model.
-    position = list(inspect.signature(base.forward).parameters).index("attention_mask")
-    base.register_forward_pre_hook(partial(hand_over_mask, blocks, position), with_kwargs=True)
-    base.register_forward_hook(partial(take_away_mask, blocks), always_call=True)
+def install_hooks(model: nn.Module, memories: Sequence[str]) -> None:
+    """Hands the masks that `model` is called with to its memories of these names from now on.
+
+    A model whose forward takes no ``attention_mask`` hands over none.
+    """
+    whole: Any = model.base_model if isinstance(model, PreTrainedModel) else model
+    bases = [whole]
+    if isinstance(model, PreTrainedModel) and getattr(model.config, "is_encoder_decoder", False):
+        bases = [whole.get_encoder(), whole.get_decoder()]  # each half has a mask of its own
+    for base in bases:
+        prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+        paths = tuple(name.removeprefix(prefix) for name in memories if name.startswith(prefix))
+        parameters = list(inspect.signature(base.forward).parameters)
+        if not paths or "attention_mask" not in parameters:
+            continue
+        # Its place differs between models, and between versions of transformers for one model.
+        position = parameters.index("attention_mask")
+        base.register_forward_pre_hook(partial(hand_over_mask, paths, position), with_kwargs=True)
+        base.register_forward_hook(partial(take_away_mask, paths), always_call=True)
 
 
-def hand_over_mask(blocks: str, position: int, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def remove_hooks(model: nn.Module) -> None:
+    """The inverse of `install_hooks`, and of what they did to checkpointed blocks."""
+    for module in model.modules():
+        hooks: Any
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in list(hooks.items()):
+                if isinstance(hook, partial) and hook.func in (hand_over_mask, take_away_mask):
+                    del hooks[number]
+                    for marks in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
+                        marks.pop(number, None)
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, partial) and checkpoint.func is checkpoint_with_mask:
+            module.__dict__["_gradient_checkpointing_func"] = checkpoint.args[0]
+
+
+def hand_over_mask(
+    paths: tuple[str, ...], position: int, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Pre-forward hook: lays the mask of this call, [B, T] with True for real tokens, on each memory."""
     mask = kwargs["attention_mask"] if "attention_mask" in kwargs else (args[position : position + 1] or (None,))[0]
     mask_BT = None if mask is None else _of_this_call(mask, _num_tokens(args, kwargs), training=base.training)
-    for memory in _memories(base, blocks):
+    for path in paths:
+        *around, memory = _along(base, path)
         memory.mask = mask_BT
+        if mask_BT is not None and base.training and not torch.compiler.is_compiling():
+            for module in around:
+                _carry_mask_through_checkpoint(module)
 
 
-def take_away_mask(blocks: str, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def take_away_mask(paths: tuple[str, ...], base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook: the mask belongs to one call only."""
-    for memory in _memories(base, blocks):
+    for path in paths:
+        *_, memory = _along(base, path)
         memory.mask = None
 
 
-def _memories(base: nn.Module, blocks: str) -> list[MemoryLayer]:
-    return [block.mlp for block in getattr(base, blocks) if isinstance(block.mlp, MemoryLayer)]
+def _along(base: nn.Module, path: str) -> Iterator[Any]:
+    """The modules from `base` to the one at `path`, both included."""
+    module: Any = base
+    yield module
+    for name in path.split("."):
+        module = getattr(module, name)
+        yield module
 
 
 def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -78,28 +120,33 @@ def _of_this_call(mask: Any, num_tokens: int | None, *, training: bool) -> Tenso
     return mask[:, mask.shape[1] - num_tokens :].to(torch.bool)
 
 
-def carry_mask_through_checkpoint(block: Any) -> None:
-    """Makes the checkpoint function of `block`, if one is set, keep the mask for the second run of the block."""
-    checkpoint = block.__dict__.get("_gradient_checkpointing_func")
+def _carry_mask_through_checkpoint(module: nn.Module) -> None:
+    """Makes the checkpoint function of `module`, if one is set, keep the masks for the second run."""
+    checkpoint = module.__dict__.get("_gradient_checkpointing_func")
     if checkpoint is None or (isinstance(checkpoint, partial) and checkpoint.func is checkpoint_with_mask):
         return
-    block._gradient_checkpointing_func = partial(checkpoint_with_mask, checkpoint, block.mlp)
+    memories = tuple(part for part in module.modules() if isinstance(part, MemoryLayer))
+    module.__dict__["_gradient_checkpointing_func"] = partial(checkpoint_with_mask, checkpoint, memories)
 
 
 def checkpoint_with_mask(
-    checkpoint: Callable[..., Any], memory: MemoryLayer, run: Callable[..., Any], *args: Any
+    checkpoint: Callable[..., Any], memories: tuple[MemoryLayer, ...], run: Callable[..., Any], *args: Any
 ) -> Any:
-    """Checkpoints ``run(*args)`` so that each of its runs sees the mask that is current now."""
+    """Checkpoints ``run(*args)`` so that each of its runs sees the masks that are current now."""
     if torch.compiler.is_compiling():
         # The traced region holds the mask as an input of its own, and must not write to a module.
         return checkpoint(run, *args)
-    return checkpoint(partial(run_with_mask, memory, run), memory.mask, *args)
+    masks = [memory.mask for memory in memories]
+    return checkpoint(partial(run_with_masks, memories, run, len(masks)), *masks, *args)
 
 
-def run_with_mask(memory: MemoryLayer, run: Callable[..., Any], mask_BT: Tensor | None, *args: Any) -> Any:
-    """Runs ``run(*args)`` with `mask_BT` on `memory`, and puts back what was there before."""
-    before, memory.mask = memory.mask, mask_BT
+def run_with_masks(memories: tuple[MemoryLayer, ...], run: Callable[..., Any], count: int, *args: Any) -> Any:
+    """Runs `run` on what follows `count` masks among `args`, with these on `memories`; puts back what was there."""
+    before = [memory.mask for memory in memories]
+    for memory, mask_BT in zip(memories, args[:count], strict=True):
+        memory.mask = mask_BT
     try:
-        return run(*args)
+        return run(*args[count:])
     finally:
-        memory.mask = before
+        for memory, mask_BT in zip(memories, before, strict=True):
+            memory.mask = mask_BT

@@ -1,65 +1,63 @@
 """MemoryMixin: what a Hugging Face model class needs for its memories to be built, initialised, saved and masked right.
 
-Each method answers one thing that `transformers` does to a model whose feed-forward network was merely swapped:
+Each method answers one thing that `transformers` does to a model of which modules were merely swapped:
 
 - it is saved as the plain class and reloads as one, with random feed-forward networks (`post_init`, ``config.memory``);
 - the block's own model redraws every linear layer it finds (`initialize_weights`);
 - a table in two places cannot be saved (``_tied_weights_keys``), and with untied embeddings no tie is honoured at all
   (`get_expanded_tied_weights_keys`);
-- gradient checkpointing runs a block again after the mask is gone (`_set_gradient_checkpointing`);
 - a save that is cut off leaves a broken file in place of a good one (`save_pretrained`).
 """
 
 import os
 import re
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from memlayers.layer import MemoryLayer
 from memlayers.models.configs import MemoryConfigMixin
 from memlayers.models.files import written_aside
-from memlayers.models.masks import carry_mask_through_checkpoint, install_hooks
-from memlayers.models.placement import MemoryPlacement
+from memlayers.models.install import build_memories, install, reset_what_was_not_loaded
+from memlayers.models.targets import names_of
+from memlayers.models.wrappers import find_wrappers
 from memlayers.values import ValueTable
+
+# Options of `from_pretrained` that say where a folder is,
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# and those that a configuration has a field for, but that are no changes of it.
+OPTIONS_OF_MODELS = ("dtype", "torch_dtype", "quantization_config", "attn_implementation", "generation_config")
 
 
 class MemoryMixin(PreTrainedModel):
-    """Comes before a causal LM class among its bases; ``config.memory`` says which blocks carry a memory."""
+    """Comes before a model class of `transformers` among its bases; ``config.memory`` says where the memories are."""
 
     config: MemoryConfigMixin
 
-    blocks_name: ClassVar[str]  # the base model's list of blocks
+    plain_class: ClassVar[type[PreTrainedModel]]  # the class without memories
+    auto_class_name: ClassVar[str | None]  # the Auto class that knows it; None: a class from outside of transformers
 
     def __init__(self, config: MemoryConfigMixin, *inputs: Any, **kwargs: Any):
         if not isinstance(config, MemoryConfigMixin):
             raise ValueError(f"config must be one with the section memory, got a {type(config).__name__}")
         config.set_placement(config.placement)  # checks it, before anything is built
+        config.set_model_class(type(self).__name__, self.auto_class_name)
         super().__init__(config, *inputs, **kwargs)
 
     def post_init(self) -> None:
         # The end of the plain class's constructor: blocks exist, the outer model is not initialised or tied yet.
         placement = self.config.placement
-        self.install_memories(placement, build_memories(self.blocks, placement))
+        names = names_of(self, placement)
+        install(self, placement, names, build_memories(self, placement, names))
+        self.declare_memories()
         super().post_init()
 
-    @property
-    def blocks(self) -> list[Any]:
-        """All blocks of the model, in order; `mlp` of each is its feed-forward network or its memory."""
-        return list(getattr(self.base_model, self.blocks_name))
-
-    def install_memories(self, placement: MemoryPlacement, memories: list[MemoryLayer]) -> None:
-        """Puts `memories` in the blocks of `placement`, ties shared tables, hands masks over. Raises nothing."""
-        blocks = self.blocks
-        for number, memory in zip(placement.layers, memories, strict=True):
-            blocks[number - 1].mlp = memory.train(blocks[number - 1].training)
-            carry_mask_through_checkpoint(blocks[number - 1])
-        install_hooks(self.base_model, blocks=self.blocks_name)
-        self._tied_weights_keys = {**(type(self)._tied_weights_keys or {}), **self._tied_tables()}
-        # Chosen by the class's name, which GPT-2's does not settle; without it every first loss logs a warning.
-        self.loss_type = "ForCausalLM"
+    def declare_memories(self) -> None:
+        """Tells `transformers` of shared tables, and of the loss of the plain class."""
+        self._tied_weights_keys = {**(self.plain_class._tied_weights_keys or {}), **self._tied_tables()}
+        if self.loss_type is None:
+            # Chosen by the class's name, which GPT-2's does not settle; without it every first loss logs a warning.
+            self.loss_type = "ForCausalLM"
 
     def _tied_tables(self) -> dict[str, str]:
         """The names under which a shared table appears again, each with the first one."""
@@ -89,24 +87,22 @@ class MemoryMixin(PreTrainedModel):
     def initialize_weights(self) -> None:
         # The blocks belong to the base model, a plain one, whose rule draws every linear layer from N(0, 0.02), those
         # of a memory, too. So memories are initialised here and marked, and the plain rule passes them by.
-        for memory in self.modules():
-            if isinstance(memory, MemoryLayer) and not getattr(memory, "_is_hf_initialized", False):
-                _reset_what_was_not_loaded(memory)
-                _mark_initialised(memory)
+        for _, wrapper in find_wrappers(self):
+            reset_what_was_not_loaded(wrapper)
         super().initialize_weights()
-
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        super()._set_gradient_checkpointing(*args, **kwargs)
-        for block in self.blocks:
-            if isinstance(block.mlp, MemoryLayer):
-                carry_mask_through_checkpoint(block)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `transformers.PreTrainedModel.save_pretrained`, except that a save that fails leaves the folder as it was.
 
         Files are written aside, flushed and moved into place; for this the folder's file system needs room for a second
-        copy. A distributed checkpoint, to which several processes write, goes straight to the folder.
+        copy. A distributed checkpoint, to which several processes write, goes straight to the folder. Raises
+        `ValueError` for a model of a class from outside of `transformers`, which nothing could find again.
         """
+        if self.auto_class_name is None:
+            raise ValueError(
+                f"model must be of a class that an Auto class of transformers knows to be saved whole, got "
+                f"{self.plain_class.__name__}: use save_memory, and load_memory into a base of that class"
+            )
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if not is_main_process or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -120,35 +116,34 @@ class MemoryMixin(PreTrainedModel):
             super().save_pretrained(aside, *args, **kwargs)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As `transformers.PreTrainedModel.from_pretrained`; from a folder with a memory alone, into its base.
+
+        The base comes from where it was loaded when the memory was added, with the options of this call: ``dtype``,
+        ``device_map`` and the like. What says where a folder is (``revision``, ``subfolder``) is about the memory.
+
+        Raises:
+            ValueError: the base is not to be found, or is another one; what `load_memory` raises.
+        """
+        from memlayers.models.loading import load_base, load_memory, memory_alone  # they need this class
+
+        name = pretrained_model_name_or_path
+        hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+        folder = None if name is None or kwargs.get("gguf_file") else memory_alone(name, **hub)
+        if folder is None:
+            return super().from_pretrained(name, *args, config=config, **kwargs)
+        options = {
+            key: value for key, value in kwargs.items() if key not in ("revision", "subfolder", "adapter_kwargs")
+        }
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(folder if config is None else config)  # type: ignore[union-attr]
+            for key in [key for key in options if hasattr(config, key) and key not in OPTIONS_OF_MODELS]:
+                setattr(config, key, options.pop(key))
+        loaded = load_base(folder, cls.plain_class, config, **options)
+        model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # with output_loading_info
+        load_memory(model, folder)
+        return (model, *info) if info else model
+
+    @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
         """Does nothing, as in `MemoryConfigMixin.register_for_auto_class`."""
-
-
-def build_memories(blocks: Sequence[Any], placement: MemoryPlacement) -> list[MemoryLayer]:
-    """The memories of `placement`, each on the device and in the dtype of its block; `blocks` stay as they are."""
-    memories: list[MemoryLayer] = []
-    for number in placement.layers:
-        like = next(blocks[number - 1].mlp.parameters())
-        table = memories[0].values if placement.share_values and memories else None
-        memory = MemoryLayer(placement.config, values=table, device=like.device, dtype=like.dtype)
-        if not like.is_meta:
-            _mark_initialised(memory)  # by its constructor; on the meta device weights are yet to be loaded or drawn
-        memories.append(memory)
-    return memories
-
-
-def _mark_initialised(memory: MemoryLayer) -> None:
-    for module in memory.modules():
-        module._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def _reset_what_was_not_loaded(memory: MemoryLayer) -> None:
-    """Initialises `memory` as its `reset_parameters` does, without touching what came from a checkpoint."""
-    tensors = {**dict(memory.named_parameters()), **dict(memory.named_buffers())}
-    loaded = {name: tensor for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
-    if len(loaded) == len(tensors):
-        return
-    kept = {name: tensor.clone() for name, tensor in loaded.items()}
-    memory.reset_parameters()
-    for name, tensor in kept.items():
-        loaded[name].copy_(tensor)

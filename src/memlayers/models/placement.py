@@ -1,4 +1,4 @@
-"""MemoryPlacement: which blocks of a model carry a memory, and whether they share one table of values.
+"""MemoryPlacement: which modules of a model carry a memory, of which kind, and whether they share one table of values.
 
 `MemoryConfig` says what a memory is and nothing about where it goes; the two are saved together, under ``memory`` in a
 model's ``config.json`` and alone in ``memory_config.json``.
@@ -6,11 +6,13 @@ model's ``config.json`` and alone in ``memory_config.json``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from memlayers.checks import require_choice
 from memlayers.config import MemoryConfig
+from memlayers.models.wrappers import Mode
 
-MODE = "replace"  # the memory stands where the feed-forward network stood
+_KEYS = ("config", "kind", "layers", "mode", "share_values")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,28 +20,47 @@ class MemoryPlacement:
     """A memory configuration and where it goes. Raises `ValueError` naming the field, its value and what is allowed."""
 
     config: MemoryConfig  # what each memory is
-    layers: Sequence[int]  # blocks that carry one, counted from 1 as in the paper; kept as an ascending tuple
+    kind: str = "MemoryLayer"  # the name of its class
+    layers: Sequence[int] | Sequence[str]  # blocks counted from 1 as in the paper, ascending; or names of modules
+    mode: Mode = "replace"  # "replace": in place of the module; "parallel": beside it, behind a gate
     share_values: bool = False  # one table of values for all of them (queries and keys stay their own)
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, MemoryConfig):
             raise ValueError(f"config must be a MemoryConfig, got {self.config!r}")
+        if not isinstance(self.kind, str) or not self.kind:
+            raise ValueError(f"kind must be the name of a class of memory layers, got {self.kind!r}")
         layers = self.layers
-        if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not layers:
-            raise ValueError(f"layers must be a non-empty list of block numbers, counted from 1, got {layers!r}")
-        for layer in layers:
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
-                raise ValueError(f"layers must be integers of at least 1 (blocks are counted from 1), got {layer!r}")
+        if isinstance(layers, str | bytes) or not isinstance(layers, Sequence) or not layers:
+            raise ValueError(
+                f"layers must be a non-empty list of block numbers, counted from 1, or of names of modules, "
+                f"got {layers!r}"
+            )
+        if all(isinstance(layer, str) for layer in layers):
+            if "" in layers:
+                raise ValueError("layers must be names of modules inside of the model, got ''")
+            object.__setattr__(self, "layers", tuple(layers))
+        else:
+            for layer in layers:
+                if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+                    raise ValueError(
+                        f"layers must be integers of at least 1 (blocks are counted from 1), or all names of modules, "
+                        f"got {layer!r}"
+                    )
+            object.__setattr__(self, "layers", tuple(sorted(layers)))
         if len(set(layers)) < len(layers):
-            raise ValueError(f"layers must not name a block twice, got {list(layers)}")
-        object.__setattr__(self, "layers", tuple(sorted(layers)))
+            raise ValueError(f"layers must not name a module twice, got {list(layers)}")
+        require_choice("mode", self.mode, get_args(Mode))
         if not isinstance(self.share_values, bool):
             raise ValueError(f"share_values must be True or False, got {self.share_values!r}")
 
     def check_fits(self, *, num_blocks: int, hidden_size: int) -> None:
-        """Raises `ValueError` unless a model of `num_blocks` blocks of width `hidden_size` can carry these memories."""
-        if self.layers[-1] > num_blocks:
-            raise ValueError(f"layers must be within 1..{num_blocks}, the blocks of this model, got {self.layers[-1]}")
+        """Raises `ValueError` unless a model of so many blocks of that width has the blocks of `layers`."""
+        last = self.layers[-1]
+        if not isinstance(last, int):
+            return
+        if last > num_blocks:
+            raise ValueError(f"layers must be within 1..{num_blocks}, the blocks of this model, got {last}")
         if self.config.dim != hidden_size:
             raise ValueError(f"config.dim must be {hidden_size}, the hidden size of this model, got {self.config.dim}")
 
@@ -47,29 +68,23 @@ class MemoryPlacement:
         """Plain JSON types; `from_dict` gives an equal placement back."""
         return {
             "config": self.config.to_dict(),
+            "kind": self.kind,
             "layers": list(self.layers),
-            "mode": MODE,
+            "mode": self.mode,
             "share_values": self.share_values,
         }
 
     @classmethod
     def from_dict(cls, section: object) -> "MemoryPlacement":
-        """The inverse of `to_dict`. Raises `ValueError` for an unknown or a missing key, or another mode."""
-        known = ("config", "layers", "mode", "share_values")
+        """The inverse of `to_dict`. Raises `ValueError` for an unknown or a missing key."""
         if not isinstance(section, dict):
-            raise ValueError(f"memory must be a dictionary of {', '.join(known)}, got {section!r}")
+            raise ValueError(f"memory must be a dictionary of {', '.join(_KEYS)}, got {section!r}")
         for key in section:
-            if key not in known:
-                raise ValueError(f"unknown key {key!r} in memory; allowed: {', '.join(known)}")
-        for key in known:
+            if key not in _KEYS:
+                raise ValueError(f"unknown key {key!r} in memory; allowed: {', '.join(_KEYS)}")
+        for key in _KEYS:
             if key not in section:
-                raise ValueError(f"memory must have the keys {', '.join(known)}; {key!r} is missing")
-        if section["mode"] != MODE:
-            raise ValueError(f"memory.mode must be {MODE!r}, got {section['mode']!r}")
+                raise ValueError(f"memory must have the keys {', '.join(_KEYS)}; {key!r} is missing")
         if not isinstance(section["config"], dict):
             raise ValueError(f"memory.config must be a dictionary, got {section['config']!r}")
-        return cls(
-            config=MemoryConfig.from_dict(section["config"]),
-            layers=section["layers"],
-            share_values=section["share_values"],
-        )
+        return cls(**{**section, "config": MemoryConfig.from_dict(section["config"])})

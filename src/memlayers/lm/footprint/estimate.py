@@ -24,6 +24,7 @@ from memlayers.lm.config import RunConfig
 from memlayers.lm.evaluate import ComputePrecision, autocast
 from memlayers.lm.footprint.inside_operations import InsideOperations
 from memlayers.lm.footprint.live_bytes import tensor_bytes
+from memlayers.sizes import size_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,14 +56,6 @@ class Footprint:
         """The same as one text."""
         width = max(len(name) for name, _ in self.lines())
         return "\n".join(f"  {name:<{width}}  {text:>10}" for name, text in self.lines())
-
-
-def size_text(size: int) -> str:
-    """1.25 GB, 31 MB, 4 kB, 12 B; powers of ten."""
-    for unit, name, digits in ((10**9, "GB", 2), (10**6, "MB", 0), (10**3, "kB", 0)):
-        if size >= unit:
-            return f"{size / unit:,.{digits}f} {name}"
-    return f"{size} B"
 
 
 @functools.lru_cache(maxsize=16)

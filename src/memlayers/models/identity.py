@@ -1,0 +1,178 @@
+"""What base model a memory belongs to: enough to know it again in another precision, and to tell it from any other.
+
+A memory beside a base that it was not trained in computes nonsense without an error. So a few values of every tensor of
+the base are kept with it, rounded to bfloat16: a base that is loaded in float32 or in bfloat16 has the same.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
+
+from memlayers.models.mixin import MemoryMixin
+from memlayers.models.wrappers import MemoryWrapper, ParallelMemory
+
+VALUES = 16  # values of a tensor that are kept
+_ATTRIBUTE = "_memory_base"  # of the model; a copy, pickled or not, keeps it
+
+
+class TensorIdentity(NamedTuple):
+    """One tensor of a base."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    values: str  # hexadecimal bits of bfloat16 values at fixed places; empty for weights that are not here (meta)
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """A base model, with the tensors that a memory leaves in place: those of replaced modules do not count."""
+
+    name_or_path: str  # where `transformers` loaded it from; empty if it did not
+    class_name: str
+    model_type: str | None
+    dtype: str
+    tensors: dict[str, TensorIdentity]
+
+    def __str__(self) -> str:
+        return f"{self.name_or_path or 'without a name'} ({self.class_name} in {self.dtype})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` gives an equal identity back."""
+        tensors = {name: {**known._asdict(), "shape": list(known.shape)} for name, known in self.tensors.items()}
+        return {**vars(self), "tensors": tensors}
+
+    @classmethod
+    def from_dict(cls, section: dict[str, Any]) -> "BaseIdentity":
+        """The inverse of `to_dict`."""
+        tensors = {
+            name: TensorIdentity(**{**known, "shape": tuple(known["shape"])})
+            for name, known in section["tensors"].items()
+        }
+        return cls(**{**section, "tensors": tensors})
+
+    def differing(self, other: "BaseIdentity") -> list[str]:
+        """The tensors of this base that `other` does not have, or has in another shape or with other values."""
+        return [name for name, known in self.tensors.items() if not _same(known, other.tensors.get(name))]
+
+
+def identity_of(model: nn.Module, without: Collection[str] = ()) -> BaseIdentity:
+    """The identity of `model`, which was unwrapped, before or after memories came into it.
+
+    `without`: modules that do not count, as they will be replaced. What adapters (PEFT) and `torch.compile` put around
+    its modules does not count either.
+    """
+    named = dict(_base_tensors(model, "", {base_name(name) for name in without}))
+    dtypes = (tensor.dtype for tensor in named.values() if tensor.is_floating_point())
+    plain: Any = type(model)
+    name, model_type = "", None
+    if isinstance(model, MemoryMixin):  # which may have come from a folder that is no base
+        plain = model.plain_class
+    elif isinstance(model, PreTrainedModel):
+        name = str(model.name_or_path or "")
+    if isinstance(model, PreTrainedModel):
+        model_type = plain.config_class.model_type
+    return BaseIdentity(
+        name_or_path=name,
+        class_name=plain.__name__,
+        model_type=model_type,
+        dtype=_word(next(dtypes, torch.get_default_dtype())),
+        tensors={
+            name: TensorIdentity(tuple(tensor.shape), _word(tensor.dtype), values)
+            for (name, tensor), values in zip(named.items(), _values([*named.values()]), strict=True)
+        },
+    )
+
+
+def base_name(name: str) -> str:
+    """The name that a module has where none is compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def record_base(model: nn.Module, identity: BaseIdentity) -> None:
+    """Keeps `identity` with the model, for `recorded_base`."""
+    setattr(model, _ATTRIBUTE, identity)
+
+
+def recorded_base(model: nn.Module) -> BaseIdentity | None:
+    """What `record_base` kept; None for a model that was loaded whole, which keeps nothing."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def forget_base(model: nn.Module) -> None:
+    """The inverse of `record_base`."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+
+
+def _base_tensors(module: nn.Module, prefix: str, without: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers under the names that they have in the base; shared ones under each name."""
+    while (inside := _inside(module)) is not None:
+        module = inside
+    if isinstance(module, MemoryWrapper):  # in place of a module that is gone
+        return
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield prefix + name, tensor
+    for name, child in module._modules.items():
+        if child is not None and prefix + name not in without:
+            yield from _base_tensors(child, f"{prefix}{name}.", without)
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """The module of the base that something was put around; None: nothing was."""
+    if isinstance(module, ParallelMemory):
+        return module.base
+    names = ["_orig_mod"]  # torch.compile
+    if type(module).__module__.startswith("peft."):
+        names += ["base_layer", "original_module"]
+    return next((found for name in names if (found := module._modules.get(name)) is not None), None)
+
+
+@torch.no_grad()
+def _values(tensors: list[Tensor]) -> list[str]:
+    samples = []
+    for tensor in tensors:
+        if tensor.is_meta or tensor.is_complex() or is_traceable_wrapper_subclass(tensor):
+            samples.append(torch.empty(0, dtype=torch.bfloat16, device="cpu"))
+            continue
+        count = min(VALUES, tensor.numel())
+        places = [(2 * i + 1) * tensor.numel() // (2 * count) for i in range(count)]  # centres of equal parts
+        tensor = tensor.detach().as_subclass(Tensor)
+        tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
+        index = torch.unravel_index(torch.tensor(places, dtype=torch.int64, device=tensor.device), tensor.shape)
+        samples.append(tensor[index].float().bfloat16())
+    return [sample.cpu().view(torch.int16).numpy().astype(">i2").tobytes().hex() for sample in samples]
+
+
+def _same(known: TensorIdentity, other: TensorIdentity | None) -> bool:
+    if other is None or known.shape != other.shape:
+        return False
+    if known.values == other.values or not known.values or not other.values:
+        return True
+    if "float16" not in (known.dtype, other.dtype):
+        return False
+    # Rounded to float16 first, then to bfloat16: at most a neighbour of what one rounding gives, or what is lost where
+    # float16 has no more digits.
+    ours, theirs = _bits(known.values), _bits(other.values)
+    is_neighbour = (_ordered(ours) - _ordered(theirs)).abs() <= 1
+    is_tiny = (ours.view(torch.bfloat16).float() - theirs.view(torch.bfloat16).float()).abs() <= 2.0**-24
+    return bool((is_neighbour | is_tiny).all())
+
+
+def _bits(values: str) -> Tensor:
+    bits = [int(values[i : i + 4], 16) for i in range(0, len(values), 4)]
+    return torch.tensor(bits, dtype=torch.int32, device="cpu").to(torch.int16)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """Integers in the order of the numbers that the bits are, neighbours one apart."""
+    magnitude = bits.int() & 0x7FFF
+    return torch.where(bits < 0, -magnitude, magnitude)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

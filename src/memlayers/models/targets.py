@@ -1,0 +1,148 @@
+"""Which modules of a model a memory goes to: block numbers, names and regular expressions become names of modules."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from memlayers.models.placement import MemoryPlacement
+
+Layers = Sequence[int] | Sequence[str] | str
+
+
+def default_layer(num_blocks: int) -> int:
+    """The block for a single memory, counted from 1: three quarters of the depth, rounded up.
+
+    Middle-to-late is best in the paper's table 3 (5 of 6, then 4; the last is worse again), and 3 of 4 was good in our
+    first runs: this gives 3 of 4, 5 of 6, 9 of 12, 18 of 24.
+    """
+    return math.ceil(num_blocks * 3 / 4)
+
+
+def choose(model: nn.Module, layers: Layers | None) -> Sequence[int] | Sequence[str]:
+    """Block numbers as they are; names and patterns as the names of the modules that they mean, in the model's order.
+
+    A text is the name of a module or else a regular expression that matches the whole of it. None is `default_layer`.
+    Raises `ValueError` for a text that means no module, with the names that come closest; for a module that is meant
+    twice, or that is inside of another one.
+    """
+    if layers is None:
+        return [default_layer(num_blocks(model))]
+    if isinstance(layers, str):
+        layers = [layers]
+    is_list = isinstance(layers, Sequence) and not isinstance(layers, bytes)
+    if not is_list or not any(isinstance(layer, str) for layer in layers):
+        return layers  # numbers, or nothing that is allowed: a placement says what is
+    names = [name for name, module in model.named_modules() if name and _is_callable(module)]
+    chosen: list[str] = []
+    for text in layers:
+        if not isinstance(text, str):
+            raise ValueError(f"layers must be all block numbers or all names of modules, got {list(layers)!r}")
+        found = _matches(text, names)
+        if again := [name for name in found if name in chosen]:
+            raise ValueError(f"layers must not name a module twice, got {again[0]!r} again by {text!r}")
+        chosen += found
+    for name in chosen:
+        for other in chosen:
+            if name.startswith(f"{other}."):
+                raise ValueError(f"layers must not name a module inside of another one, got {name!r} and {other!r}")
+    return sorted(chosen, key=names.index)
+
+
+def names_of(model: nn.Module, placement: MemoryPlacement) -> list[str]:
+    """The names of the modules that `placement` means.
+
+    Raises `ValueError` for a block that `model` does not have or whose feed-forward network is not one module, for a
+    name that it does not have, and for a module of another width than the memory's.
+    """
+    if isinstance(placement.layers[0], int):
+        placement.check_fits(num_blocks=num_blocks(model), hidden_size=hidden_size(model))
+        names = [_ffn_name(model, layer) for layer in placement.layers]  # type: ignore[arg-type]
+    else:
+        names = [str(name) for name in placement.layers]
+        known = dict(model.named_modules())
+        for name in names:
+            if name not in known:
+                raise ValueError(f"layers must be names of modules of this model, got {name!r}{_closest(name, known)}")
+    dim = placement.config.dim
+    for name in names:
+        sizes = {size for parameter in model.get_submodule(name).parameters() for size in parameter.shape}
+        if sizes and dim not in sizes:
+            raise ValueError(
+                f"config.dim must be the width of what {name!r} is given and returns, got {dim}, which is no size of "
+                f"any of its weights (they have {', '.join(map(str, sorted(sizes)))})"
+            )
+    return names
+
+
+def hidden_size(model: nn.Module) -> int:
+    """D, the width of a `transformers` model. Raises `ValueError` for a model that does not say it."""
+    return _of_config(model, "hidden_size")
+
+
+def num_blocks(model: nn.Module) -> int:
+    """Number of blocks of a `transformers` model. Raises `ValueError` for a model that does not say it."""
+    return _of_config(model, "num_hidden_layers")
+
+
+def _of_config(model: nn.Module, field: str) -> int:
+    config: Any = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
+    value = getattr(config.get_text_config(), field, None) if config is not None else None
+    if not isinstance(value, int):
+        raise ValueError(
+            f"layers must be names of modules, or a regular expression, for a {type(model).__name__}: its "
+            f"configuration has no {field}"
+        )
+    return value
+
+
+def _ffn_name(model: nn.Module, number: int) -> str:
+    name = f"{_blocks_name(model, num_blocks(model))}.{number - 1}"
+    if not isinstance(getattr(model.get_submodule(name), "mlp", None), nn.Module):
+        block = re.escape(name.rpartition(".")[0]) + rf"\.{number - 1}"
+        raise ValueError(
+            f"layers must be names of modules for a {type(model).__name__}: the feed-forward network of its blocks is "
+            f"not one module (`mlp`), got {number}. Name the block for a memory beside the whole of it: "
+            f'layers=r"{block}", mode="parallel"'
+        )
+    return f"{name}.mlp"
+
+
+def _blocks_name(model: nn.Module, count: int) -> str:
+    """The list of blocks: the first list of as many modules as there are blocks; an encoder-decoder has two."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [name for name, blocks in lists if len(blocks) == count]
+    found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
+    if len(found) != 1:
+        what = "has no list of them" if not found else f"has {len(found)} lists of them, {', '.join(found)}"
+        raise ValueError(
+            f"layers must be names of modules for a {type(model).__name__}: blocks have no numbers where a model {what}"
+        )
+    return found[0]
+
+
+def _matches(text: str, names: Sequence[str]) -> list[str]:
+    if text in names:
+        return [text]
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise ValueError(f"layers must be names of modules or regular expressions, got {text!r} ({error})") from None
+    found = [name for name in names if pattern.fullmatch(name)]
+    if not found:
+        raise ValueError(f"layers must name modules of this model, got {text!r}, which is none{_closest(text, names)}")
+    return found
+
+
+def _closest(text: str, names: Iterable[str]) -> str:
+    plain = text.replace("\\.", ".").replace("\\", "")
+    close = difflib.get_close_matches(plain, list(names), n=3, cutoff=0.5)
+    return f"; closest are {', '.join(map(repr, close))}" if close else ""
+
+
+def _is_callable(module: nn.Module) -> bool:
+    return not isinstance(module, nn.ModuleList | nn.ModuleDict)

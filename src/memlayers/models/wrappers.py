@@ -1,0 +1,110 @@
+"""The two ways in which a memory stands in a model: in place of a module, or beside it.
+
+Either takes the module's place under its name, so the model around it goes on calling what it called.
+"""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from memlayers.layer import MemoryLayer
+
+Mode = Literal["replace", "parallel"]
+
+
+class MemoryWrapper(nn.Module):
+    """What stands where a module of the base model stood; its `memory` reads the same input."""
+
+    mode: ClassVar[Mode]
+    memory: MemoryLayer
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The module of the base model, or None if it was not kept."""
+        raise NotImplementedError
+
+
+class ReplacingMemory(MemoryWrapper):
+    """m(x) where a module f(x) stood (paper, section 3.3).
+
+    A module that is `kept` for `remove_memory` is no submodule: it is in no state_dict, no optimizer and on its old
+    device, whatever becomes of the model.
+    """
+
+    mode = "replace"
+
+    def __init__(self, memory: MemoryLayer, kept: nn.Module | None = None):
+        super().__init__()
+        self.memory = memory
+        self._kept = (kept,)  # in a tuple, where nn.Module does not find it
+
+    @property
+    def original(self) -> nn.Module | None:
+        return self._kept[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.memory(_hidden(args, kwargs))
+
+
+class ParallelMemory(MemoryWrapper):
+    """f(x) + gate * m(x): the module f as it was, and a memory beside it (Kim and Jung 2020, arXiv 2010.03881).
+
+    The gate, one number a feature, begins at zero: the model's outputs are then those of the base model, bit for bit.
+    Where f returns a tuple, as the blocks of some models do, the memory adds to its first entry.
+    """
+
+    mode = "parallel"
+
+    def __init__(self, base: nn.Module, memory: MemoryLayer):
+        super().__init__()
+        self.base = base
+        self.memory = memory
+        like = next(memory.query.parameters())
+        self.gate = nn.Parameter(torch.empty(memory.config.dim, device=like.device, dtype=like.dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The gate at zero; the memory and the base module initialise themselves."""
+        nn.init.zeros_(self.gate)
+
+    @property
+    def original(self) -> nn.Module:
+        return self.base
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = _hidden(args, kwargs)
+        output = self.base(*args, **kwargs)
+        added = self.gate * self.memory(x)
+        # In the dtype of the output, which under autocast need not be that of the input.
+        if isinstance(output, tuple):
+            return (output[0] + added.to(output[0].dtype), *output[1:])
+        return output + added.to(output.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        # A block is asked for more than its output, such as the kind of its attention.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":  # not there yet
+                raise
+            return getattr(self.base, name)
+
+
+def find_wrappers(model: nn.Module) -> Iterator[tuple[str, MemoryWrapper]]:
+    """The wrappers of `model` by their name in it, in the order of its modules."""
+    for name, module in model.named_modules():
+        if isinstance(module, MemoryWrapper):
+            yield name, module
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    if args:
+        return args[0]
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"]
+    raise ValueError(
+        f"a module with a memory must be called with the hidden states first (or as hidden_states=), got "
+        f"{', '.join(kwargs) or 'nothing'}"
+    )

@@ -1,0 +1,149 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from memlayers.models import add_memory, causal_lm, remove_memory
+from memlayers.models.identity import VALUES, BaseIdentity, identity_of, recorded_base
+
+# peft asks models for a property under its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def small(family="gpt2", seed=0):
+    torch.manual_seed(seed)
+    return causal_lm(family, vocab_size=40, layers=4, dim=16, heads=2, context=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_base_in_two_precisions_is_one(dtype, other):
+    first, second = (identity_of(small().to(kind)) for kind in (dtype, other))
+    assert first.differing(second) == []
+    assert second.differing(first) == []
+    if torch.float16 not in (dtype, other):  # exactly, not within a tolerance
+        assert [known.values for known in first.tensors.values()] == [known.values for known in second.tensors.values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_another_base_differs(dtype, family):
+    first, second = (identity_of(small(family, seed).to(dtype)) for seed in (0, 1))
+    drawn = {name for name, parameter in small(family).named_parameters() if parameter.std() > 0}
+    assert set(first.differing(second)) >= drawn
+
+
+def test_slight_training_is_seen():
+    model = small()
+    before = identity_of(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-4 * torch.randn_like(parameter)
+    assert len(before.differing(identity_of(model))) > len(before.tensors) / 2
+
+
+def test_float16_may_be_off_by_a_neighbour_and_no_more():
+    one_step = 2.0**-7  # of bfloat16, from 1 on
+    linear = nn.Linear(4, 4, bias=False).half()
+    identities = []
+    for value in (1.0, 1.0 + one_step, 1.0 + 2 * one_step):
+        nn.init.constant_(linear.weight, value)
+        identities.append(identity_of(linear))
+    assert identities[0].differing(identities[1]) == []
+    assert identities[0].differing(identities[2]) == ["weight"]
+    nn.init.constant_(linear.weight, -1.0)
+    assert identity_of(linear).differing(identities[0]) == ["weight"]
+    linear.float()
+    nn.init.constant_(linear.weight, 1.0)
+    exact = identity_of(linear)
+    nn.init.constant_(linear.weight, 1.0 + one_step)
+    assert exact.differing(identity_of(linear)) == ["weight"]
+
+
+def test_what_float16_cannot_hold_does_not_count():
+    linear = nn.Linear(4, 4, bias=False)
+    nn.init.constant_(linear.weight, 1e-8)
+    before = identity_of(linear)
+    assert before.differing(identity_of(linear.half())) == []
+    assert before.differing(identity_of(linear.float())) == ["weight"]
+
+
+def test_values_are_the_same_whatever_the_strides():
+    weight = torch.randn(6, 10)
+    linear = nn.Linear(10, 6, bias=False)
+    linear.weight = nn.Parameter(weight)
+    plain = identity_of(linear)
+    linear.weight = nn.Parameter(weight.t().contiguous().t())
+    assert not linear.weight.is_contiguous()
+    assert identity_of(linear) == plain
+    assert len(plain.tensors["weight"].values) == 4 * VALUES
+
+
+def test_shapes_missing_tensors_and_buffers_count():
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    module[0].register_buffer("passing", torch.ones(3), persistent=False)
+    before = identity_of(module)
+    assert set(before.tensors) == set(module.state_dict())
+    assert before.differing(identity_of(module[:1])) == [name for name in before.tensors if name.startswith("1.")]
+    module[1].running_mean += 1.0
+    assert before.differing(identity_of(module)) == ["1.running_mean"]
+    other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    assert "0.weight" in before.differing(identity_of(other))
+
+
+def test_weights_that_are_not_there_are_compared_by_shape():
+    here = identity_of(nn.Linear(3, 4))
+    with torch.device("meta"):
+        assert here.differing(identity_of(nn.Linear(3, 4))) == []
+        assert here.differing(identity_of(nn.Linear(4, 4))) == ["weight"]
+
+
+def test_json_and_back(family):
+    identity = identity_of(small(family))
+    assert BaseIdentity.from_dict(identity.to_dict()) == identity
+    assert identity.class_name == {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family]
+    assert (identity.model_type, identity.dtype, identity.name_or_path) == (family, "float32", "")
+
+
+@pytest.mark.parametrize("mode", ["replace", "parallel"])
+def test_memories_leave_the_base_as_it_was(family, memory_config, mode):
+    model = small(family)
+    before = identity_of(model)
+    add_memory(model, memory_config, [2, 3], mode=mode)
+    now = identity_of(model)
+    assert recorded_base(model) == now
+    gone = set(before.tensors) - set(now.tensors)
+    assert bool(gone) is (mode == "replace")
+    assert all(".1.mlp." in name or ".2.mlp." in name for name in gone)
+    assert before == BaseIdentity(**{**vars(now), "tensors": before.tensors})
+    assert now.tensors == {name: known for name, known in before.tensors.items() if name not in gone}
+
+
+def test_copies_keep_what_was_recorded(with_memory):
+    recorded = recorded_base(with_memory)
+    assert recorded is not None
+    assert recorded_base(copy.deepcopy(with_memory)) == recorded
+    assert recorded_base(pickle.loads(pickle.dumps(with_memory))) == recorded
+    assert not any("_memory_base" in name for name in with_memory.state_dict())
+
+
+def test_remove_memory_forgets_it(plain, memory_config):
+    add_memory(plain, memory_config, [2], mode="parallel")
+    remove_memory(plain)
+    assert recorded_base(plain) is None
+
+
+def test_what_was_put_around_modules_does_not_count(memory_config):
+    peft = pytest.importorskip("peft")
+    model = small("llama")
+    before = identity_of(model)
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["o_proj"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, lora)
+    assert identity_of(wrapped.get_base_model()) == before
+    model = small("llama")
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    assert identity_of(model) == before
+    # Replaced behind something that was put around.
+    add_memory(model, memory_config, ["model.layers.1._orig_mod.mlp"])
+    assert recorded_base(model) == identity_of(model)

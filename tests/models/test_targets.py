@@ -1,0 +1,219 @@
+"""Which modules `layers` means, and the models whose blocks have to be named."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertForMaskedLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from memlayers import MemoryConfig
+from memlayers.models import add_memory, freeze_base, memory_layers, remove_memory
+from memlayers.models.targets import choose, default_layer
+from memlayers.models.wrappers import find_wrappers
+from memlayers.optim import MemoryAdamW
+
+MEMORY = MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=6, query_dim=8)
+IDS = torch.randint(2, 40, (3, 10), generator=torch.Generator().manual_seed(0))
+PIXELS = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+# The class, its configuration, the Auto class, the modules to name, and how it is called in training.
+NAMED = {
+    "opt": (
+        lambda: OPTForCausalLM(
+            OPTConfig(**SIZES, vocab_size=40, ffn_dim=24, max_position_embeddings=32, word_embed_proj_dim=16)
+        ),
+        AutoModelForCausalLM,
+        r"model\.decoder\.layers\.1",
+        {"input_ids": IDS, "labels": IDS},
+    ),
+    "bert": (
+        lambda: BertForMaskedLM(BertConfig(**SIZES, vocab_size=40, intermediate_size=24, max_position_embeddings=32)),
+        AutoModelForMaskedLM,
+        r"bert\.encoder\.layer\.1",
+        {"input_ids": IDS, "labels": IDS},
+    ),
+    "t5": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2, decoder_start_token_id=0)
+        ),
+        AutoModelForSeq2SeqLM,
+        r"encoder\.block\.1\.layer\.1|decoder\.block\.1\.layer\.2",
+        {"input_ids": IDS, "labels": IDS},
+    ),
+    "vit": (
+        lambda: ViTForImageClassification(
+            ViTConfig(**SIZES, intermediate_size=24, image_size=8, patch_size=2, num_labels=3)
+        ),
+        AutoModelForImageClassification,
+        r"vit\.layers\.(0|2)\.mlp",
+        {"pixel_values": PIXELS, "labels": torch.arange(3)},
+    ),
+}
+
+
+def build(name):
+    return NAMED[name][0]().eval()
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_modules_begin_as_the_base_train_load_and_go(name, tmp_path):
+    model = build(name)
+    _, auto, layers, batch = NAMED[name]
+    base = copy.deepcopy(model)
+    expected = logits(base, batch)
+    add_memory(model, MEMORY, layers, mode="parallel")
+    assert [*memory_layers(model)] == [
+        f"{module}.memory" for module, _ in base.named_modules() if re.fullmatch(layers, module)
+    ]
+    assert torch.equal(logits(model, batch), expected)
+
+    optimizer = MemoryAdamW(freeze_base(model), lr=0.02, value_lr=0.02)
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    losses = []
+    for _ in range(10):
+        loss = model.train()(**batch).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, start[key])}
+    wrappers = dict(find_wrappers(model))
+    for wrapper in wrappers:
+        assert {f"{wrapper}.gate", f"{wrapper}.memory.values.weight", f"{wrapper}.memory.keys.weight"} <= moved
+    assert all(any(key.startswith(f"{wrapper}.") and ".base." not in key for wrapper in wrappers) for key in moved)
+
+    trained = logits(model, batch)
+    assert not torch.allclose(trained, expected, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = auto.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(logits(loaded, batch), trained)
+    remove_memory(model)
+    assert type(model) is type(base)
+    assert torch.equal(logits(model, batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"), [("opt", r"model\.decoder\.layers\.1"), ("bert", r"bert\.encoder\.layer\.1")]
+)
+def test_numbers_of_blocks_without_one_feed_forward_module_are_refused(name, block):
+    model = build(name)
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match="not one module") as raised:
+        add_memory(model, MEMORY, [2], mode="parallel")
+    advice = re.search(r'layers=r"(.*)", mode="parallel"', str(raised.value))
+    assert advice[1] == block
+    assert dict(model.named_modules()) == before
+    assert [*memory_layers(add_memory(model, MEMORY, advice[1], mode="parallel"))] == [
+        block.replace("\\", "") + ".memory"
+    ]
+
+
+def test_numbers_are_refused_where_there_are_two_lists_of_blocks():
+    with pytest.raises(ValueError, match=r"T5ForConditional.* 2 lists of them, encoder\.block, decoder\.block"):
+        add_memory(build("t5"), MEMORY, [2])
+
+
+def test_each_half_of_an_encoder_decoder_hands_over_its_own_mask():
+    model = add_memory(build("t5"), MEMORY, NAMED["t5"][2], mode="parallel").train()
+    masks = torch.ones(2, 3, 10, dtype=torch.long)
+    masks[0, 0, 6:] = 0
+    masks[1, 1, 8:] = 0
+    seen = {}
+    for name, memory in memory_layers(model).items():
+        memory.register_forward_pre_hook(lambda memory, args, name=name: seen.update({name.split(".")[0]: memory.mask}))
+    model(input_ids=IDS, decoder_input_ids=IDS, attention_mask=masks[0], decoder_attention_mask=masks[1])
+    assert torch.equal(seen["encoder"], masks[0].bool())
+    assert torch.equal(seen["decoder"], masks[1].bool())
+    assert all(memory.mask is None for memory in memory_layers(model).values())
+    model.eval().generate(IDS, attention_mask=masks[0], max_new_tokens=3, num_beams=2)
+    assert seen["encoder"].shape == (3, 10)
+
+
+@pytest.mark.parametrize("half", [r"encoder\.block\.1\.layer\.1", r"decoder\.block\.1\.layer\.2"])
+def test_a_memory_in_one_half(half):
+    model = add_memory(build("t5"), MEMORY, half, mode="parallel").train()
+    ((_, memory),) = memory_layers(model).items()
+    memory.register_forward_pre_hook(lambda memory, args: seen.append(memory.mask))
+    seen = []
+    mask = torch.ones(3, 10, dtype=torch.long)
+    mask[0, 6:] = 0
+    model(input_ids=IDS, decoder_input_ids=IDS, attention_mask=mask)
+    assert len(seen) == 1
+    assert (seen[0] is None) is half.startswith("decoder")
+
+
+# Names and patterns.
+
+
+@pytest.fixture
+def nested():
+    """Modules 0.mlp to 2.mlp, each of two linear maps."""
+    blocks = [nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))}) for _ in range(3)]
+    return nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ("blocks.1.mlp", [1]),
+        (["blocks.2.mlp", "blocks.0.mlp"], [0, 2]),  # in the order of the model
+        (r"blocks\.\d\.mlp", [0, 1, 2]),
+        ([r".*2\.mlp", "blocks.0.mlp"], [0, 2]),
+    ],
+)
+def test_names_and_patterns(nested, layers, names):
+    assert choose(nested, layers) == [f"blocks.{number}.mlp" for number in names]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("blocks.1.mpl", r"got 'blocks\.1\.mpl', which is none; closest are 'blocks\.1\.mlp'"),
+        ("blocks.1", r"got 'blocks\.1', which is none"),  # a container, which is not called
+        ("mlp", "got 'mlp', which is none"),  # a whole name
+        ("blocks.(", r"got 'blocks\.\(' \("),
+        ([r"blocks\.\d\.mlp", "blocks.1.mlp"], r"twice, got 'blocks\.1\.mlp' again by 'blocks\.1\.mlp'"),
+        (["blocks.1.mlp", "blocks.1.mlp.0"], r"inside of another one, got 'blocks\.1\.mlp\.0' and 'blocks\.1\.mlp'"),
+        (["blocks.1.mlp", 2], "all block numbers or all names"),
+        (None, "layers must be names of modules, or a regular expression, for a ModuleDict"),
+        ([1], "layers must be names of modules, or a regular expression, for a ModuleDict"),
+        ([], r"got \[\]"),
+    ],
+)
+def test_what_means_no_module_is_refused(nested, layers, message):
+    before = dict(nested.named_modules())
+    with pytest.raises(ValueError, match=message):
+        add_memory(nested, MEMORY, layers)
+    assert dict(nested.named_modules()) == before
+
+
+def test_another_width_is_refused(nested):
+    with pytest.raises(ValueError, match=r"'blocks\.0\.mlp' is given and returns, got 12, .* \(they have 16\)"):
+        add_memory(nested, MemoryConfig(dim=12, topk=2, num_subkeys=4, query_dim=4), "blocks.0.mlp")
+
+
+def test_the_default_is_three_quarters_up():
+    assert [default_layer(count) for count in (1, 4, 6, 12, 24)] == [1, 3, 5, 9, 18]
