@@ -7,7 +7,7 @@ NEW = ("train", "--output", "new")
 OPTIONS = [
     # Options and commands that do not exist.
     (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-    (["nonsense"], "unknown command 'nonsense'; allowed: train, compare, prepare, eval, generate, bench, info"),
+    (["nonsense"], "unknown command 'nonsense'; allowed: train, compare, prepare, eval, generate, doctor, bench, info"),
     ([], "a command is missing; allowed: train, .*"),
     ([*NEW, "--data.vocab_sise", "3"], r"unknown option --data.vocab_sise; did you mean --data.vocab_size\?"),
     ([*NEW, "--data.vocab_sise=3"], r"unknown option --data.vocab_sise; did you mean --data.vocab_size\?"),

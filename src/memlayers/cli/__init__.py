@@ -1,4 +1,4 @@
-"""The command line: ``memlayers train | compare | prepare | eval | generate | bench | info``.
+"""The command line: ``memlayers train | compare | prepare | eval | generate | doctor | bench | info``.
 
 main         what is printed, and the exit status, when something goes wrong
 commands     the commands and their options
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. A failure is one line on standard error.
 
     Status 2 is for what a user got wrong, 1 for what went wrong on the way: no memory or no room on the disk left, a
-    loss that is not finite. Nothing is said if nobody reads the output any more.
+    loss that is not finite, a check that failed. Nothing is said if nobody reads the output any more.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"the command line needs {error.name}: pip install 'memlayers[lm]'", USER_ERROR)
     from memlayers.bench.gate import GateError
     from memlayers.cli.commands import run_command
+    from memlayers.diagnosis import DoctorError
     from memlayers.lm.faults import TrainingFault
 
     transformers.utils.logging.disable_progress_bar()  # of saving and loading; training keeps its own
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         is_of_the_disk = isinstance(error, OSError) and error.errno in _OF_THE_DISK
         return _fail(_with_notes(error), FAILED if is_of_the_disk else USER_ERROR)
-    except (TrainingFault, GateError) as error:
+    except (TrainingFault, GateError, DoctorError) as error:
         return _fail(str(error), FAILED)
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser, Namespace
 
 import memlayers
-from memlayers.cli import making, using
+from memlayers.cli import diagnosing, making, using
 from memlayers.cli.call import Call, Command
 from memlayers.cli.options import Base, flatten
 from memlayers.cli.refusals import refusal
@@ -64,6 +64,9 @@ def _commands() -> dict[str, Command]:
             "perplexity, bits per byte and memory usage of a trained model", using.add_eval, using.run_eval
         ),
         "generate": Command("continue a text with a trained model", using.add_generate, using.run_generate),
+        "doctor": Command(
+            "whether a model's memories are reached, trained and used", diagnosing.add_doctor, diagnosing.run_doctor
+        ),
         "bench": Command(
             "speed and peak memory of the layer on this machine, against baselines", using.add_bench, using.run_bench
         ),

@@ -57,6 +57,13 @@ class Checkpoints:
         complete = sorted(self._complete())
         return self._read(complete[-1][1], complete[-1][0]) if complete else None
 
+    def named(self, name: str) -> Checkpoint:
+        """The checkpoint of that name, verified. Raises `ValueError` if it is none, or damaged."""
+        match = re.fullmatch(r"step-(\d+)", name)
+        if match is None:
+            raise ValueError(f"checkpoint must be the folder of a complete one, step-..., got {name!r}")
+        return self._read(self.folder / name, int(match[1]))
+
     def newest_step(self) -> int | None:
         """The step of the last checkpoint, which is not looked into."""
         return max((step for step, _ in self._complete()), default=None)

@@ -18,6 +18,8 @@ Letters: T tokens, K rows a token, S slots, V width.
 
 import itertools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -115,6 +117,19 @@ class RowGradient:
         """Forget what is recorded, as `zero_grad` does."""
         self._forget()
         self._mark.grad = None
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside there is nothing recorded; afterwards what was recorded before is there again, and nothing else."""
+        before = self._parts, self._is_merged, self._uncommitted, self._seen
+        handle, grad = self.handle.clone(), self._mark.grad
+        self.discard()
+        try:
+            yield
+        finally:
+            self._parts, self._is_merged, self._uncommitted, self._seen = before
+            self.handle.copy_(handle)
+            self._mark.grad = grad
 
     def summed(self) -> SummedRows | None:
         """The rows summed by slot, or None when nothing is recorded: to look at; what is recorded stays."""

@@ -35,8 +35,10 @@ def adam(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """A row's moments decay, and its bias correction counts, only when it is read: at its t-th read,
+
         m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2
         row -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
     which is Adam when every row is read each step.
     """
     steps_C = steps_C + 1

@@ -1,0 +1,73 @@
+"""The memories of a model, and what stands beside each of them."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from memlayers.layer import MemoryLayer
+from memlayers.values import ValueTable
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One memory: its parts, and the networks that its output is compared with."""
+
+    name: str
+    layer: MemoryLayer
+    table: ValueTable
+    gate: nn.Parameter | None  # of a memory beside a network; what it adds is multiplied by it
+    beside: tuple[nn.Module, ...]  # that network, or else those of other blocks; none: the input is compared with
+    is_parallel: bool
+
+    @property
+    def has_lost_owner(self) -> bool:
+        """Its table is in row mode, and the optimizer that would train it is gone."""
+        return self.table.row_gradient is not None and self.table.row_gradient.owner() is None
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Its parameters by their name in it, the gate too; not the companion of a table in row mode."""
+        for name, parameter in self.layer.named_parameters():
+            if parameter is not self.table.row_mark:
+                yield name.replace("_orig_mod.", ""), parameter
+        if self.gate is not None:
+            yield "gate", self.gate
+
+
+def find_subjects(model: nn.Module) -> list[Subject]:
+    """The memories of `model`, in its order. Raises `ValueError` if it has none."""
+    modules = dict(model.named_modules())
+    subjects = []
+    for name, layer in modules.items():
+        # PEFT's `modules_to_save` keeps the original beside the copy that it trains, and calls the copy alone.
+        if isinstance(layer, MemoryLayer) and "original_module" not in name.split("."):
+            table = next(module for module in layer.values.modules() if isinstance(module, ValueTable))
+            place = re.sub(r"(\._orig_mod|\.modules_to_save\.\w+)+$", "", name)
+            wrapper_name, _, last = place.rpartition(".")
+            wrapper = modules.get(wrapper_name) if last == "memory" else None
+            base = gate = None
+            if wrapper is not None:
+                # By its parts, not by its class (memlayers.models.wrappers), which would import transformers.
+                place, base, gate = wrapper_name, wrapper._modules.get("base"), wrapper._parameters.get("gate")
+            beside = (base,) if base is not None else tuple(_siblings(place, modules))
+            subjects.append(Subject(_shown(name), layer, table, gate, beside, base is not None))
+    if not subjects:
+        raise ValueError(
+            f"model must have at least one memory (MemoryLayer), got a {type(model).__name__} without: it was not "
+            "added, or the model was saved or loaded as a plain class"
+        )
+    return subjects
+
+
+def _siblings(name: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    """What stands at the same place in other blocks, and is no memory."""
+    pattern = re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
+    for other, module in modules.items():
+        is_there = other != name and re.fullmatch(pattern, other) is not None
+        if is_there and not any(isinstance(part, MemoryLayer) for part in module.modules()):
+            yield module
+
+
+def _shown(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod") or "(the model itself)"

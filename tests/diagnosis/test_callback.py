@@ -1,0 +1,212 @@
+"""`MemoryAlarms` in real training: quiet while all is well, one warning for each thing that is not."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+import transformers
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from memlayers import MemoryConfig, RowAdam
+from memlayers.diagnosis import MemoryAlarms, MemoryWarning, doctor
+from memlayers.models import add_memory, causal_lm, memory_layers
+from memlayers.models.wrappers import ParallelMemory
+from memlayers.optim import MemoryAdamW
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    transformers.utils.logging.disable_progress_bar()
+
+
+class Tokens(Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        ids = torch.randint(0, 50, (16,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids, "attention_mask": (torch.arange(16) < 16 - index % 4).long()}
+
+
+@pytest.fixture
+def model():
+    model = causal_lm("gpt2", vocab_size=50, layers=2, dim=16, heads=2, context=16)
+    return add_memory(model, MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=8, query_dim=8), [2])
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Trains for six steps; the alarms, and what was warned."""
+
+    def run(model, optimizer, *, every=2, window=64, **settings):
+        alarms = MemoryAlarms(every=every, window=window)
+        settings = {"max_steps": 6, "per_device_train_batch_size": 4, **settings}
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, logging_strategy="no",
+            save_strategy="no", **settings,
+        )  # fmt: skip
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=Tokens(), optimizers=(optimizer, scheduler), callbacks=[alarms]
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MemoryWarning)
+            error = None
+            try:
+                trainer.train()
+            except RuntimeError as raised:
+                error = raised
+        said = [str(one.message) for one in caught if issubclass(one.category, MemoryWarning)]
+        assert len(said) == len(alarms.raised)
+        alarms.detach()
+        return alarms, said, error
+
+    return run
+
+
+def hooks(model):
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+def memory_of(model):
+    (memory,) = memory_layers(model).values()
+    return memory
+
+
+def only(result, check, says):
+    """One alarm, once, of this check, and in these words; it names the memory."""
+    alarms, said, error = result
+    assert [name for _, name in alarms.raised] == [check], alarms.raised
+    (line,) = said
+    assert says in line
+    assert line.startswith("transformer.h.1.mlp")
+    return error
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulated"])
+def test_a_healthy_run_raises_none(model, train, settings):
+    before = hooks(model)
+    alarms, said, error = train(model, MemoryAdamW(model, lr=1e-3), every=1, **settings)
+    assert (alarms.raised, said, error) == ({}, [], None)
+    assert hooks(model) == before
+
+
+def test_a_gate_at_zero_is_healthy(train):
+    model = causal_lm("gpt2", vocab_size=50, layers=2, dim=16, heads=2, context=16)
+    add_memory(model, MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=8, query_dim=8), [2])
+    block = model.transformer.h[1]
+    block.mlp = ParallelMemory(torch.nn.Linear(16, 16), memory_of(model))
+    alarms, _, error = train(model, MemoryAdamW(model), every=1)
+    assert (alarms.raised, error) == ({}, None)
+    assert block.mlp.gate.any()
+
+
+def test_not_reached(model, train):
+    optimizer, block = MemoryAdamW(model), model.transformer.h[1]
+    block.forward = lambda hidden, *args, **kwargs: hidden
+    only(train(model, optimizer), "reached", "the model did not call it in 2 steps")
+
+
+def test_not_reached_in_one_step(model, train):
+    optimizer, block, forward = MemoryAdamW(model), model.transformer.h[1], model.transformer.h[1].forward
+    calls = []
+
+    def third_is_bypassed(hidden, *args, **kwargs):
+        calls.append(1)
+        return hidden if len(calls) == 3 else forward(hidden, *args, **kwargs)
+
+    block.forward = third_is_bypassed
+    only(train(model, optimizer), "reached", "in 1 step:")
+
+
+class Skipping(torch.optim.AdamW):
+    """Its step skips tables."""
+
+    def __init__(self, model):
+        tables = {memory.values.weight for memory in memory_layers(model).values()}
+        super().__init__([one for one in model.parameters() if one not in tables])
+
+
+def test_no_rows_written(model, train):
+    only(train(model, Skipping(model)), "written", "wrote none of")
+    model.requires_grad_(True)
+    only(train(model, MemoryAdamW(model, value_lr=0.0)), "written", "wrote none of")
+    memory_of(model).values.release()
+    memory_of(model).values.weight.requires_grad_(False)
+    only(train(model, torch.optim.AdamW(model.parameters())), "written", "its table is frozen")
+
+
+def test_output_that_is_not_finite(model, train):
+    memory = memory_of(model)
+    memory.register_forward_pre_hook(lambda module, args: (args[0] * float("nan"),))
+    alarms, said, _ = train(model, MemoryAdamW(model))
+    assert "output" in [check for _, check in alarms.raised]
+    assert sum("its output is not finite" in line for line in said) == 1
+
+
+def test_output_that_is_far_off(model, train):
+    memory_of(model).values.weight.data.mul_(1e5)
+    only(train(model, MemoryAdamW(model)), "output", "times that of its input")
+
+
+def test_collapsed_query(model, train):
+    query = memory_of(model).query
+    query.norm.weight.data.fill_(1e-5)
+    query.norm.bias.data.normal_()
+    query.requires_grad_(False)
+    only(train(model, MemoryAdamW(model)), "usage", "its query has collapsed over the last")
+
+
+def test_nothing_is_said_of_usage_before_the_window_is_full(model, train):
+    query = memory_of(model).query
+    query.norm.weight.data.fill_(1e-5)
+    query.norm.bias.data.normal_()
+    query.requires_grad_(False)
+    alarms, _, _ = train(model, MemoryAdamW(model), window=10_000)
+    assert not alarms.raised
+
+
+def test_owner_is_gone(model, train):
+    owner = RowAdam(model)
+    del owner
+    gc.collect()
+    error = only(train(model, Skipping(model)), "owner", "its row optimizer is gone")
+    assert "row optimizer is gone" in str(error)  # of the backward pass, after the alarm
+
+
+def test_an_alarm_can_stop_the_run(model, train, tmp_path):
+    memory_of(model).values.weight.data.mul_(1e5)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, max_steps=3, save_strategy="no"
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Tokens(), callbacks=[MemoryAlarms(every=1)])
+    trainer.optimizer = MemoryAdamW(model)
+    with pytest.raises(MemoryWarning, match="times that of its input"):  # warnings are errors here
+        trainer.train()
+
+
+def test_an_examination_in_the_middle_is_not_heard(model):
+    alarms = MemoryAlarms(every=1, window=64)
+    alarms.on_train_begin(None, None, None, model=model)
+    (monitor,) = alarms._monitors
+    doctor(model, {"input_ids": torch.randint(0, 50, (4, 16))})
+    assert int(monitor._tokens) == 0
+    model.train()(input_ids=torch.randint(0, 50, (4, 16)))
+    model.eval()(input_ids=torch.randint(0, 50, (4, 16)))
+    assert int(monitor._tokens) == 64
+    monitor.end_step()
+    model(input_ids=torch.randint(0, 50, (4, 16)))  # an evaluation does not make up for a step without the memory
+    monitor.end_step()
+    assert monitor.reached() is not None
+    alarms.detach()
+
+
+def test_it_needs_a_memory_and_sensible_settings():
+    with pytest.raises(ValueError, match="every must be an integer of at least 1, got 0"):
+        MemoryAlarms(every=0)
+    with pytest.raises(ValueError, match="window must be an integer of at least 2, got 1"):
+        MemoryAlarms(window=1)
+    with pytest.raises(ValueError, match="model must have at least one memory"):
+        MemoryAlarms().on_train_begin(None, None, None, model=torch.nn.Linear(2, 2))

@@ -1,0 +1,59 @@
+"""How many slots a number of tokens allows, and what counts as a collapse."""
+
+import math
+
+import pytest
+import torch
+
+from memlayers import MemoryConfig, MemoryLayer
+from memlayers.diagnosis.collapse import complaints, expected_effective, expected_usage, spread
+
+
+@pytest.mark.parametrize(("slots", "reads"), [(7, 30), (64, 500), (1000, 37), (1000, 5000), (3, 20_000)])
+def test_expectations_are_those_of_uniform_reads(slots, reads):
+    draws = torch.randint(slots, (200, reads), generator=torch.Generator().manual_seed(0))
+    used, effective = [], []
+    for draw in draws:
+        counts = draw.bincount(minlength=slots).double()
+        share = counts[counts > 0] / reads
+        used.append(len(share))
+        effective.append(math.exp(-float((share * share.log()).sum())))
+    assert expected_usage(slots, reads) == pytest.approx(sum(used) / 200, rel=0.02)
+    assert expected_effective(slots, reads) == pytest.approx(sum(effective) / 200, rel=0.05)
+
+
+def test_uniform_reads_have_a_spread_of_one():
+    slots = torch.rand(2000, 2, 400, generator=torch.Generator().manual_seed(0)).topk(8).indices
+    found = spread(slots, 400)
+    assert found[:3] == pytest.approx((1, 1, 1), abs=0.02)
+    assert found.overlap == pytest.approx(0, abs=0.002)
+    assert complaints(found) == ([], False)
+
+
+def test_equal_reads_are_a_collapse():
+    for slots in (36, 4096):
+        found = spread(torch.arange(6).view(1, 2, 3).expand(500, 2, 3), slots)
+        assert found.overlap == pytest.approx(1)
+        said, has_collapsed = complaints(found)
+        assert has_collapsed
+        assert "two tokens share 100% of their slots" in said
+        assert found.usage == pytest.approx(6 / expected_usage(slots, 3000))
+
+
+def test_one_of_two_heads_alone_is_seen():
+    slots = torch.rand(500, 2, 400, generator=torch.Generator().manual_seed(0)).topk(8).indices
+    slots[:, 1] = torch.arange(8)
+    assert spread(slots, 400).overlap == pytest.approx(0.5, abs=0.01)
+    assert complaints(spread(slots, 400))[0]
+
+
+@pytest.mark.parametrize("norm", ["batch", "rms", "none"])
+@pytest.mark.parametrize(("num_subkeys", "topk"), [(4, 2), (6, 3), (32, 8), (128, 16)])
+@pytest.mark.parametrize("tokens", [16, 256])
+def test_a_memory_with_random_weights_is_healthy(norm, num_subkeys, topk, tokens):
+    config = MemoryConfig(dim=16, heads=2, topk=topk, num_subkeys=num_subkeys, query_dim=16, query_norm=norm)
+    layer = MemoryLayer(config)
+    hits = []
+    layer.keys.register_forward_hook(lambda module, args, found: hits.append(found.slots))
+    layer(torch.randn(tokens, 16))
+    assert complaints(spread(hits[0], config.slots)) == ([], False)
