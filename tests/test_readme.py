@@ -1,7 +1,15 @@
-"""The README's example runs, and prints what the README says."""
+"""The README's examples run, and print what the README says."""
 
 import re
 from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+from memlayers import add_memory, doctor, load_memory, save_memory
+from memlayers.models import freeze_base, memory_preset
+from memlayers.optim import MemoryAdamW
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -11,3 +19,42 @@ def test_the_example_prints_what_the_readme_shows(capsys):
     assert len(code.splitlines()) <= 25
     exec(compile(code, str(README), "exec"), {})
     assert capsys.readouterr().out.strip() == printed.strip()
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+BASES = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**SIZES, bos_token_id=0, eos_token_id=0)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=1, intermediate_size=48)),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_five_lines_retrofit_a_pretrained_model(name, tmp_path, monkeypatch):
+    code = re.search(r"## Into a pretrained model\n\n```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+    assert len(code.splitlines()) == 5
+    torch.manual_seed(0)
+    BASES[name]().save_pretrained(tmp_path / "base")
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda _: load(tmp_path / "base"))
+    ids = torch.randint(64, (8, 24))
+    space = {
+        "AutoModelForCausalLM": AutoModelForCausalLM, "add_memory": add_memory, "memory_preset": memory_preset,
+        "freeze_base": freeze_base, "MemoryAdamW": MemoryAdamW, "doctor": doctor,
+        "batch": {"input_ids": ids, "labels": ids},
+    }  # fmt: skip
+    exec(compile(code, str(README), "exec"), space)
+    monkeypatch.undo()
+    model, optimizer, base = space["model"].train(), space["optimizer"], load(tmp_path / "base")
+    with torch.no_grad():
+        before = base(ids).logits
+        assert torch.equal(model.eval()(ids).logits, before)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_memory(model, tmp_path / "memory")
+    with torch.no_grad():
+        after = model.eval()(ids).logits
+        assert not torch.equal(after, before)
+        assert torch.equal(load_memory(base, tmp_path / "memory").eval()(ids).logits, after)
+        assert torch.equal(load(tmp_path / "memory").eval()(ids).logits, after)

@@ -1,0 +1,115 @@
+"""The documentation: nothing in it points nowhere, every public name has its place, and the tutorial runs."""
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import memlayers
+import memlayers.diagnosis
+import memlayers.models
+import memlayers.optim
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+REFERENCES = [
+    reference
+    for page in sorted((DOCS / "reference").glob("*.md"))
+    for reference in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_and_picture_of_a_page_is_there(page):
+    for target in links(page.read_text()):
+        file, _, anchor = target.partition("#")
+        at = (page.parent / file).resolve() if file else page
+        assert at.exists(), target
+        assert DOCS in at.parents or page.parent == ROOT, f"{target} leaves the site"
+        if anchor:
+            assert anchor in anchors(at.read_text()), target
+
+
+def test_every_page_is_in_the_navigation_once():
+    text = (ROOT / "mkdocs.yml").read_text()
+    assert sorted(leaves(yaml.safe_load(text)["nav"])) == [page.relative_to(DOCS).as_posix() for page in PAGES]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [memlayers, memlayers.diagnosis, memlayers.models, memlayers.optim],
+    ids=lambda module: module.__name__,
+)
+def test_every_public_name_is_in_the_reference(module):
+    described = {name.rpartition(".")[2] for name in REFERENCES}
+    assert [name for name in module.__all__ if name not in described] == []
+
+
+def test_the_reference_names_what_exists_once():
+    assert len(set(REFERENCES)) == len(REFERENCES)
+    for reference in REFERENCES:
+        module, _, name = reference.rpartition(".")
+        assert getattr(importlib.import_module(module), name).__doc__, reference
+
+
+def test_the_first_page_s_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "index.md").read_text(), re.DOTALL)
+    exec(compile(code, "index.md", "exec"), {})
+
+
+def test_the_tutorial_runs_and_prints_what_it_shows(capsys):
+    blocks = re.findall(r"```python\n(.*?)```\n(?:\n```\n(.*?)```)?", (DOCS / "tutorial.md").read_text(), re.DOTALL)
+    assert len(blocks) > 5
+    names = {}
+    for code, shown in blocks:
+        exec(compile(code, "tutorial.md", "exec"), names)
+        printed, said = capsys.readouterr()
+        assert without_numbers(printed) == without_numbers(shown)
+        assert said == "" or "Loading weights" in said  # the bar of from_pretrained
+    # The numbers depend on the machine; what the text says about them does not.
+    known, was = names["known"], names["was"]
+    assert known(names["model"]) > 80 > was > 30
+    assert known(names["loaded"]) == known(names["model"])
+    assert known(names["plain"]) > 90
+    assert names["report"].overall.usage > 30
+
+
+def test_the_pictures_are_drawn_by_their_script(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    pictures.main(tmp_path)
+    drawn = sorted(file.name for file in tmp_path.iterdir())
+    assert drawn == sorted(pictures.PICTURES)
+    explanation = (DOCS / "explanation.md").read_text()
+    for name in drawn:
+        assert f"]({name})" in explanation
+        assert (tmp_path / name).stat().st_size < 150_000
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == list(pictures.PICTURES)
+
+
+def links(text):
+    """Targets within the repository, of links and pictures outside of code."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(text):
+    """As the site's table of contents makes them."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+def leaves(nav):
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in leaves(part)]
+
+
+def without_numbers(text):
+    return re.sub(r"\d+(\.\d+)?", "0", text)
