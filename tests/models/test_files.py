@@ -73,7 +73,7 @@ def test_only_the_main_process_writes(with_memory, tmp_path):
 
 def test_a_file_is_no_folder(with_memory, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="save_directory must be a folder, got the file .*file"):
+    with pytest.raises(ValueError, match="the folder to save to must be none or a folder, got the file .*file"):
         with_memory.save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -282,7 +282,8 @@ def test_a_base_of_16_bits(family, dtype):
         expected = base(IDS).logits
         assert expected.dtype == dtype
         assert torch.equal(model(IDS).logits, expected)
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    of_memories = {p.dtype for _, wrapper in find_wrappers(model) for p in (wrapper.gate, *wrapper.memory.parameters())}
+    assert of_memories == {torch.float32 if dtype == torch.float16 else dtype}
     for _, wrapper in find_wrappers(model):
         wrapper.gate.data.fill_(1.0)
     with torch.no_grad():
@@ -290,6 +291,22 @@ def test_a_base_of_16_bits(family, dtype):
     assert found.dtype == dtype
     assert found.isfinite().all()
     assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "replace"])
+def test_training_beside_float16(mode):
+    torch.manual_seed(0)
+    model = causal_lm("llama", vocab_size=40, layers=3, dim=16, heads=2, context=32).half().train()
+    freeze_base(add_memory(model, MEMORY, [2], mode=mode))
+    optimizer = MemoryAdamW(model, lr=1e-2, value_lr=1e-2)
+    losses = []
+    for _ in range(8):
+        losses.append(model(IDS, labels=IDS).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -112,16 +112,18 @@ def test_the_same_logits_come_back(family, memory_config, tmp_path, mode, kind, 
 def test_16_bit_models(family, memory_config, tmp_path, dtype, mode):
     model = saved(tmp_path / "narrow", base_model(family).to(dtype), memory_config, mode=mode)
     loaded = load_memory(base_model(family).to(dtype), tmp_path / "narrow")
+    wide = (
+        ("running_", ".memory.", ".mlp.gate.") if dtype == torch.float16 else ("running_",)
+    )  # beside float16: float32
     for name, tensor in loaded.state_dict().items():
-        assert tensor.dtype == (torch.float32 if "running_" in name else dtype)
+        assert tensor.dtype == (torch.float32 if any(part in f"{name}." for part in wide) else dtype)
         assert torch.equal(tensor, model.state_dict()[name])
     assert torch.equal(logits(loaded), logits(model))
     # Memories take the precision of the model that they come into.
     model = saved(tmp_path / "wide", base_model(family), memory_config, mode=mode)
     loaded = load_memory(base_model(family).to(dtype), tmp_path / "wide")
     for name, tensor in loaded.state_dict().items():
-        statistics = "running_" in name
-        assert tensor.dtype == (torch.float32 if statistics else dtype)
+        assert tensor.dtype == (torch.float32 if any(part in f"{name}." for part in wide) else dtype)
         assert torch.equal(tensor, model.state_dict()[name].to(tensor.dtype))
 
 
@@ -213,6 +215,62 @@ def test_base_and_memory_at_once(family, memory_config, tmp_path, mode, caplog):
         AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
 
 
+def test_what_is_trained_on_base_and_memory_names_both(memory_config, tmp_path):
+    peft = pytest.importorskip("peft")
+    base_model("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    saved(tmp_path / "memory", base, memory_config, mode="parallel")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+    assert loaded.name_or_path == loaded.config._name_or_path == str(tmp_path / "memory")
+    inner = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="memory")
+    assert inner.name_or_path == str(tmp_path / "memory")
+    lora = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(loaded, lora).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert len(memory_layers(again)) == 2
+    assert torch.equal(logits(again), logits(wrapped))
+    # The memory's own base is the one that it was added to.
+    save_memory(wrapped, tmp_path / "again")
+    assert read_sealed(tmp_path / "again" / "memory_config.json")["base"]["name_or_path"] == str(tmp_path / "base")
+    plain = remove_memory(wrapped.unload())
+    assert plain.name_or_path == plain.config._name_or_path == str(tmp_path / "base")
+
+
+def test_a_whole_model_without_its_memories_is_no_base_that_has_a_name(memory_config, tmp_path):
+    model = shake(add_memory(base_model(), memory_config, [2], mode="parallel"))
+    model.save_pretrained(tmp_path / "whole")
+    plain = remove_memory(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"))
+    assert plain.name_or_path == plain.config._name_or_path == ""
+    save_memory(add_memory(plain, memory_config, [3], mode="parallel"), tmp_path / "memory")
+    assert read_sealed(tmp_path / "memory" / "memory_config.json")["base"]["name_or_path"] == ""
+
+
+def test_a_folder_whose_description_is_damaged_or_lost(memory_config, tmp_path):
+    base_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    saved(tmp_path / "memory", base, memory_config)
+    config = tmp_path / "memory" / "memory_config.json"
+    content = config.read_text()
+    for damaged in (content[:100], content.replace('"base"', '"bass"', 1), "[]"):
+        config.write_text(damaged)
+        with pytest.raises(ValueError, match="memory_config.json is damaged: it is not what was written"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+    config.unlink()
+    with pytest.raises(ValueError, match="must hold a memory .* without memory_config.json"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+    config.write_text(content[:100])
+    for file in (tmp_path / "memory").glob("memory*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match="memory_config.json is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+    # A whole model does not need it: config.json has the same section.
+    model = add_memory(base_model(), memory_config, [2])
+    model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "memory_config.json").write_text("{")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), logits(model))
+
+
 def test_options_that_evaluation_programs_pass(memory_config, tmp_path):
     base_model().bfloat16().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -264,7 +322,9 @@ def test_a_repository_of_the_hub(memory_config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loading_module, "cached_file", cached_file)
     kind = type(model)
-    assert torch.equal(logits(kind.from_pretrained("some-team/memory", revision="v2")), logits(model))
+    loaded = kind.from_pretrained("some-team/memory", revision="v2")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.name_or_path == "some-team/memory"
     assert asked[-2][1]["revision"] == asked[-1][1]["revision"] == "v2"
 
 

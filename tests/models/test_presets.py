@@ -49,6 +49,8 @@ def test_what_is_wrong_is_named():
         memory_preset("pkm", model())
     with pytest.raises(ValueError, match="unknown memory configuration field 'num_keys'; did you mean 'num_subkeys'"):
         memory_preset("paper", model(), num_keys=8)
+    with pytest.raises(ValueError, match="dim must be given for a Linear"):
+        memory_preset("paper", torch.nn.Linear(4, 4), layers=["ffn"])
     with pytest.raises(ValueError, match="layers must be names of modules.* for a Linear: its configuration has no"):
-        memory_preset("paper", torch.nn.Linear(4, 4))
+        memory_preset("paper", torch.nn.Linear(4, 4), dim=4)
     assert memory_preset("paper", torch.nn.Linear(4, 4), layers=["ffn"], dim=4)["config"].dim == 4

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import memlayers
 from memlayers import MemoryConfig, MemoryLayer, RowAdam, load_memory, save_memory
 from memlayers.files import file_sha256, read_sealed
-from memlayers.models import MemoryPlacement, add_memory, causal_lm, memory_layers
+from memlayers.models import MemoryPlacement, add_memory, causal_lm, freeze_base, memory_layers
 from memlayers.models import saving as saving_module
 
 IDS = torch.arange(24).view(2, 12)
@@ -120,6 +120,25 @@ def test_an_earlier_save_goes(with_memory, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*FILES, "notes.txt"}
 
 
+def test_a_whole_model_in_the_folder_of_a_memory_replaces_it(with_memory, tmp_path):
+    save_memory(with_memory, tmp_path / "ours", max_shard_size=2000)
+    (tmp_path / "ours" / "notes.txt").write_text("mine")
+    with_memory.save_pretrained(tmp_path / "ours")
+    with_memory.save_pretrained(tmp_path / "new")
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {
+        *(path.name for path in (tmp_path / "new").iterdir()),
+        "notes.txt",
+    }
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+        assert torch.equal(loaded(IDS).logits, with_memory(IDS).logits)
+    save_memory(with_memory, tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").write_text("# My memory")
+    with_memory.save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "README.md").read_text() == "# My memory"
+    assert not (tmp_path / "theirs" / "memory.safetensors").exists()
+
+
 def test_a_save_that_fails_leaves_the_earlier_one(family, with_memory, tmp_path, monkeypatch):
     save_memory(with_memory, tmp_path)
     before = files_of(tmp_path)
@@ -156,6 +175,13 @@ def test_the_card(with_memory, tmp_path, monkeypatch):
     text = (tmp_path / "hub" / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: memlayers\nbase_model: some-team/some-model\ntags:\n")
     assert 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")' in text
+    # A folder of ours is none that others have: they bring the base along.
+    with_memory.__dict__["_memory_base"] = type(base)(**{**vars(base), "name_or_path": str(tmp_path / "base")})
+    save_memory(with_memory, tmp_path / "path")
+    text = (tmp_path / "path" / "README.md").read_text()
+    assert 'load_memory(model, "path/to/this/folder")' in text
+    assert "from_pretrained" not in text
+    assert str(tmp_path) not in text
 
 
 def test_a_card_of_somebody_else_stays(with_memory, tmp_path):
@@ -176,6 +202,27 @@ def test_a_base_that_was_trained_along_is_refused(with_memory, tmp_path):
     with pytest.raises(ValueError, match=r"\d+ of \d+ tensors of it have changed .* save_pretrained, or freeze it"):
         save_memory(with_memory, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_running_statistics_of_a_frozen_base(memory_config, tmp_path):
+    net = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16), nn.BatchNorm1d(16))
+    model = freeze_base(add_memory(net, memory_config, ["2"], mode="parallel")).train()
+    for module in model:
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    model(torch.randn(8, 16))
+    save_memory(model, tmp_path / "kept")
+    model.train()(torch.randn(8, 16))
+    match = (
+        r"6 of 14 tensors .* running statistics move in train\(\), frozen or not; put 1, 3 in eval\(\) before training"
+    )
+    with pytest.raises(ValueError, match=match) as refusal:
+        save_memory(model, tmp_path / "saved")
+    assert "freeze it" not in str(refusal.value)
+    assert not (tmp_path / "saved").exists()
+    model[0].weight.data += 1.0
+    with pytest.raises(ValueError, match="7 of 14 tensors .* save_pretrained, or freeze it"):
+        save_memory(model, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("mode", ["replace", "parallel"])
@@ -248,7 +295,7 @@ def test_what_is_refused(plain, with_memory, memory_config, tmp_path):
         save_memory(with_memory, tmp_path / "whole")
     assert files_of(tmp_path / "whole") == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="must be a folder, got the file"):
+    with pytest.raises(ValueError, match="must be none or a folder, got the file"):
         save_memory(with_memory, tmp_path / "file")
     assert not (tmp_path / "saved").exists()
 

@@ -95,8 +95,21 @@ def _load(folder: Path) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    import memlayers.models  # noqa: F401  (registers the classes of models with memories)
+    import memlayers.models
 
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        places = {*config.get("auto_map", {})} - {"AutoConfig"}
+        names = config.get("architectures") or []
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} must describe a model of transformers ({error})") from None
+    if places and "AutoModelForCausalLM" not in places:
+        raise ValueError(
+            f"checkpoint must hold a causal language model, got {str(folder)!r} with a {' or '.join(names)}: call "
+            f"memlayers.doctor(model, batch) with a batch of its own"
+        )
+    for name in names:  # known to the Auto classes from now on
+        getattr(memlayers.models, name, None)
     try:
         return AutoModelForCausalLM.from_pretrained(folder)
     except SafetensorError as error:

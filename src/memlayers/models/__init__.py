@@ -1,6 +1,6 @@
 """Memories in existing models. Importing this registers the classes with the Auto classes of `transformers`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memlayers.models.add import add_memory, memory_layers, remove_memory
 from memlayers.models.carriers import causal_lm
@@ -14,6 +14,9 @@ from memlayers.models.targets import default_layer
 from memlayers.models.trainable import freeze_base
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, ReplacingMemory
 
+if TYPE_CHECKING:
+    from memlayers.models.callback import SaveMemory
+
 register()
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "MemoryWrapper",
     "ParallelMemory",
     "ReplacingMemory",
+    "SaveMemory",
     "add_memory",
     "causal_lm",
     "default_layer",
@@ -36,6 +40,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "SaveMemory":  # what Trainer needs comes with it
+        from memlayers.models.callback import SaveMemory
+
+        return SaveMemory
     # MemoryLlamaForCausalLM and the like.
     from memlayers.models import classes
 

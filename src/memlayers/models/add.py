@@ -9,12 +9,14 @@ from transformers import PreTrainedModel
 from memlayers.config import MemoryConfig
 from memlayers.layer import MemoryLayer
 from memlayers.models.classes import config_with_memory, with_memory
-from memlayers.models.identity import forget_base, identity_of, record_base
+from memlayers.models.identity import forget_base, identity_of, record_base, recorded_base
 from memlayers.models.install import build_memories, install, put_beside, set_module
 from memlayers.models.masks import remove_hooks
 from memlayers.models.mixin import MemoryMixin
 from memlayers.models.placement import MemoryPlacement
+from memlayers.models.suitable import require_suitable
 from memlayers.models.targets import Layers, choose, names_of
+from memlayers.models.trainable import adapter_parameters
 from memlayers.models.unwrapping import unwrap
 from memlayers.models.wrappers import Mode, find_wrappers
 
@@ -51,7 +53,8 @@ def add_memory(
             in no state_dict and no optimizer.
 
     Returns:
-        `model` itself. Memories stand on the device, in the dtype and in the mode (train or eval) of their module.
+        `model` itself. Memories stand on the device, in the dtype and in the mode (train or eval) of their module;
+        beside float16 they are float32.
 
     Raises:
         ValueError: a layer that `model` does not have, named twice, or none; ``config.dim`` is another width; a model
@@ -68,6 +71,8 @@ def add_memory(
     if not isinstance(keep_original, bool):
         raise ValueError(f"keep_original must be True or False, got {keep_original!r}")
     names = names_of(inner, placement)
+    for name in names:
+        require_suitable(inner, name, placement)
     attach(inner, placement, names, build_memories(inner, placement, names, kind=kind), keep_original=keep_original)
     return model
 
@@ -80,24 +85,30 @@ def attach(
     *,
     keep_original: bool = False,
 ) -> None:
-    """Puts finished memories into a model that was unwrapped; what of it can fail, fails first."""
+    """Puts finished memories into a model that was unwrapped. What fails leaves the model as it was."""
     base = identity_of(model, without=names if placement.mode == "replace" else [])
-    if not isinstance(model, PreTrainedModel):
+    originals = {name: model.get_submodule(name) for name in names}
+    try:
         install(model, placement, names, memories, keep_original=keep_original)
         record_base(model, base)
-        return
+        if isinstance(model, PreTrainedModel):
+            _declare(model, placement)
+    except BaseException:
+        _detach(model, originals)
+        raise
+
+
+def _declare(model: PreTrainedModel, placement: MemoryPlacement) -> None:
+    """Gives a model of `transformers` the class and the configuration that know of its memories."""
     plain: Any = type(model)
     memory_class = with_memory(plain)
-    memory_config: Any = copy.deepcopy(model.config)  # all that it says, also what is in no file
-    memory_config.__class__ = config_with_memory(memory_config.__class__)
-    memory_config.set_placement(placement)
-    memory_config.set_model_class(memory_class.__name__, memory_class.auto_class_name)
-
-    # Nothing below fails.
-    install(model, placement, names, memories, keep_original=keep_original)
-    record_base(model, base)
+    # All that it says, also what is in no file; configurations of parts stay those that the parts have.
+    config: Any = copy.copy(model.config)
+    config.__class__ = config_with_memory(config.__class__)
+    config.set_placement(placement)
+    config.set_model_class(memory_class.__name__, memory_class.auto_class_name)
     model.__class__ = memory_class
-    _exchange_config(model, memory_config)
+    _exchange_config(model, config)
     assert isinstance(model, MemoryMixin)
     model.declare_memories()
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -111,7 +122,8 @@ def remove_memory(model: Model) -> Model:
     the optimizer anew: the memories' parameters are gone.
 
     Raises:
-        ValueError: a model without memories, or one whose replaced modules were not kept. The model is then as it was.
+        ValueError: a model without memories, or one whose replaced modules were not kept, or kept with adapters of PEFT
+            that the model has merged since. The model is then as it was.
     """
     inner = unwrap(model)
     wrappers = dict(find_wrappers(inner))
@@ -123,25 +135,42 @@ def remove_memory(model: Model) -> Model:
             f"model must still have the modules that its memories replaced, got one that has not kept "
             f"{', '.join(lost)}: use add_memory(..., keep_original=True), or mode='parallel'"
         )
-    remove_hooks(inner)
-    forget_base(inner)
+    has_adapters = bool(adapter_parameters(inner))
     for name, original in originals.items():
-        assert original is not None
-        wrapper = wrappers[name]
-        if wrapper.mode == "replace":
-            put_beside(original, wrapper.memory)
-            original.train(wrapper.training)
-        set_module(inner, name, original)
-    if isinstance(inner, MemoryMixin):
-        plain: Any = copy.deepcopy(inner.config)
-        plain.__class__ = type(inner.config).plain_class
+        if original is not None and not has_adapters and adapter_parameters(original):
+            raise ValueError(
+                f"model must have no adapters in the modules that its memories replaced, got some in {name} that were "
+                f"not merged with the others: call remove_memory first, then merge"
+            )
+    for wrapper in wrappers.values():
+        if wrapper.mode == "replace" and wrapper.original is not None:
+            put_beside(wrapper.original, wrapper.memory)
+            wrapper.original.train(wrapper.training)
+    _detach(inner, {name: original for name, original in originals.items() if original is not None})
+    return model
+
+
+def _detach(model: nn.Module, originals: dict[str, nn.Module]) -> None:
+    """Puts the modules of the base back, and the class and the configuration that the model had."""
+    recorded = recorded_base(model)
+    if isinstance(model, MemoryMixin):
+        model.undeclare_memories()
+    remove_hooks(model)
+    forget_base(model)
+    for name, original in originals.items():
+        set_module(model, name, original)
+    if isinstance(model, MemoryMixin):
+        plain: Any = copy.copy(model.config)
+        plain.__class__ = plain.plain_class
         for field in ("memory", "auto_map"):
             plain.__dict__.pop(field, None)
-        _exchange_config(inner, plain)
-        inner.__class__ = inner.plain_class  # type: ignore[assignment]
-        inner.__dict__.pop("_tied_weights_keys", None)
-        inner.all_tied_weights_keys = inner.get_expanded_tied_weights_keys(all_submodels=True)
-    return model
+        if plain.architectures == [type(model).__name__]:
+            plain.architectures = [model.plain_class.__name__]
+        # Not where base and memory came from, which is no base.
+        model.name_or_path = plain._name_or_path = "" if recorded is None else recorded.name_or_path
+        _exchange_config(model, plain)
+        model.__class__ = model.plain_class  # type: ignore[assignment]
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:

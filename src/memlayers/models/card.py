@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from memlayers.models.classes import REGISTERED
 from memlayers.models.identity import BaseIdentity
 from memlayers.models.memory_folder import is_hub_id
 from memlayers.models.placement import MemoryPlacement
@@ -60,7 +61,7 @@ def card(
         ours=_OURS,
         title=base.name_or_path if is_public else f"a {base.class_name}",
         modules="A memory layer" if count == 1 else f"{count} memory layers",
-        load=_loading(base, auto_class),
+        load=_loading(base, auto_class if is_public else None),
         kind=placement.kind,
         mode=f"{placement.mode}, {_MODES[placement.mode]}",
         names=", ".join(f"`{name}`" for name in names),
@@ -77,11 +78,14 @@ def card(
 
 
 def _loading(base: BaseIdentity, auto_class: str | None) -> str:
-    if auto_class is not None and base.name_or_path:
+    if auto_class is not None:
+        first = ""
+        trust = ", trust_remote_code=True"
+        if base.class_name in REGISTERED:
+            first, trust = "import memlayers.models  # or trust_remote_code=True below\n", ""
         return (
-            f"import memlayers.models  # or trust_remote_code=True below\n"
-            f"from transformers import {auto_class}\n\n"
-            f'model = {auto_class}.from_pretrained("path/to/this/folder")'
+            f"{first}from transformers import {auto_class}\n\n"
+            f'model = {auto_class}.from_pretrained("path/to/this/folder"{trust})'
         )
     return (
         f"from memlayers import load_memory\n\n"

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from memlayers.models.configs import MemoryConfigMixin
 from memlayers.models.mixin import MemoryMixin
@@ -35,17 +36,18 @@ REGISTERED = (
     "OPTForCausalLM",
 )
 
-_AUTO_CLASSES = (
+_FIRST_AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
     "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForImageClassification",
-    "AutoModelForImageTextToText",
     "AutoModel",
-)
+)  # of several
+
+
+def rebuild(plain: Any, is_config: bool) -> Any:
+    """An empty model or configuration of the class that `plain` has with memories: for pickle."""
+    made = config_with_memory(plain) if is_config else with_memory(plain)
+    return made.__new__(made)
 
 
 @functools.cache
@@ -76,16 +78,17 @@ def config_with_memory(plain: type[Any]) -> type[MemoryConfigMixin]:
         "plain_class": plain,
     }
     made: type[Any] = type(f"{PREFIX}{plain.__name__}", (MemoryConfigMixin, plain), namespace)
-    AutoConfig.register(made.model_type, made, exist_ok=True)
+    if getattr(transformers, plain.__name__, None) is plain:  # a derived one may have the type of another
+        AutoConfig.register(made.model_type, made, exist_ok=True)
     return made
 
 
 def _auto_class(plain: type[PreTrainedModel], plain_config: type[PreTrainedConfig]) -> str | None:
     if getattr(transformers, plain.__name__, None) is not plain:
         return None
-    for name in _AUTO_CLASSES:
-        mapping = getattr(transformers, name)._model_mapping
-        known = mapping.get(plain_config, ())
+    others = [name for name in vars(modeling_auto) if name.startswith("AutoModel") and name not in _FIRST_AUTO_CLASSES]
+    for name in (*_FIRST_AUTO_CLASSES, *others):
+        known = getattr(modeling_auto, name)._model_mapping.get(plain_config, ())
         if plain is known or (isinstance(known, tuple) and plain in known):
             return name
     return None

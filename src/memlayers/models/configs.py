@@ -17,6 +17,11 @@ class MemoryConfigMixin(PreTrainedConfig):
     # None only because `transformers` builds every configuration from nothing for its defaults; no model takes it.
     memory: dict[str, Any] | None = None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from memlayers.models.classes import rebuild
+
+        return rebuild, (self.plain_class, True), self.__getstate__()
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.memory is not None:

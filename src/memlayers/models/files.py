@@ -38,13 +38,13 @@ def write_remote_code(folder: Path, auto_map: Mapping[str, str]) -> None:
 def written_aside(folder: str | os.PathLike[str], *, replaces: str = "") -> Iterator[Path]:
     """Gives a folder to write into; its files replace those of the same name in `folder` once all are on disk.
 
-    Files in `folder` whose name matches the pattern `replaces` and that were not written anew go, too. An error inside
+    If files were written whose names match the pattern `replaces`, others of such names in `folder` go. An error inside
     leaves the files of `folder` as they were. No file is ever half-written; ``config.json`` comes last, so a new folder
     that has one is complete.
     """
     target = Path(folder)
     if target.exists() and not target.is_dir():
-        raise ValueError(f"save_directory must be a folder, got the file {str(target)!r}")
+        raise ValueError(f"the folder to save to must be none or a folder, got the file {str(target)!r}")
     target.mkdir(parents=True, exist_ok=True)
     # Inside, so on the same file system: moves are atomic.
     aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
@@ -55,9 +55,10 @@ def written_aside(folder: str | os.PathLike[str], *, replaces: str = "") -> Iter
             flush(aside / name)
         for name in names:
             os.replace(aside / name, target / name)
-        for path in target.iterdir():
-            if path.name not in names and re.fullmatch(replaces, path.name):
-                path.unlink()
+        if any(re.fullmatch(replaces, name) for name in names):
+            for path in target.iterdir():
+                if path.name not in names and re.fullmatch(replaces, path.name):
+                    path.unlink()
         flush(target)
     finally:
         shutil.rmtree(aside)

@@ -4,6 +4,7 @@ A memory beside a base that it was not trained in computes nonsense without an e
 the base are kept with it, rounded to bfloat16: a base that is loaded in float32 or in bfloat16 has the same.
 """
 
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -74,6 +75,8 @@ def identity_of(model: nn.Module, without: Collection[str] = ()) -> BaseIdentity
         plain = model.plain_class
     elif isinstance(model, PreTrainedModel):
         name = str(model.name_or_path or "")
+        if os.path.isdir(name):  # a relative path means something else elsewhere
+            name = os.path.abspath(name)
     if isinstance(model, PreTrainedModel):
         model_type = plain.config_class.model_type
     return BaseIdentity(
@@ -86,6 +89,11 @@ def identity_of(model: nn.Module, without: Collection[str] = ()) -> BaseIdentity
             for (name, tensor), values in zip(named.items(), _values([*named.values()]), strict=True)
         },
     )
+
+
+def base_buffers(model: nn.Module) -> set[str]:
+    """The tensors of the base of `model` that are no parameters, by the names that they have in its identity."""
+    return {name for name, tensor in _base_tensors(model, "", ()) if not isinstance(tensor, nn.Parameter)}
 
 
 def base_name(name: str) -> str:

@@ -23,14 +23,15 @@ def build_memories(
 ) -> list[MemoryLayer]:
     """The memories of `placement`, each in the dtype of its module of `names`; `model` stays as it is.
 
-    On `device`; None: each on that of its module.
+    Beside float16, in which Adam divides zero by zero, a memory is float32. On `device`; None: on that of its module.
     """
     kind = layer_class(placement.kind) if kind is None else kind
     memories: list[MemoryLayer] = []
     for name in names:
         like = tensor_like(model, name)
         table = memories[0].values if placement.share_values and memories else None
-        memory = kind(placement.config, values=table, device=device or like.device, dtype=like.dtype)
+        dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
+        memory = kind(placement.config, values=table, device=device or like.device, dtype=dtype)
         memories.append(memory)
     return memories
 
@@ -68,6 +69,8 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def put_beside(original: nn.Module, memory: MemoryLayer) -> None:
     """Gives a module the device of the memory that was built like it, and its dtype if that is another one now."""
     like = next(memory.query.parameters())
+    if like.is_meta:  # offloaded: its place says nothing
+        return
     original.to(like.device)
     own = next((tensor for tensor in original.parameters() if tensor.is_floating_point()), like)
     if own.dtype != like.dtype:  # parts of a module may differ on purpose: nothing is cast that need not be

@@ -14,13 +14,21 @@ from transformers.utils import cached_file
 
 from memlayers.layer import MemoryLayer
 from memlayers.models.add import attach, memory_layers
-from memlayers.models.added import at_names, empty_memories, memory_tensors
+from memlayers.models.added import (
+    added_memories,
+    added_tensors,
+    at_names,
+    empty_memories,
+    memory_tensors,
+    placement_of,
+)
 from memlayers.models.files import MEMORY_CONFIG_NAME
 from memlayers.models.identity import BaseIdentity, base_name, identity_of
 from memlayers.models.install import tensor_like
 from memlayers.models.memory_folder import (
     check_files,
     holds_memory_alone,
+    is_damaged_memory,
     local_folder,
     read_description,
     stored_tensors,
@@ -88,10 +96,42 @@ def load_memory(model: Model, folder: str | os.PathLike[str], *, check_base: boo
     return model
 
 
+def refill_memory(model: nn.Module, folder: Path) -> None:
+    """Gives memories that are in a model the values that `save_memory` saved; tensors stay the objects that they are.
+
+    Raises `ValueError` as `load_memory` does, and for memories that are not as those that were saved. The model is then
+    as it was.
+    """
+    inner = unwrap(model)
+    description = read_description(folder)
+    wrappers = added_memories(inner)
+    names = list(wrappers)
+    placement = at_names(placement_of(inner, wrappers), names)
+    if names != description["names"] or placement != MemoryPlacement.from_dict(description["memory"]):
+        raise ValueError(
+            f"model must have the memories that are saved in {str(folder)!r}, at {', '.join(description['names'])} "
+            f"with {description['memory']}; got them at {', '.join(names)} with {placement.to_dict()}"
+        )
+    check_files(folder, description["files"])
+    if differing := BaseIdentity.from_dict(description["base"]).differing(identity_of(inner)):
+        raise ValueError(
+            f"model must have the base that the memory in {str(folder)!r} was trained with, {len(differing)} tensors "
+            f"differ, the first is {differing[0]!r}"
+        )
+    stored = stored_tensors(folder, description["files"])
+    tensors = added_tensors(wrappers)
+    _check_shapes(folder, stored, tensors, {})
+    for key, tensor in tensors.items():
+        _fill(tensor, stored[key][0], key)
+
+
 def memory_alone(name: str | os.PathLike[str], *, subfolder: str = "", **hub: Any) -> Path | None:
     """The folder, fetched if it is on the Hub, if `name` is a memory without its base; None if it is anything else."""
+    found: Any
     if os.path.isdir(name):
-        found: Any = Path(name) / subfolder / MEMORY_CONFIG_NAME
+        found = Path(name) / subfolder / MEMORY_CONFIG_NAME
+        if found.parent.is_dir() and is_damaged_memory(found.parent):
+            return found.parent  # and `read_description` says what is wrong with it
     else:
         found = cached_file(
             name,

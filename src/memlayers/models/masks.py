@@ -4,10 +4,11 @@ A block calls ``self.mlp(hidden)``: no mask arrives there, yet padding must coun
 in the usage figures. So a pre-forward hook lays the mask of the call on each memory (`MemoryLayer.mask`) and a forward
 hook takes it away again, also when the call fails.
 
-The hooks sit on the *base model* (``model.transformer``, ``model.model``; of an encoder-decoder on each half that
-has memories), not on the outermost one: wrappers such as PEFT's call ``model.forward`` directly, which skips the
-outermost model's hooks, but every forward of the outer model calls the base model as a module. They hold names and no
-state, and are found by their functions, so deepcopy and pickle carry them along.
+The hooks sit on the *base model* (``model.transformer``, ``model.model``), not on the outermost one: wrappers such as
+PEFT's call ``model.forward`` directly, which skips the outermost model's hooks, but every forward of the outer model
+calls the base model as a module. A model of several parts (the halves of an encoder-decoder, towers for text and for
+images) has masks of its own for each, or none: there they sit on the part, too. They hold names and no state, and are
+found by their functions, so deepcopy and pickle carry them along.
 
 Under gradient checkpointing a block runs a second time during backward, long after the call has ended and the mask was
 taken away, perhaps after another batch went through. There the mask travels as an argument of the checkpointed
@@ -31,20 +32,38 @@ def install_hooks(model: nn.Module, memories: Sequence[str]) -> None:
 
     A model whose forward takes no ``attention_mask`` hands over none.
     """
-    whole: Any = model.base_model if isinstance(model, PreTrainedModel) else model
-    bases = [whole]
-    if isinstance(model, PreTrainedModel) and getattr(model.config, "is_encoder_decoder", False):
-        bases = [whole.get_encoder(), whole.get_decoder()]  # each half has a mask of its own
-    for base in bases:
-        prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
-        paths = tuple(name.removeprefix(prefix) for name in memories if name.startswith(prefix))
-        parameters = list(inspect.signature(base.forward).parameters)
-        if not paths or "attention_mask" not in parameters:
-            continue
+    givers: dict[str, list[str]] = {}  # modules that are given masks, and their memories
+    for memory in memories:
+        for giver in _givers(model, memory):
+            givers.setdefault(giver, []).append(memory)
+    for giver, names in givers.items():
+        base: Any = model.get_submodule(giver)
         # Its place differs between models, and between versions of transformers for one model.
-        position = parameters.index("attention_mask")
+        position = _parameters(base).index("attention_mask")
+        paths = tuple(name.removeprefix(f"{giver}." if giver else "") for name in names)
         base.register_forward_pre_hook(partial(hand_over_mask, paths, position), with_kwargs=True)
         base.register_forward_hook(partial(take_away_mask, paths), always_call=True)
+
+
+def _givers(model: nn.Module, memory: str) -> list[str]:
+    """The modules around a memory that its mask comes from, from the outside in: the base model, a part of it, both."""
+    if not isinstance(model, PreTrainedModel):
+        return [""] if "attention_mask" in _parameters(model) else []
+    parts = memory.split(".")
+    around = [".".join(parts[:count]) for count in range(len(parts))]
+    whole = next(name for name, module in model.named_modules() if module is model.base_model)
+    models = [name for name in around if isinstance(model.get_submodule(name), PreTrainedModel)]
+    models = [name for name in models if len(name) >= len(whole)]
+    if not models or "attention_mask" not in _parameters(model.get_submodule(models[-1])):
+        return []  # of images, say
+    if getattr(model.config, "is_encoder_decoder", False):
+        return models[-1:]
+    takes = [name for name in models if "attention_mask" in _parameters(model.get_submodule(name))]
+    return [takes[0], *takes[-1:]] if len(takes) > 1 else takes
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
 
 
 def remove_hooks(model: nn.Module) -> None:
@@ -67,9 +86,14 @@ def hand_over_mask(
 ) -> None:
     """Pre-forward hook: lays the mask of this call, [B, T] with True for real tokens, on each memory."""
     mask = kwargs["attention_mask"] if "attention_mask" in kwargs else (args[position : position + 1] or (None,))[0]
-    mask_BT = None if mask is None else _of_this_call(mask, _num_tokens(args, kwargs), training=base.training)
+    is_prepared = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
+    mask_BT = None
     for path in paths:
         *around, memory = _along(base, path)
+        if memory.mask is not None and (mask is None or is_prepared):
+            continue  # from the whole model, of which this is a part
+        if mask_BT is None and mask is not None:
+            mask_BT = _of_this_call(mask, _num_tokens(args, kwargs), training=base.training)
         memory.mask = mask_BT
         if mask_BT is not None and base.training and not torch.compiler.is_compiling():
             for module in around:

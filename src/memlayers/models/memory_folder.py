@@ -53,11 +53,30 @@ def is_hub_id(name: str) -> bool:
 
 def holds_memory_alone(config: Path) -> bool:
     """Whether the file `config` is the description of a memory without its base."""
-    try:
-        content = json.loads(config.read_bytes())
-    except (OSError, ValueError):
-        return False
+    content = _content(config)
     return isinstance(content, dict) and "base" in content
+
+
+def is_damaged_memory(folder: Path) -> bool:
+    """Whether `folder` must have been a memory without its base, and its description is lost or no longer one."""
+    if is_whole_model(folder):
+        return False
+    config = folder / MEMORY_CONFIG_NAME
+    return (config.is_file() and _content(config) is None) or any(
+        re.fullmatch(WEIGHTS, path.name) for path in folder.iterdir()
+    )
+
+
+def lacks_memory(folder: Path) -> bool:
+    """Whether nobody ever wrote a memory to `folder`."""
+    return not folder.is_dir() or not any(folder.iterdir())
+
+
+def _content(config: Path) -> Any:
+    try:
+        return json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def read_description(folder: Path) -> dict[str, Any]:

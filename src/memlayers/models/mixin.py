@@ -11,6 +11,7 @@ Each method answers one thing that `transformers` does to a model of which modul
 
 import os
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from memlayers.models.configs import MemoryConfigMixin
 from memlayers.models.files import written_aside
 from memlayers.models.install import build_memories, install, reset_what_was_not_loaded
+from memlayers.models.memory_folder import WEIGHTS
 from memlayers.models.targets import names_of
 from memlayers.models.wrappers import find_wrappers
 from memlayers.values import ValueTable
@@ -44,6 +46,12 @@ class MemoryMixin(PreTrainedModel):
         config.set_model_class(type(self).__name__, self.auto_class_name)
         super().__init__(config, *inputs, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made on demand, and for a plain class from anywhere: pickle finds it through that one.
+        from memlayers.models.classes import rebuild
+
+        return rebuild, (self.plain_class, False), self.__getstate__()
+
     def post_init(self) -> None:
         # The end of the plain class's constructor: blocks exist, the outer model is not initialised or tied yet.
         placement = self.config.placement
@@ -54,10 +62,19 @@ class MemoryMixin(PreTrainedModel):
 
     def declare_memories(self) -> None:
         """Tells `transformers` of shared tables, and of the loss of the plain class."""
-        self._tied_weights_keys = {**(self.plain_class._tied_weights_keys or {}), **self._tied_tables()}
-        if self.loss_type is None:
+        # Of the class, or of the model itself, as some constructors set them.
+        self._tied_weights_keys = {**(self._tied_weights_keys or {}), **self._tied_tables()}
+        if self.loss_type is None and self.auto_class_name == "AutoModelForCausalLM":
             # Chosen by the class's name, which GPT-2's does not settle; without it every first loss logs a warning.
             self.loss_type = "ForCausalLM"
+
+    def undeclare_memories(self) -> None:
+        """The inverse of `declare_memories`, while the memories are still there."""
+        tables = self._tied_tables()
+        tied = {name: source for name, source in (self._tied_weights_keys or {}).items() if name not in tables}
+        self.__dict__.pop("_tied_weights_keys", None)
+        if tied != (type(self)._tied_weights_keys or {}):
+            self._tied_weights_keys = tied
 
     def _tied_tables(self) -> dict[str, str]:
         """The names under which a shared table appears again, each with the first one."""
@@ -95,24 +112,26 @@ class MemoryMixin(PreTrainedModel):
         """As `transformers.PreTrainedModel.save_pretrained`, except that a save that fails leaves the folder as it was.
 
         Files are written aside, flushed and moved into place; for this the folder's file system needs room for a second
-        copy. A distributed checkpoint, to which several processes write, goes straight to the folder. Raises
-        `ValueError` for a model of a class from outside of `transformers`, which nothing could find again.
+        copy. A distributed checkpoint, to which several processes write, goes straight to the folder. A model of a
+        class from outside of `transformers` is loaded by its own class: ``type(model).from_pretrained(folder)``.
         """
-        if self.auto_class_name is None:
-            raise ValueError(
-                f"model must be of a class that an Auto class of transformers knows to be saved whole, got "
-                f"{self.plain_class.__name__}: use save_memory, and load_memory into a base of that class"
-            )
+        from memlayers.models.card import CARD, keeps_card  # it needs this class
+
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if not is_main_process or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, *args, **kwargs)
             return
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
-        # Weights of an earlier save under other names (one file, or shards) would be found first on loading.
+        # Weights of an earlier save under other names (one file, or shards) would be found first on loading; those of a
+        # memory alone belong to a description that is replaced.
         variant = re.escape(f".{kwargs['variant']}") if kwargs.get("variant") else ""
-        weights = rf"model{variant}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{variant}\.json"
-        with written_aside(save_directory, replaces=weights) as aside:
+        stale = rf"model{variant}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{variant}\.json|{WEIGHTS}"
+        if not keeps_card(Path(save_directory)):  # of a memory alone, which was here before
+            stale += "|" + re.escape(CARD)
+        # Old names of weights are translated for the plain type of model, on loading, and back on saving; not for ours.
+        kwargs.setdefault("save_original_format", False)
+        with written_aside(save_directory, replaces=stale) as aside:
             super().save_pretrained(aside, *args, **kwargs)
 
     @classmethod
@@ -142,6 +161,9 @@ class MemoryMixin(PreTrainedModel):
         loaded = load_base(folder, cls.plain_class, config, **options)
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # with output_loading_info
         load_memory(model, folder)
+        # What is trained on this model (an adapter of PEFT) begins with base and memory; the base alone is recorded.
+        place = Path(name, hub.get("subfolder", "")) if os.path.isdir(name) else name
+        model.name_or_path = model.config._name_or_path = str(place)
         return (model, *info) if info else model
 
     @classmethod

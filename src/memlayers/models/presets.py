@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from memlayers.checks import require_choice
 from memlayers.config import MemoryConfig
@@ -36,6 +37,8 @@ def memory_preset(name: str, model: nn.Module, layers: Layers | None = None, **f
     """
     require_choice("name", name, PRESETS)
     inner = unwrap(model)
+    if "dim" not in fields and not isinstance(inner, PreTrainedModel):
+        raise ValueError(f"dim must be given for a {type(inner).__name__}, which does not say its width: dim=...")
     dim = fields.pop("dim") if "dim" in fields else hidden_size(inner)
     if layers is None:
         blocks = num_blocks(inner)

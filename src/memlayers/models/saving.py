@@ -23,7 +23,7 @@ from memlayers.models.added import (
 )
 from memlayers.models.card import CARD, card, keeps_card
 from memlayers.models.files import MEMORY_CONFIG_NAME, written_aside
-from memlayers.models.identity import BaseIdentity, identity_of, recorded_base
+from memlayers.models.identity import BaseIdentity, base_buffers, identity_of, recorded_base
 from memlayers.models.memory_folder import FORMAT, WEIGHTS, is_whole_model
 from memlayers.models.mixin import MemoryMixin
 from memlayers.models.unwrapping import unwrap
@@ -53,8 +53,7 @@ def save_memory(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_s
     names = list(wrappers)
     placement = at_names(placement_of(inner, wrappers), names)
     tensors = added_tensors(wrappers)
-    _check_tensors(inner, wrappers, tensors)
-    base = _base_of(inner)
+    base = check_savable(inner)
     if target.is_dir() and is_whole_model(target):
         raise ValueError(f"folder must not hold a whole model, got {str(target)!r}: name a folder of its own")
     auto_class = inner.auto_class_name if isinstance(inner, MemoryMixin) else None
@@ -77,6 +76,14 @@ def save_memory(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_s
             parameters = sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, nn.Parameter))
             text = card(placement, names, base, parameters, auto_class=auto_class)
             (aside / CARD).write_text(text, encoding="utf-8")
+
+
+def check_savable(model: nn.Module) -> BaseIdentity:
+    """The identity of the base of `model`. Raises the `ValueError` of `save_memory` for a model that it cannot save."""
+    inner = unwrap(model)
+    wrappers = added_memories(inner)
+    _check_tensors(inner, wrappers, added_tensors(wrappers))
+    return _base_of(inner)
 
 
 def _check_size(size: object) -> None:
@@ -118,10 +125,17 @@ def _base_of(model: nn.Module) -> BaseIdentity:
     if before is None:
         return now
     if differing := before.differing(now):
+        advice = "save a base that was trained along with save_pretrained, or freeze it"
+        if set(differing) <= base_buffers(model):
+            modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in differing))
+            advice = (
+                f"running statistics move in train(), frozen or not; put {modules} in eval() before training (and "
+                f"after every train() of the model), or save the whole model with save_pretrained"
+            )
         raise ValueError(
             f"model must have the base that its memories were added to: {len(differing)} of {len(before.tensors)} "
             f"tensors of it have changed since, the first is {differing[0]!r}. save_memory keeps the memories only: "
-            f"save a base that was trained along with save_pretrained, or freeze it"
+            f"{advice}"
         )
     # As they were, before any rounding since; what was not there yet (meta), as it is now.
     tensors = {name: known if known.values else now.tensors[name] for name, known in before.tensors.items()}

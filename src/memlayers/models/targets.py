@@ -140,7 +140,8 @@ def _matches(text: str, names: Sequence[str]) -> list[str]:
 
 def _closest(text: str, names: Iterable[str]) -> str:
     plain = text.replace("\\.", ".").replace("\\", "")
-    close = difflib.get_close_matches(plain, list(names), n=3, cutoff=0.5)
+    ends = [name for name in names if name.endswith(f".{plain}")][:3]
+    close = ends or difflib.get_close_matches(plain, list(names), n=3, cutoff=0.5)
     return f"; closest are {', '.join(map(repr, close))}" if close else ""
 
 

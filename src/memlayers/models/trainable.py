@@ -18,7 +18,9 @@ def freeze_base(model: Model) -> Model:
     Those of memories require gradients afterwards, whatever froze them: `peft.get_peft_model` freezes all that is not
     its own. Adapters stay as they are. So both orders work: `add_memory` on a PEFT model, or `get_peft_model` on a
     model with memories, and then `freeze_base`. PEFT's ``modules_to_save`` is not needed; it would keep a second copy
-    of the table. Build the optimizer afterwards.
+    of the table. Build the optimizer afterwards. Biases that PEFT trains outside of its adapters (``bias="all"``) are
+    frozen, too: they are the base's. Modes stay: in ``model.train()`` the base's dropout is on, and running statistics
+    of its BatchNorms move.
 
     Raises:
         ValueError: a model without memories, or with a memory that ``modules_to_save`` has copied. The model is then as
@@ -37,6 +39,13 @@ def freeze_base(model: Model) -> Model:
         if parameter not in adapters:
             parameter.requires_grad_(parameter in memories)
     return model
+
+
+def trainable_base(model: nn.Module) -> list[str]:
+    """The parameters that `freeze_base` would freeze and that are not, by name."""
+    inner = unwrap(model)
+    spared = memory_parameters(inner) | adapter_parameters(inner)
+    return [name for name, parameter in inner.named_parameters() if parameter.requires_grad and parameter not in spared]
 
 
 def memory_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -25,6 +25,11 @@ class MemoryWrapper(nn.Module):
         """The module of the base model, or None if it was not kept."""
         raise NotImplementedError
 
+    def remember(self, x: Tensor) -> Tensor:
+        """What the memory makes of x; a float16 one reaches a memory that is wider than the model in its dtype."""
+        dtype = self.memory.keys.weight.dtype
+        return self.memory(x.to(dtype) if x.dtype == torch.float16 else x).to(x.dtype)
+
 
 class ReplacingMemory(MemoryWrapper):
     """m(x) where a module f(x) stood (paper, section 3.3).
@@ -45,7 +50,7 @@ class ReplacingMemory(MemoryWrapper):
         return self._kept[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.memory(_hidden(args, kwargs))
+        return self.remember(_hidden(args, kwargs))
 
 
 class ParallelMemory(MemoryWrapper):
@@ -59,11 +64,11 @@ class ParallelMemory(MemoryWrapper):
 
     def __init__(self, base: nn.Module, memory: MemoryLayer):
         super().__init__()
-        self.base = base
         self.memory = memory
         like = next(memory.query.parameters())
         self.gate = nn.Parameter(torch.empty(memory.config.dim, device=like.device, dtype=like.dtype))
         self.reset_parameters()
+        self.base = base  # last: from here on its attributes are found, too
 
     def reset_parameters(self) -> None:
         """The gate at zero; the memory and the base module initialise themselves."""
@@ -76,7 +81,7 @@ class ParallelMemory(MemoryWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = _hidden(args, kwargs)
         output = self.base(*args, **kwargs)
-        added = self.gate * self.memory(x)
+        added = self.gate * self.remember(x)
         # In the dtype of the output, which under autocast need not be that of the input.
         if isinstance(output, tuple):
             return (output[0] + added.to(output[0].dtype), *output[1:])

@@ -1,0 +1,70 @@
+"""SaveMemory: memories in the checkpoints of `transformers.Trainer`, where PEFT would leave them out."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from memlayers.models.loading import refill_memory
+from memlayers.models.memory_folder import lacks_memory
+from memlayers.models.saving import check_savable, save_memory
+from memlayers.models.trainable import trainable_base
+
+MEMORY_FOLDER = "memory"  # in a checkpoint
+
+
+class SaveMemory(TrainerCallback):
+    """Saves memories in the folder ``memory`` of every checkpoint, and takes them from there when a run is resumed.
+
+        Trainer(peft_model, ..., callbacks=[SaveMemory()])
+
+    For models with adapters of PEFT, which saves those and nothing else: a run that is resumed would begin with
+    untrained memories, and say nothing. With ``load_best_model_at_end`` those of the best checkpoint come back at the
+    end. Memories are filled in place: the optimizer goes on with the parameters that it has.
+
+    Resume from a checkpoint in the ``output_dir`` of the run; a callback is not told of any other. Raises `ValueError`
+    when training begins with a model that `save_memory` could not save afterwards, or from a checkpoint without
+    memories.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        check_savable(model)
+        if trained := trainable_base(model):
+            raise ValueError(
+                f"model must have a frozen base for SaveMemory, which saves the memories alone, got {len(trained)} "
+                f"parameters of the base that are trained, the first is {trained[0]!r}: use freeze_base"
+            )
+        if state.is_hyper_param_search:
+            raise ValueError("SaveMemory must be in a training of one run, got a search of hyperparameters")
+        if state.global_step > 0:
+            _fill(model, checkpoint_of(args, state))
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.should_save:  # in one process
+            save_memory(model, checkpoint_of(args, state) / MEMORY_FOLDER)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            _fill(model, Path(state.best_model_checkpoint))
+
+
+def checkpoint_of(args: Any, state: Any) -> Path:
+    """Where `Trainer` saves the step that it is at, and where it finds it again."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def holds_adapters_alone(checkpoint: Path) -> bool:
+    """Whether a checkpoint has adapters of PEFT and no memory."""
+    is_of_adapters = checkpoint.is_dir() and any(checkpoint.glob("**/adapter_config.json"))
+    return is_of_adapters and lacks_memory(checkpoint / MEMORY_FOLDER)
+
+
+def _fill(model: nn.Module, checkpoint: Path) -> None:
+    folder = checkpoint / MEMORY_FOLDER
+    if lacks_memory(folder):
+        raise ValueError(
+            f"checkpoint must hold the memories in {str(folder)!r}, which is not there: resume from a checkpoint in "
+            f"output_dir that was written with SaveMemory, or load_memory into the base and train anew"
+        )
+    refill_memory(model, folder)
