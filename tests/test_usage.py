@@ -154,3 +154,33 @@ def test_attaching_twice_counts_once_and_reset_forgets():
     meter.detach()
     layer(torch.randn(6, 8))
     assert int(meter._tokens) == 0
+
+
+def test_it_counts_where_a_compiled_layer_is_checkpointed():
+    layer = make()
+    x = torch.randn(6, 8, requires_grad=True)
+    mask = torch.tensor([1, 1, 0, 1, 1, 1])
+
+    def run(x):
+        return checkpoint(layer, x, mask, use_reentrant=False)
+
+    with UsageMeter(layer) as meter:
+        torch.compile(run, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert meter.report().tokens == 5
+
+
+def test_a_mask_is_that_of_one_call():
+    layer = make().eval()
+    with UsageMeter(layer) as meter:
+        layer(torch.randn(4, 8), mask=torch.tensor([1, 0, 0, 0]))
+        layer.keys(layer.query(torch.randn(4, 8)))
+    assert meter.report().tokens == 5
+
+
+def test_a_call_of_more_tokens_than_the_mask_holds(monkeypatch):
+    monkeypatch.setattr(UsageMeter, "MOST_TOKENS", 4)
+    layer = make().eval()
+    with UsageMeter(layer) as meter:
+        layer(torch.randn(6, 8), mask=torch.tensor([1, 1, 1, 1, 1, 0]))
+        layer(torch.randn(3, 8))
+    assert meter.report().tokens == 8

@@ -67,6 +67,9 @@ class ProductKeys(nn.Module):
 class NormalisedKeys(ProductKeys):
     """Product keys whose scores are cosines over a learned temperature, whatever the norms of queries and keys.
 
+    That is, norms from 1e-3 (`least_norm`: a vector that is shorter is divided by it, so that its scores are smaller)
+    to 1e19, above which squares overflow in float32.
+
     score(i, j) = <q, k_ij> / temperature, with q = query / |query| and
     k_ij = (first[i] / |first[i]|, second[j] / |second[j]|) / sqrt(2), so that |q| = |k_ij| = 1
 

@@ -60,13 +60,17 @@ class UsageMeter:
         meter.report().overall.usage
 
     It listens through forward hooks and leaves nothing in the layer. Under `torch.compile`, attach it before the
-    first call. It holds 20 bytes a slot and head.
+    first call. It holds 20 bytes a slot and head, and a mask of 1 MB.
     """
+
+    MOST_TOKENS = 2**20  # of a compiled call; the mask of others grows
 
     def __init__(self, layer: MemoryLayer):
         self.layer = layer
         self._handles: list[RemovableHandle] = []
-        self._mask_T: Tensor | None = None
+        # The real tokens of the call in progress, written in place: an attribute that is set in a compiled region that
+        # is checkpointed makes its recomputation another one.
+        self._real_T = torch.ones(self.MOST_TOKENS, dtype=torch.bool, device=layer.keys.weight.device)
         self.reset()
 
     def reset(self) -> None:
@@ -101,13 +105,23 @@ class UsageMeter:
     ) -> None:
         self.detach()
 
+    @torch.no_grad()
     def _before_layer(self, layer: MemoryLayer, args: tuple, kwargs: dict) -> None:
-        self._mask_T = layer.token_mask(*args, **kwargs)
+        mask_T = layer.token_mask(*args, **kwargs)
+        tokens = (args[0] if args else kwargs["x"]).shape[:-1].numel()
+        if tokens > len(self._real_T):
+            self._real_T = self._real_T.new_ones(tokens)
+        if mask_T is None:
+            self._real_T[:tokens].fill_(True)
+        else:
+            self._real_T[:tokens].copy_(mask_T)
 
     def _after_search(self, keys: torch.nn.Module, args: tuple, hits: Hits) -> None:
-        mask_T, self._mask_T = self._mask_T, None
         if not is_recomputation():
-            self.add(hits, mask_T)
+            real_T = self._real_T[: hits.slots.shape[:-2].numel()]
+            self.add(hits, real_T)
+            with torch.no_grad():
+                real_T.fill_(True)  # for a search that no call of the layer makes
 
     @torch.no_grad()
     def add(self, hits: Hits, mask_T: Tensor | None = None) -> None:
@@ -122,7 +136,7 @@ class UsageMeter:
         self._weight_HS.scatter_add_(1, slots_HTK.flatten(1), weights_THK.transpose(0, 1).flatten(1))
         self._count_HS.scatter_add_(1, slots_HTK.flatten(1), real_HT[..., None].expand_as(slots_HTK).flatten(1).long())
         self._top1_HS.scatter_add_(1, slots_HTK[..., 0], real_HT.int())
-        self._tokens += real_T.sum()
+        self._tokens.add_(real_T.sum())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The totals, to go on from elsewhere."""

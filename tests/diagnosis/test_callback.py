@@ -1,17 +1,23 @@
 """`MemoryAlarms` in real training: quiet while all is well, one warning for each thing that is not."""
 
 import gc
+import re
+import shutil
 import warnings
 
+import peft
 import pytest
 import torch
 import transformers
+from torch.utils import checkpoint as checkpointing
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from memlayers import MemoryConfig, RowAdam
 from memlayers.diagnosis import MemoryAlarms, MemoryWarning, doctor
-from memlayers.models import add_memory, causal_lm, memory_layers
+from memlayers.diagnosis.alarms import Monitor
+from memlayers.diagnosis.subjects import find_subjects
+from memlayers.models import SaveMemory, add_memory, causal_lm, freeze_base, memory_layers
 from memlayers.models.wrappers import ParallelMemory
 from memlayers.optim import MemoryAdamW
 
@@ -22,8 +28,11 @@ def _quiet():
 
 
 class Tokens(Dataset):
+    def __init__(self, length=32):
+        self.length = length
+
     def __len__(self):
-        return 32
+        return self.length
 
     def __getitem__(self, index):
         ids = torch.randint(0, 50, (16,), generator=torch.Generator().manual_seed(index))
@@ -40,17 +49,18 @@ def model():
 def train(tmp_path):
     """Trains for six steps; the alarms, and what was warned."""
 
-    def run(model, optimizer, *, every=2, window=64, **settings):
+    def run(model, optimizer, *, every=2, window=64, data=None, warm_up=False, **settings):
         alarms = MemoryAlarms(every=every, window=window)
         settings = {"max_steps": 6, "per_device_train_batch_size": 4, **settings}
         arguments = TrainingArguments(
             output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, logging_strategy="no",
             save_strategy="no", **settings,
         )  # fmt: skip
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 4 if warm_up else 1.0)
         trainer = Trainer(
-            model=model, args=arguments, train_dataset=Tokens(), optimizers=(optimizer, scheduler), callbacks=[alarms]
-        )
+            model=model, args=arguments, train_dataset=data or Tokens(), optimizers=(optimizer, scheduler),
+            callbacks=[alarms],
+        )  # fmt: skip
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", MemoryWarning)
             error = None
@@ -121,6 +131,56 @@ def test_not_reached_in_one_step(model, train):
     only(train(model, optimizer), "reached", "in 1 step:")
 
 
+def test_a_few_sequences_over_and_over_are_no_collapse(train):
+    model = causal_lm("gpt2", vocab_size=50, layers=2, dim=16, heads=2, context=16)
+    add_memory(model, MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=256, query_dim=8), [2])
+    optimizer = MemoryAdamW(model, lr=1e-5, value_lr=1e-5)
+    alarms, _, _ = train(model, optimizer, every=5, window=2048, data=Tokens(2), max_steps=70)
+    assert not alarms.raised
+
+
+def test_a_warm_up_that_begins_at_zero_is_healthy(model, train):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    alarms, _, error = train(model, optimizer, every=1, warm_up=True)
+    assert (alarms.raised, error) == ({}, None)
+
+
+def test_a_step_that_a_scaler_skips_is_healthy(model):
+    class Skipped(torch.optim.SGD):
+        step_was_skipped = True
+
+    ids = torch.randint(0, 50, (4, 16))
+    for kind, is_heard in ((Skipped, False), (torch.optim.SGD, True)):
+        (monitor,) = (Monitor(subject, window=64) for subject in find_subjects(model))
+        monitor.attach()
+        model.train()(input_ids=ids)
+        optimizer = kind(model.parameters(), lr=0.1)
+        monitor.note_rows(optimizer)
+        assert (monitor.written(optimizer) is not None) == is_heard
+        monitor.detach()
+
+
+@pytest.mark.slow
+def test_it_listens_where_a_compiled_memory_is_checkpointed(model):
+    (monitor,) = (Monitor(subject, window=64) for subject in find_subjects(model))
+    monitor.attach()
+    memory, x = memory_of(model).train(), torch.randn(5, 16, requires_grad=True)
+    mask = torch.tensor([1, 1, 0, 1, 1])
+
+    def run(x):
+        return checkpointing.checkpoint(memory, x, mask, use_reentrant=False)
+
+    output = torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+    output.sum().backward()
+    assert int(monitor._tokens) == 5
+    assert (monitor._slots_WHK[:6, 0, 0] >= 0).tolist() == [True, True, False, True, True, False]
+    assert monitor._squares[:2].tolist() == pytest.approx(
+        [one.detach().square().sum().item() for one in (output, x[mask == 1])], rel=1e-5
+    )
+    assert int(monitor._reached) == 1
+    monitor.detach()
+
+
 class Skipping(torch.optim.AdamW):
     """Its step skips tables."""
 
@@ -176,6 +236,49 @@ def test_owner_is_gone(model, train):
     assert "row optimizer is gone" in str(error)  # of the backward pass, after the alarm
 
 
+@pytest.fixture
+def train_adapters(tmp_path):
+    """As `train`, a model with LoRA and checkpoints, and other callbacks before or after the alarms."""
+
+    def run(*others, resume=None):
+        torch.manual_seed(0)
+        model = causal_lm("llama", vocab_size=50, layers=2, dim=16, heads=2, context=16)
+        add_memory(model, MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=8, query_dim=8), [2], mode="parallel")
+        lora = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+        model = freeze_base(peft.get_peft_model(model, lora))
+        alarms = MemoryAlarms(every=2, window=64)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, logging_strategy="no",
+            max_steps=4, save_steps=2, per_device_train_batch_size=4,
+        )  # fmt: skip
+        optimizer = MemoryAdamW(model, lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=Tokens(), optimizers=(optimizer, scheduler),
+            callbacks=[alarms, *others],
+        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MemoryWarning)
+            trainer.train(resume_from_checkpoint=resume)
+        assert len([one for one in caught if issubclass(one.category, MemoryWarning)]) == len(alarms.raised)
+        return alarms.raised
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_checkpoints_without_the_memory(train_adapters, tmp_path):
+    assert train_adapters(SaveMemory()) == {}
+    assert train_adapters(SaveMemory(), resume=str(tmp_path / "checkpoint-2")) == {}
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    ((key, message),) = train_adapters().items()
+    assert key[1] == "saved"
+    assert re.search(r"checkpoint-2 holds the adapters and not the memory: .* add memlayers.models.SaveMemory", message)
+    ((_, message),) = train_adapters(resume=str(tmp_path / "checkpoint-4")).items()
+    assert "checkpoint-4 holds the adapters" in message
+
+
 def test_an_alarm_can_stop_the_run(model, train, tmp_path):
     memory_of(model).values.weight.data.mul_(1e5)
     arguments = TrainingArguments(
@@ -210,3 +313,12 @@ def test_it_needs_a_memory_and_sensible_settings():
         MemoryAlarms(window=1)
     with pytest.raises(ValueError, match="model must have at least one memory"):
         MemoryAlarms().on_train_begin(None, None, None, model=torch.nn.Linear(2, 2))
+
+
+def test_a_gate_that_stays_at_zero(train, tmp_path):
+    model = causal_lm("gpt2", vocab_size=50, layers=2, dim=16, heads=2, context=16)
+    add_memory(model, MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=8, query_dim=8), [2], mode="parallel")
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate"):
+            parameter.requires_grad_(False)
+    only(train(model, MemoryAdamW(model, lr=1e-3)), "gate", "its gate is still zero")

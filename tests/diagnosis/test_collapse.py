@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memlayers import MemoryConfig, MemoryLayer
-from memlayers.diagnosis.collapse import complaints, expected_effective, expected_usage, spread
+from memlayers.diagnosis.collapse import complaints, expected_effective, expected_usage, first_of_alike, judge, spread
 
 
 @pytest.mark.parametrize(("slots", "reads"), [(7, 30), (64, 500), (1000, 37), (1000, 5000), (3, 20_000)])
@@ -56,4 +56,45 @@ def test_a_memory_with_random_weights_is_healthy(norm, num_subkeys, topk, tokens
     hits = []
     layer.keys.register_forward_hook(lambda module, args, found: hits.append(found.slots))
     layer(torch.randn(tokens, 16))
-    assert complaints(spread(hits[0], config.slots)) == ([], False)
+    assert judge(hits[0], config.slots, num_subkeys) == ([], False)
+
+
+def uniform_hits(*, heads, num_subkeys, tokens=256, topk=8):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(tokens, heads, num_subkeys**2, generator=generator).topk(topk).indices
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_one_head_of_many_is_named(heads):
+    slots = uniform_hits(heads=heads, num_subkeys=16)
+    assert judge(slots, 256, 16) == ([], False)
+    slots[:, 2] = torch.arange(8)
+    assert complaints(spread(slots, 256)) == ([], False)
+    (said,), has_collapsed = judge(slots, 256, None)
+    assert has_collapsed
+    assert said.startswith("of head 2 alone: two tokens share 100% of their slots")
+
+
+@pytest.mark.parametrize("codebook", ["first", "second"])
+def test_one_codebook_alone_is_named(codebook):
+    slots = uniform_hits(heads=4, num_subkeys=16)
+    best = slots[:, 1, 0]
+    slots[:, 1, 0] = 3 * 16 + best % 16 if codebook == "first" else best // 16 * 16 + 3
+    (said,), has_collapsed = judge(slots, 256, 16)
+    assert has_collapsed
+    assert said == f"in the {codebook} codebook of head 1 two tokens have one best sub-key in 100% of cases"
+    assert judge(slots, 256, None) == ([], False)  # keys that are no product have none
+
+
+def test_its_cost_does_not_grow_with_the_slots():
+    assert spread(torch.arange(1000).view(500, 1, 2), 2**60).usage == pytest.approx(1)
+
+
+def test_tokens_that_come_again_are_counted_once():
+    points = 5 + torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    drift = torch.arange(40)[:, None, None] * 0.05  # in the end far from where it began
+    again = (points + drift * torch.ones(32)).flatten(0, 1)
+    assert first_of_alike(points).all()
+    assert first_of_alike(again).sum() <= 100
+    assert first_of_alike(again)[:50].all()
+    assert first_of_alike(torch.ones(9, 32)).sum() == 1

@@ -217,9 +217,27 @@ class SameSlots(MemoryLayer):
         )
 
 
+class BestSlotAgain(MemoryLayer):
+    def read(self, x_TD, slots_THK, weights_THK):
+        return super().read(x_TD, slots_THK[..., :1].expand_as(slots_THK), weights_THK)
+
+
+class SlotsOfOneHead(MemoryLayer):
+    def read(self, x_TD, slots_THK, weights_THK):
+        return super().read(x_TD, slots_THK[:, :1].expand_as(slots_THK), weights_THK)
+
+
+class AlmostOneWeight(MemoryLayer):
+    def weigh(self, scores_THK):
+        return torch.cat([scores_THK[..., :1].softmax(-1), 1e-30 * scores_THK[..., 1:].exp()], -1)
+
+
 @pytest.mark.parametrize(
     ("layer", "says"),
     [
+        (BestSlotAgain, "distinct rows a token are read where the search found"),
+        (SlotsOfOneHead, "distinct rows a token are read where the search found"),
+        (AlmostOneWeight, "66.7% of the weights of neighbours are zero"),
         (FewerKeys, "search 2 slots, the configuration says topk = 3"),
         (FewerRows, "2 rows a token are read instead of 2 x 3"),
         (OneWeight, "of the weights of neighbours are zero"),
@@ -376,3 +394,113 @@ def test_no_optimizer(block, batch):
         doctor(block, batch, optimizer="adam")
     with pytest.raises(ValueError, match="loss must be a tensor of one number, got shape"):
         doctor(block, batch, loss=lambda model, x: model(x))
+
+
+class Experts(MemoryLayer):
+    """A weight is a score that a relu may set to zero."""
+
+    def read(self, x_TD, slots_THK, weights_THK):
+        return super().read(x_TD, slots_THK, weights_THK * x_TD[:, :1, None].relu())
+
+
+def test_weights_that_are_zero_by_design_are_a_warning(make_block, batch):
+    block = make_block(layer=Experts)
+    report = doctor(block, batch, optimizer=MemoryAdamW(block))
+    assert report.ok, report
+    assert found(report, "neighbours").state == "warn"
+    assert "which `read` sets to zero" in found(report, "neighbours").message
+
+
+def test_one_collapsed_head_and_half_a_query_are_seen(make_block, batch):
+    for first, last, says in ((0, 8, "of head 0 alone"), (8, 12, "in the first codebook of head 1")):
+        block = make_block(heads=4, num_subkeys=16, query_norm="rms")
+        with torch.no_grad():
+            block.mlp.query.projections[0].weight[first:last] = 0
+        finding = fails(doctor(block, batch), "usage", says)
+        assert "query_norm='batch'" in finding.advice
+
+
+class SecondTable(MemoryLayer):
+    def __init__(self, config, **options):
+        super().__init__(config, **options)
+        self.second = ValueTable(config.slots, config.width)
+
+    def read(self, x_TD, slots_THK, weights_THK):
+        return super().read(x_TD, slots_THK, weights_THK) + self.second.read(
+            slots_THK.flatten(1), weights_THK.flatten(1)
+        )
+
+
+class Keywords(MemoryLayer):
+    def read(self, x_TD, slots_THK, weights_THK):
+        return self.values(weights=weights_THK.flatten(1), slots=slots_THK.flatten(1))
+
+
+@pytest.mark.parametrize("layer", [SecondTable, Keywords])
+def test_layers_of_other_kinds_are_healthy(make_block, batch, layer):
+    block = make_block(layer=layer)
+    optimizer = MemoryAdamW(block)
+    before = copy.deepcopy(block.state_dict())
+    report = doctor(block, batch, optimizer=optimizer)
+    assert {finding.state for finding in report.findings} == {"pass"}, report
+    assert all(map(torch.equal, before.values(), block.state_dict().values()))
+
+
+class Odd(torch.optim.Optimizer):
+    """Without a learning rate, or with one that is None; it looks at the first parameter of each group."""
+
+    def step(self, closure=None):
+        assert all(group["params"][0].numel() for group in self.param_groups)
+
+
+def test_optimizers_of_other_kinds(block, batch):
+    groups = [{"params": list(part.parameters())} for part in (block.inner, block.outer, block.mlp)]
+    for settings in ({}, {"lr": None}):
+        fails(doctor(block, batch, optimizer=Odd(groups, settings)), "written", "never written")
+
+
+def test_a_warm_up_that_begins_at_zero_is_healthy(block, batch):
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    report = doctor(block, batch, optimizer=optimizer)
+    assert report.ok, report
+    assert "at the learning rate that its schedule began with: now it is 0" in found(report, "written").message
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
+def test_a_penalty_on_a_table_in_row_mode(block, batch):
+    def loss(model, batch):
+        return model(batch).sum() + 1e-2 * model.mlp.values.weight.square().sum()
+
+    fails(doctor(block, batch, optimizer=MemoryAdamW(block), loss=loss), "gradients", "values.weight has a dense grad")
+
+
+def test_a_batch_in_which_no_label_counts():
+    model = causal_lm("gpt2", vocab_size=40, layers=2, dim=16, heads=2, context=32)
+    add_memory(model, MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=8, query_dim=8), [2])
+    ids = torch.randint(0, 40, (2, 16))
+    labels = torch.full_like(ids, -100)
+    labels[:, 0] = 3
+    report = doctor(model, {"input_ids": ids, "labels": labels}, optimizer=MemoryAdamW(model))
+    only(report, "loss")
+    assert "no label counts" in found(report, "loss").message
+    assert found(report, "gradients").message == "not checked: no label counts"
+
+
+def test_a_step_that_makes_parameters_not_finite(make_block, batch):
+    model = make_block(parallel=True)
+
+    class Spoiling(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    optimizer = Spoiling([model.memory.query.projections[0].weight, *_others(model)], lr=0.1)
+    report = doctor(model, batch, optimizer=optimizer)
+    (finding,) = [one for one in report.failures if one.check == "written"]
+    assert "a step makes query.projections.0.weight not finite" in finding.message
+    assert model.memory.query.projections[0].weight.isfinite().all()
+
+
+def _others(model):
+    return [p for p in model.parameters() if p is not model.memory.query.projections[0].weight]

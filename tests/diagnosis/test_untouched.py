@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from memlayers import MemoryConfig, RowAdagrad, RowAdam, UsageMeter, doctor
+from memlayers.diagnosis.alarms import Monitor
+from memlayers.diagnosis.subjects import find_subjects
 from memlayers.models import add_memory, causal_lm, memory_layers
 from memlayers.optim import MemoryAdamW
 
@@ -322,3 +324,77 @@ def test_a_buffer_that_the_model_replaces(block, batch):
     assert block.count is held
     assert not hasattr(block, "extra")
     assert not block._non_persistent_buffers_set
+
+
+@pytest.mark.parametrize("make", [row, dense], ids=lambda make: make.__name__)
+def test_a_forward_pass_that_waits_for_its_backward(block, batch, make):
+    optimizers = make(block)
+    value = block(batch).square().mean()
+    doctor(block, batch, optimizer=optimizers)
+    value.backward()
+    assert block.mlp.keys.weight.grad.any()
+
+
+def test_optimizers_that_step_in_the_backward_pass_do_not(block, batch):
+    stepped = []
+
+    def step(parameter):
+        stepped.append(parameter)
+        if parameter.grad is not None:  # that of a table in row mode is
+            parameter.data.add_(parameter.grad)
+
+    for parameter in block.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    optimizer = MemoryAdamW(block)
+    before = everything(block, [optimizer])
+    assert doctor(block, batch, optimizer=optimizer).ok
+    compare(before, everything(block, [optimizer]))
+    assert not stepped
+    block(batch).sum().backward()
+    assert stepped
+
+
+class Lists(torch.optim.SGD):
+    """Its state is a list."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    sums = self.state[parameter].setdefault("sums", [torch.zeros_like(parameter), {}])
+                    sums[0] += parameter.grad
+                    sums[1]["last"] = parameter.grad.clone()
+                    parameter.sub_(sums[0])
+
+
+def test_state_in_lists(block, batch):
+    optimizer = Lists(block.parameters(), lr=0.1)
+    block(batch).sum().backward()
+    optimizer.step()
+    before = everything(block, [optimizer])
+    doctor(block, 2 * batch, optimizer=optimizer)
+    compare(before, everything(block, [optimizer]))
+
+
+def test_devices_that_are_not_in_use_get_no_seed(block, batch, monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    assert doctor(block, batch).ok
+    assert not seeded
+
+
+def test_an_expanded_buffer(block, batch):
+    block.register_buffer("places", torch.arange(4).expand(3, 4))
+    assert doctor(block, batch).ok
+
+
+def test_who_listens_to_the_network_beside_a_memory(make_block, batch):
+    block = make_block(parallel=True)
+    monitor = Monitor(find_subjects(block)[0], window=64)
+    monitor.attach()
+    block(batch)
+    heard = monitor._squares.clone()
+    doctor(block, batch)
+    assert torch.equal(monitor._squares, heard)
+    monitor.detach()

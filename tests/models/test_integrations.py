@@ -202,6 +202,7 @@ def compiled_steps(family, backend):
     assert_near(compiled, eager)
 
 
+@pytest.mark.slow
 def test_compiled():
     compiled_steps("llama", "aot_eager")
 

@@ -1,6 +1,7 @@
 """What is watched while a model trains: `Monitor` collects on the device, and is looked at now and then.
 
-Letters: T tokens, D model width, H heads, K neighbours, S slots, W tokens of the window, V value width, R rows.
+Letters: T tokens, D model width, H heads, K neighbours, S slots, W tokens of the window, V value width, R rows,
+P coordinates of a fingerprint.
 """
 
 from typing import Any
@@ -9,14 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from memlayers.diagnosis.collapse import complaints, spread
+from memlayers.diagnosis.aside import is_at_zero
+from memlayers.diagnosis.collapse import LEAST_TOKENS, first_of_alike, judge
 from memlayers.diagnosis.passing import far_off
+from memlayers.diagnosis.stepping import is_constant
 from memlayers.diagnosis.subjects import Subject
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
+from memlayers.ops import without_autocast
 from memlayers.query import is_recomputation
 
 RECENT_TOKENS, RECENT_ROWS = 1024, 2048  # of which the rows are compared before and after a step
+FINGERPRINT = 32  # coordinates of a random projection of an input, to know tokens that come again
 
 
 class MemoryWarning(UserWarning):
@@ -24,7 +29,11 @@ class MemoryWarning(UserWarning):
 
 
 class Monitor:
-    """Listens to one memory in training mode. Nothing waits for the device but the methods that give an alarm."""
+    """Listens to one memory in training mode. Nothing waits for the device but the methods that give an alarm.
+
+    What hooks find out goes into tensors, in place: an attribute that is set in a compiled region that is checkpointed
+    makes its recomputation another one.
+    """
 
     pauses_in_doctor = True
 
@@ -33,20 +42,22 @@ class Monitor:
         self.subject = subject
         self._handles: list[RemovableHandle] = []
         self._slots_WHK = torch.full((window, config.heads, config.topk), -1, dtype=torch.int32, device=device)
+        self._prints_WP = torch.zeros(window, FINGERPRINT, device=device)
+        generator = torch.Generator().manual_seed(0)
+        self._directions_DP = torch.randn(config.dim, FINGERPRINT, generator=generator).to(device)
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._reached = torch.zeros((), dtype=torch.int64, device=device)
         self._missed_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._squares = torch.zeros(3, dtype=torch.float64, device=device)  # of outputs, inputs, the network beside
-        self._mask_T: Tensor | None = None
+        self._closed_looks = 0  # one after the other that found the gate at zero
         self._before: tuple[Tensor, Tensor] | None = None  # rows before a step: their slots and their contents
 
     def attach(self) -> None:
         """Start listening."""
         layer = self.subject.layer
         self._handles = [
-            layer.register_forward_pre_hook(self._before_layer, with_kwargs=True),
             layer.keys.register_forward_hook(self._after_search),
-            layer.register_forward_hook(self._after_layer),
+            layer.register_forward_hook(self._after_layer, with_kwargs=True),
         ]
         if self.subject.is_parallel:
             self._handles += [module.register_forward_hook(self._after_base) for module in self.subject.beside]
@@ -59,28 +70,32 @@ class Monitor:
 
     # What is collected.
 
-    def _before_layer(self, layer: MemoryLayer, args: tuple, kwargs: dict) -> None:
-        self._mask_T = layer.token_mask(*args, **kwargs)
-        if layer.training and not is_recomputation():
-            self._reached.fill_(1)
-            self._add_squares(1, args[0] if args else kwargs["x"], self._mask_T)
-
     @torch.no_grad()
     def _after_search(self, keys: nn.Module, args: tuple, hits: Hits) -> None:
-        if not self.subject.layer.training or is_recomputation():
-            return
-        slots_THK = hits.slots.flatten(0, -3).int()
-        if self._mask_T is not None:
-            slots_THK = torch.where(self._mask_T[:, None, None], slots_THK, -1)
-        slots_THK = slots_THK[-len(self._slots_WHK) :]
-        place_T = torch.arange(len(slots_THK), device=slots_THK.device) + self._tokens
-        self._slots_WHK.index_copy_(0, place_T % len(self._slots_WHK), slots_THK)
-        self._tokens += len(slots_THK)
+        if self.subject.layer.training and not is_recomputation():
+            slots_THK = hits.slots.flatten(0, -3)[-len(self._slots_WHK) :]
+            self._slots_WHK.index_copy_(0, self._places(len(slots_THK)), slots_THK.int())
 
-    def _after_layer(self, layer: MemoryLayer, args: tuple, output: Tensor) -> None:
-        if layer.training and not is_recomputation():
-            self._add_squares(0, output, self._mask_T)
-        self._mask_T = None
+    @torch.no_grad()
+    def _after_layer(self, layer: MemoryLayer, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if not layer.training or is_recomputation():
+            return
+        x, mask_T = args[0] if args else kwargs["x"], layer.token_mask(*args, **kwargs)
+        self._reached.fill_(1)
+        self._add_squares(0, output, mask_T)
+        self._add_squares(1, x, mask_T)
+        x_TD = x.detach().flatten(0, -2)[-len(self._slots_WHK) :].float()
+        place_T = self._places(len(x_TD))
+        with without_autocast(x_TD):
+            self._prints_WP.index_copy_(0, place_T, x_TD @ self._directions_DP)
+        if mask_T is not None:
+            slots_THK = torch.where(mask_T[-len(x_TD) :, None, None], self._slots_WHK[place_T], -1)
+            self._slots_WHK.index_copy_(0, place_T, slots_THK)
+        self._tokens.add_(len(x_TD))
+
+    def _places(self, tokens: int) -> Tensor:
+        """Where in the window the tokens of this call belong."""
+        return (torch.arange(tokens, device=self._tokens.device) + self._tokens) % len(self._slots_WHK)
 
     def _after_base(self, base: nn.Module, args: tuple, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
@@ -92,7 +107,7 @@ class Monitor:
         x_TD = x.detach().flatten(0, -2).float()
         if mask_T is not None:
             x_TD = torch.where(mask_T[:, None], x_TD, 0)
-        self._squares[place] += x_TD.square().sum()
+        self._squares[place].add_(x_TD.square().sum())
 
     def end_step(self) -> None:
         """After each step of the optimizer."""
@@ -115,6 +130,14 @@ class Monitor:
             return "reached", f"the model did not call it in {missed} step{'s' * (missed > 1)}: it was bypassed"
         return None
 
+    def gate(self) -> tuple[str, str] | None:
+        """Whether it is closed at two looks: the first step that is made opens it."""
+        gate = self.subject.gate
+        self._closed_looks = self._closed_looks + 1 if gate is not None and not bool(gate.any()) else 0
+        if self._closed_looks == 2:
+            return "gate", "its gate is still zero: it is frozen, or no optimizer has it, and so nothing is trained"
+        return None
+
     def output(self) -> tuple[str, str] | None:
         """Since the last look."""
         own, *beside = self._squares.tolist()
@@ -132,18 +155,25 @@ class Monitor:
         """Over the last tokens, once there are as many as the window holds."""
         if int(self._tokens) < len(self._slots_WHK):
             return None
-        slots_THK = self._slots_WHK[self._slots_WHK[:, 0, 0] >= 0].long()
-        if len(slots_THK) < 2:
+        config, is_real_W = self.subject.layer.config, self._slots_WHK[:, 0, 0] >= 0
+        slots_THK, prints_TP = self._slots_WHK[is_real_W].long(), self._prints_WP[is_real_W]
+        slots_THK = slots_THK[first_of_alike(prints_TP)]
+        if len(slots_THK) < LEAST_TOKENS:
             return None
-        said, has_collapsed = complaints(spread(slots_THK, self.subject.layer.config.slots))
+        said, has_collapsed = judge(slots_THK, config.slots, config.num_subkeys if config.keys == "product" else None)
         if has_collapsed:
-            return "usage", f"its query has collapsed over the last {len(slots_THK):,} tokens: {'; '.join(said)}"
+            return "usage", (
+                f"its query has collapsed over the last {int(is_real_W.sum()):,} tokens, {len(slots_THK):,} of them "
+                f"distinct: {'; '.join(said)}"
+            )
         return None
 
     @torch.no_grad()
-    def note_rows(self) -> None:
-        """Before a step of the optimizer: some rows that it should write."""
+    def note_rows(self, optimizer: Any = None) -> None:
+        """Before a step of the optimizer: some rows that it should write, unless its schedule is at zero."""
         gate = self.subject.gate
+        if any(is_at_zero(group) and not is_constant(group) for group in self._groups(optimizer)):
+            return
         if gate is not None and not bool(gate.any()):
             return  # nothing behind a closed gate has a gradient yet
         window, last = len(self._slots_WHK), self._tokens - 1
@@ -154,10 +184,16 @@ class Monitor:
         if len(slots_R):
             self._before = slots_R, self.subject.table.weight.detach()[slots_R]
 
-    def written(self) -> tuple[str, str] | None:
-        """After that step."""
+    def _groups(self, optimizer: Any) -> list[dict[str, Any]]:
+        """Those that hold its table."""
+        weight = self.subject.table.weight
+        groups = getattr(optimizer, "param_groups", [])
+        return [group for group in groups if any(weight is parameter for parameter in group["params"])]
+
+    def written(self, optimizer: Any = None) -> tuple[str, str] | None:
+        """After that step, unless it was skipped (a scaler does so where float16 has overflowed)."""
         before, self._before = self._before, None
-        if before is None:
+        if before is None or getattr(optimizer, "step_was_skipped", False):
             return None
         slots_R, rows_RV = before
         if torch.equal(self.subject.table.weight.detach()[slots_R], rows_RV):

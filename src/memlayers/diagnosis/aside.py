@@ -7,8 +7,9 @@ to every row. Gradients are not copied: those that are pending are taken off and
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,15 @@ from memlayers.values import ValueTable
 @contextmanager
 def model_aside(model: nn.Module, subjects: Sequence[Subject]) -> Iterator[None]:
     """Modes, buffers, gradients, random state, memories' parameters but tables, and who listens to them."""
+    # Contents come back, and so do the counters of their versions: a forward pass that waits for its backward is not
+    # told that something has changed.
+    in_place = [one for one in (*model.parameters(), *model.buffers()) if not one.is_inference()]
     with ExitStack() as stack:
-        for held in (_random_state(), _modes(model), _buffers(model), _gradients(model), _listeners(subjects)):
+        stack.enter_context(torch.autograd._unsafe_preserve_version_counter(tuple(in_place)))
+        for held in (
+            _random_state(), _modes(model), _buffers(model), _gradients(model), _hooks_of_gradients(model),
+            _listeners(subjects),
+        ):  # fmt: skip
             stack.enter_context(held)
         tables = {subject.table.weight for subject in subjects}
         small = {parameter for subject in subjects for _, parameter in subject.parameters() if parameter not in tables}
@@ -66,7 +74,10 @@ def _buffers(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, copy in copies.items():
-                buffer.copy_(copy)
+                if not any(
+                    stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+                ):
+                    buffer.copy_(copy)  # an expanded one can be written by nobody
         for module, buffers, not_persistent in held:
             module._buffers.clear()
             module._buffers.update(buffers)
@@ -92,10 +103,27 @@ def _gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _hooks_of_gradients(model: nn.Module) -> Iterator[None]:
+    """No optimizer that steps in the backward pass does so; what commits the gradients of rows stays."""
+    marks = {module.row_mark for module in model.modules() if isinstance(module, ValueTable)}
+    held = []
+    for parameter in model.parameters():
+        hooks = parameter._post_accumulate_grad_hooks
+        if hooks and parameter not in marks:
+            held.append((hooks, dict(hooks)))
+            hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in held:
+            hooks.update(before)
+
+
+@contextmanager
 def _listeners(subjects: Sequence[Subject]) -> Iterator[None]:
     """Usage meters, and whatever says so, hear nothing; and the mask of a call that failed does not stay."""
     masks = [(subject.layer, subject.layer.mask) for subject in subjects]
-    modules = {module: None for subject in subjects for module in subject.layer.modules()}
+    modules = {module: None for subject in subjects for module in (*subject.layer.modules(), *subject.beside)}
     held = [
         (module, name, getattr(module, name)) for module in modules for name in ("_forward_hooks", "_forward_pre_hooks")
     ]
@@ -176,13 +204,11 @@ def _optimizers(
             for state, states_before in states:
                 for parameter, values in states_before.items():
                     if parameter in rows:
-                        for value in values.values():
+                        state[parameter] = _copied(values, lambda one: one)
+                        for value in _tensors(values):
                             stack.enter_context(_state_of_rows(value, len(parameter), slots_of[id(parameter)]))
                     elif parameter in allowed:
-                        state[parameter] = {
-                            name: value.clone() if isinstance(value, Tensor) else value
-                            for name, value in values.items()
-                        }
+                        state[parameter] = _copied(values, Tensor.clone)
             for part in parts:  # hooks of a step are for real steps
                 part._optimizer_step_pre_hooks = OrderedDict()
                 part._optimizer_step_post_hooks = OrderedDict()
@@ -195,6 +221,11 @@ def _optimizers(
                         for parameter in group["params"]
                         if parameter in allowed and (parameter not in rows or owner_of.get(id(parameter)) in mine)
                     ]
+                    if is_at_zero(group):
+                        group["lr"] = group["initial_lr"]
+            for part in parts:
+                if not isinstance(part, RowOptimizer):  # which has one group, always
+                    part.param_groups = [group for group in part.param_groups if group["params"]]
             yield
         finally:
             for group, fields in groups:
@@ -209,10 +240,8 @@ def _optimizers(
 
 
 @contextmanager
-def _state_of_rows(value: object, num_slots: int, slots: Tensor) -> Iterator[None]:
-    if not isinstance(value, Tensor):
-        yield
-    elif value.ndim and len(value) == num_slots:
+def _state_of_rows(value: Tensor, num_slots: int, slots: Tensor) -> Iterator[None]:
+    if value.ndim and len(value) == num_slots:
         with _some_rows(value, slots):
             yield
     else:
@@ -221,6 +250,31 @@ def _state_of_rows(value: object, num_slots: int, slots: Tensor) -> Iterator[Non
             yield
         finally:
             value.copy_(copy)
+
+
+def _copied(value: Any, of_tensor: Callable[[Tensor], Tensor]) -> Any:
+    """Containers anew, with what is made of each tensor."""
+    if isinstance(value, Tensor):
+        return of_tensor(value)
+    if isinstance(value, dict):
+        return {name: _copied(inner, of_tensor) for name, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(inner, of_tensor) for inner in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
+
+
+def is_at_zero(group: Mapping[str, Any]) -> bool:
+    """A schedule has its learning rate at zero: a warm-up begins there, a decay ends there."""
+    rate, first = group.get("lr"), group.get("initial_lr")
+    return rate is not None and first is not None and float(rate) == 0 and float(first) > 0
 
 
 def all_parts(optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from memlayers.checks import require_int
 from memlayers.diagnosis.alarms import MemoryWarning, Monitor
 from memlayers.diagnosis.subjects import find_subjects
+from memlayers.models.callback import checkpoint_of, holds_adapters_alone
 
 
 class MemoryAlarms(TrainerCallback):
@@ -16,9 +17,10 @@ class MemoryAlarms(TrainerCallback):
         Trainer(model, ..., callbacks=[MemoryAlarms()])
 
     It says when a memory was not called in a step, no row is written, its output is not finite or far off in size, the
-    slots of the last `window` tokens have collapsed, or the owner of its table is gone. Alarms are `MemoryWarning`s,
-    not lines of a log: they are shown whatever logging is set to, and
-    ``warnings.simplefilter("error", MemoryWarning)`` makes them stop the run. `raised` holds them.
+    slots of the last `window` tokens have collapsed, the owner of its table is gone, or a checkpoint has adapters of
+    PEFT and not the memory (`memlayers.models.SaveMemory` saves it). Alarms are `MemoryWarning`s, not lines of a log:
+    they are shown whatever logging is set to, and ``warnings.simplefilter("error", MemoryWarning)`` makes them stop the
+    run. `raised` holds them.
 
     It looks every `every` steps; in between, everything stays on the device. Raises `ValueError` when the training of a
     model without memories begins.
@@ -40,6 +42,7 @@ class MemoryAlarms(TrainerCallback):
             monitor.attach()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look_at_checkpoint(args, state)
         self.detach()
 
     def detach(self) -> None:
@@ -49,30 +52,47 @@ class MemoryAlarms(TrainerCallback):
         self._monitors = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # What was saved since the last step (by now all callbacks have seen it), or what the run is resumed from.
+        self._look_at_checkpoint(args, state)
         for monitor in self._monitors:  # before its backward raises
             self._raise(monitor, monitor.owner())
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if (state.global_step + 1) % self.every == 0:
             for monitor in self._monitors:
-                monitor.note_rows()
+                monitor.note_rows(optimizer)
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         for monitor in self._monitors:
-            self._raise(monitor, monitor.written())
+            self._raise(monitor, monitor.written(optimizer))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for monitor in self._monitors:
             monitor.end_step()
             if state.global_step % self.every == 0:
-                for look in (monitor.reached, monitor.output, monitor.usage):
+                for look in (monitor.reached, monitor.gate, monitor.output, monitor.usage):
                     self._raise(monitor, look())
 
-    def _raise(self, monitor: Monitor, alarm: tuple[str, str] | None) -> None:
+    def _look_at_checkpoint(self, args: Any, state: Any) -> None:
+        checkpoint = checkpoint_of(args, state)
+        if holds_adapters_alone(checkpoint):
+            message = (
+                f"{checkpoint} holds the adapters and not the memory: a run that is resumed from it begins with an "
+                f"untrained one; add memlayers.models.SaveMemory() to the callbacks"
+            )
+            for monitor in self._monitors:
+                self._raise(monitor, ("saved", message), more="")
+
+    def _raise(
+        self,
+        monitor: Monitor,
+        alarm: tuple[str, str] | None,
+        more: str = ". memlayers.doctor(model, batch) says more",
+    ) -> None:
         if alarm is None:
             return
         check, message = alarm
         name = monitor.subject.name
         if (name, check) not in self.raised:
             self.raised[name, check] = message
-            warnings.warn(f"{name}: {message}. memlayers.doctor(model, batch) says more", MemoryWarning, stacklevel=2)
+            warnings.warn(f"{name}: {message}{more}", MemoryWarning, stacklevel=2)

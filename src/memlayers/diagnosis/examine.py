@@ -13,10 +13,12 @@ from memlayers.diagnosis.aside import model_aside
 from memlayers.diagnosis.passing import check_pass
 from memlayers.diagnosis.report import Finding, Report
 from memlayers.diagnosis.stepping import Training, check_model_groups, check_step, check_training
-from memlayers.diagnosis.subjects import Subject, find_subjects
+from memlayers.diagnosis.subjects import Subject, find_subjects, has_lost_owner
 from memlayers.diagnosis.watch import Watches
 
 Loss = Callable[[nn.Module, Any], Tensor]
+
+_OF_GRADIENTS = ("reached", "gradients", "written", "unread")
 
 
 def doctor(
@@ -49,13 +51,14 @@ def doctor(
     subjects = find_subjects(model)
     training = Training(optimizers)
     with model_aside(model, subjects), _eagerly(), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(0)  # dropout: the same report each time
+        _seed()
         model.train()
         nudged = {subject for subject in subjects if _open_gate(subject)}
         watches = Watches(subjects)
         with _without_lost_tables(subjects), watches.listening():
             value = (loss or default_loss)(model, batch)
-            findings = [_check_loss(value)]
+            counts = loss is not None or _has_labels(model, batch)
+            findings = [_check_loss(value, counts=counts)]
             if value.requires_grad:
                 value.backward()
         findings.append(check_model_groups(model, subjects, training))
@@ -64,16 +67,27 @@ def doctor(
         stepped = check_step(subjects, listed, watches.reads, training)
     for subject in subjects:
         findings += [*passed[subject], *check_training(subject, training), *stepped[subject]]
+    if not counts:
+        findings = [
+            Finding(one.check, one.memory, "skip", "not checked: no label counts")
+            if one.check in _OF_GRADIENTS
+            else one
+            for one in findings
+        ]
     return Report(tuple(findings))
+
+
+def _seed() -> None:
+    """Dropout: the same report each time. torch.manual_seed would queue a seed for devices that are not in use."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that the model computes, or a fixed random projection of its first floating output."""
     if isinstance(batch, Mapping):
-        given = dict(batch)
-        if "input_ids" in given and "labels" not in given and _is_causal_lm(model):
-            given["labels"] = _labels(given["input_ids"], given.get("attention_mask"))
-        output = model(**given)
+        output = model(**_with_labels(model, batch))
     else:
         output = model(*batch) if isinstance(batch, tuple | list) else model(batch)
     value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -87,6 +101,23 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     direction = torch.randn(first.shape, generator=generator).to(first.device, torch.float32)
     tokens = max(1, first.numel() // max(1, first.shape[-1] if first.ndim else 1))
     return (first.float() * direction).sum() / tokens
+
+
+def _with_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    given = dict(batch)
+    if "input_ids" in given and "labels" not in given and _is_causal_lm(model):
+        given["labels"] = _labels(given["input_ids"], given.get("attention_mask"))
+    return given
+
+
+def _has_labels(model: nn.Module, batch: Any) -> bool:
+    """Whether any label counts, where there are some."""
+    labels = _with_labels(model, batch).get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return True
+    if _is_causal_lm(model):  # the first of a sequence is predicted by nothing
+        labels = labels[..., 1:]
+    return bool((labels != -100).any())
 
 
 def _labels(input_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -114,7 +145,7 @@ def _floating(output: Any) -> Iterator[Tensor]:
             yield from _floating(part)
 
 
-def _check_loss(value: Any) -> Finding:
+def _check_loss(value: Any, *, counts: bool) -> Finding:
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must be a tensor of one number, got {got}")
@@ -123,6 +154,11 @@ def _check_loss(value: Any) -> Finding:
             "loss", None, "fail", "it depends on nothing that requires a gradient", "unfreeze what is trained"
         )
     number = float(value.detach())
+    if not counts:
+        return Finding(
+            "loss", None, "fail", f"it is {number:.4g}: no label counts (all are -100, or first of a sequence)",
+            "give a batch with labels",
+        )  # fmt: skip
     if number - number != 0:
         return Finding("loss", None, "fail", f"it is {number}", "look at the batch, and at the model's parameters")
     return Finding("loss", None, "pass", f"{number:.4g}, finite")
@@ -153,7 +189,8 @@ def _open_gate(subject: Subject) -> bool:
 @contextlib.contextmanager
 def _without_lost_tables(subjects: Sequence[Subject]) -> Iterator[None]:
     """A table whose owner is gone raises in backward: it gets no gradient, so that the rest can be looked at."""
-    lost = {one.table for one in subjects if one.has_lost_owner and one.table.weight.requires_grad}
+    tables = {table: None for subject in subjects for table in subject.tables}
+    lost = [table for table in tables if has_lost_owner(table) and table.weight.requires_grad]
     for table in lost:
         table.weight.requires_grad_(False)
     try:

@@ -5,14 +5,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from memlayers.diagnosis.collapse import LEAST_TOKENS, complaints, spread
+from memlayers.diagnosis.collapse import LEAST_TOKENS, judge, spread
 from memlayers.diagnosis.report import Finding, State
+from memlayers.diagnosis.subjects import has_lost_owner
 from memlayers.diagnosis.watch import Watch
 from memlayers.query import MaskedBatchNorm
 
 # A memory's output beside its input, or a network's. Random memories of widths 16 to 256 have 0.01 to 0.5 of their
 # input, trained ones had 0.07 to 3.4.
 LEAST_RATIO, MOST_RATIO = 1e-3, 1e2
+NO_WEIGHT = 1e-12  # of the largest weight of a head: no gradient that arrives there is seen beside those of others
 
 
 def check_pass(watch: Watch, *, nudged: bool) -> Iterator[Finding]:
@@ -70,18 +72,23 @@ def neighbours(watch: Watch) -> Finding:
             repeated = float((sorted_THK[..., 1:] == sorted_THK[..., :-1]).float().mean())
             if repeated > 0:
                 wrong.append(f"a head finds the same slot twice ({repeated:.1%} of neighbours)")
-    zero, weights = 0, 0
-    for read, mask_T in zip(watch.reads, watch.masks_T, strict=True):
+    arrived = []
+    for number, (read, mask_T) in enumerate(zip(watch.reads, watch.masks_T, strict=True)):
         if read.slots_TK.shape[-1] != heads * topk:
             wrong.append(f"{read.slots_TK.shape[-1]} rows a token are read instead of {heads} x {topk}")
-        weights_TK = (
-            read.weights_TK if mask_T is None or len(mask_T) != len(read.weights_TK) else read.weights_TK[mask_T]
-        )
-        zero, weights = zero + int((weights_TK == 0).sum()), weights + weights_TK.numel()
+            continue
+        is_padded = mask_T is not None and len(mask_T) == len(read.slots_TK)
+        slots_TK, weights_TK = (one[mask_T] if is_padded else one for one in (read.slots_TK, read.weights_TK))
+        arrived.append(weights_TK.unflatten(-1, (heads, topk)))
+        if len(watch.reads) == len(watch.slots_THK) and len(slots_TK) == len(watch.slots_THK[number]):
+            found, got = (_distinct_slots(one.flatten(1)) for one in (watch.slots_THK[number], slots_TK))
+            if got < found:
+                wrong.append(f"{got:.3g} distinct rows a token are read where the search found {found:.3g}")
     if not watch.reads:
         wrong.append("no row of the table is read")
-    if weights and zero > 0.05 * weights:
-        wrong.append(f"{zero / weights:.1%} of the weights of neighbours are zero")
+    zero = _zeros(watch.weights_THK if watch.reads_otherwise else arrived)
+    if zero > 0.05:
+        wrong.append(f"{zero:.1%} of the weights of neighbours are zero")
     if wrong:
         return _finding(
             watch, "neighbours", "fail",
@@ -91,9 +98,15 @@ def neighbours(watch: Watch) -> Finding:
     if zero:
         return _finding(
             watch, "neighbours", "warn",
-            f"{heads} x {topk} distinct slots a token, but {zero / weights:.2%} of their weights are zero: scores "
-            "are too far apart",
+            f"{heads} x {topk} distinct slots a token, but {zero:.2%} of their weights are zero: scores are too far "
+            "apart",
             "lower the learning rate of query and keys, or normalise the query",
+        )  # fmt: skip
+    if watch.reads_otherwise and (zero := _zeros(arrived)) > 0.05:
+        return _finding(
+            watch, "neighbours", "warn",
+            f"{heads} x {topk} distinct slots a token with a weight, {zero:.1%} of which `read` sets to zero",
+            "nothing to do if that is meant, as where a relu chooses experts",
         )  # fmt: skip
     return _finding(watch, "neighbours", "pass", f"{heads} x {topk} distinct slots a token, all with a weight")
 
@@ -112,18 +125,22 @@ def usage(watch: Watch) -> Finding:
         return _finding(
             watch, "usage", "skip", f"{distinct} distinct tokens say nothing; give a batch of at least {LEAST_TOKENS}"
         )
-    num_slots = watch.subject.layer.config.slots
+    config = watch.subject.layer.config
+    num_slots = config.slots
     slots_THK = slots_THK[tokens_of]
     used, best = len(slots_THK.unique()), len(slots_THK[..., 0].unique())
     found = spread(slots_THK, num_slots)
-    said, has_collapsed = complaints(found)
+    said, has_collapsed = judge(slots_THK, num_slots, config.num_subkeys if config.keys == "product" else None)
     if said:
         what = "the query has collapsed: " if has_collapsed else "reads are narrow: "
         return _finding(
             watch, "usage", "fail" if has_collapsed else "warn",
             f"{what}{distinct:,} distinct tokens read {used:,} of {num_slots:,} slots ({best:,} as the best); "
             f"{'; '.join(said)}",
-            "use query_norm 'batch' or 'rms', a lower learning rate, or look for inputs that hardly differ",
+            "lower the learning rate of query and keys, or look for inputs that hardly differ"
+            if config.query_norm == "batch" else
+            "use query_norm='batch', which takes off what all inputs have in common (hidden states of pretrained "
+            "models have much); or lower the learning rate, or look for inputs that hardly differ",
         )  # fmt: skip
     return _finding(
         watch, "usage", "pass",
@@ -168,13 +185,16 @@ def gradients(watch: Watch) -> Finding:
     subject = watch.subject
     if not watch.has_gradient:
         return _not_reached(watch, "gradients")
-    none, bad, zero, fine = [], [], [], 0
+    none, bad, zero, both, fine = [], [], [], [], 0
+    tables = {table.weight: table for table in subject.tables}
     for name, parameter in subject.parameters():
-        is_table = parameter is subject.table.weight
-        if not parameter.requires_grad or (is_table and subject.has_lost_owner):
+        table = tables.get(parameter)
+        if not parameter.requires_grad or (table is not None and has_lost_owner(table)):
             continue
-        if is_table and subject.table.row_gradient is not None:
-            rows = subject.table.row_gradient
+        if table is not None and table.row_gradient is not None:
+            rows = table.row_gradient
+            if parameter.grad is not None:
+                both.append(name)
             is_there, is_finite, is_zero = not rows.is_empty, bool(rows.is_finite()), not bool(rows.norm() > 0)
         else:
             grad = parameter.grad
@@ -195,6 +215,12 @@ def gradients(watch: Watch) -> Finding:
         return _finding(
             watch, "gradients", "fail", f"the gradient is wrong: {'; '.join(said)}",
             "see whether something detaches, freezes or overflows on the way to the loss",
+        )  # fmt: skip
+    if both:
+        return _finding(
+            watch, "gradients", "fail",
+            f"{', '.join(both)} has a dense gradient beside that of its rows, which its row optimizer does not see",
+            "let the loss not use the table itself, as a penalty on its rows does; or train it with dense gradients",
         )  # fmt: skip
     if stuck:
         return _finding(
@@ -235,6 +261,19 @@ def _may_be_zero(watch: Watch, name: str, parameter: nn.Parameter) -> bool:
     last = getattr(query.projections[-1], "bias", None) if hasattr(query, "projections") else None
     is_bias_before_norm = parameter is last and isinstance(getattr(query, "norm", None), MaskedBatchNorm)
     return is_bias_before_norm or "lora_" in name
+
+
+def _distinct_slots(slots_TM: Tensor) -> float:
+    """How many a token has, on average."""
+    sorted_TM = slots_TM.sort(-1).values
+    return 1 + float((sorted_TM[:, 1:] != sorted_TM[:, :-1]).sum(-1).double().mean()) if len(slots_TM) else 0.0
+
+
+def _zeros(weights_THK: list[Tensor]) -> float:
+    """Share of the weights that are zero, or as good as that beside the largest of their head."""
+    sizes_THK = [weights.abs().double() for weights in weights_THK]
+    zero = sum(int((size <= NO_WEIGHT * size.amax(-1, keepdim=True)).sum()) for size in sizes_THK)
+    return zero / max(1, sum(size.numel() for size in sizes_THK))
 
 
 def _distinct(x_TD: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 Letters: S slots, V width, R rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memlayers.diagnosis.aside import all_parts, step_aside
+from memlayers.diagnosis.aside import all_parts, is_at_zero, step_aside
 from memlayers.diagnosis.report import Finding
 from memlayers.diagnosis.subjects import Subject
 from memlayers.diagnosis.watch import Read, Watch, read_rows
@@ -41,7 +41,7 @@ def check_model_groups(model: nn.Module, subjects: Sequence[Subject], training: 
     if not training.optimizers:
         return Finding("parameters", None, "skip", _NO_OPTIMIZER)
     inside = {parameter for subject in subjects for _, parameter in subject.parameters()}
-    marks = {subject.table.row_mark for subject in subjects}
+    marks = {table.row_mark for subject in subjects for table in subject.tables}
     names = {parameter: name for name, parameter in model.named_parameters() if parameter not in marks}
     outside = {parameter: name for parameter, name in names.items() if parameter not in inside}
     twice = [name for parameter, name in outside.items() if len(training.of(parameter)) > 1]
@@ -155,7 +155,7 @@ def check_step(
     """
     if not training.optimizers:
         return {subject: _both(subject, _NO_OPTIMIZER) for subject in subjects}
-    tables = {subject.table: None for subject in subjects}
+    tables = {table: None for subject in subjects for table in subject.tables}
     live = {table: read_rows(reads, table, live=True) for table in tables}
     touched = {table: read_rows(reads, table, live=False) for table in tables}
     looked_at: dict[nn.Parameter, Tensor] = {}
@@ -166,12 +166,16 @@ def check_step(
         parameter for subject in subjects for _, parameter in subject.parameters() if parameter not in looked_at
     ]
     changed: dict[ValueTable, Tensor] = {}
+    spoilt: dict[Subject, list[str]] = {}
     with step_aside(training.optimizers, parameters, looked_at) as before:
         for optimizer in training.optimizers:
-            optimizer.step()
+            if optimizer.param_groups:
+                optimizer.step()
         for table in tables:
             rows = looked_at.get(table.weight)
             changed[table] = _changed(table.weight.detach(), before[table.weight], rows)
+        for subject in subjects:
+            spoilt[subject] = [name for name, parameter in subject.parameters() if not _is_finite(parameter, looked_at)]
     findings = {}
     for subject, watch in zip(subjects, watches, strict=True):
         table = subject.table
@@ -181,6 +185,14 @@ def check_step(
             findings[subject] = _both(subject, "not checked: the table is frozen")
         elif subject.has_lost_owner:
             findings[subject] = _both(subject, "not checked: the table has no owner")
+        elif spoilt[subject]:
+            findings[subject] = [
+                Finding(
+                    "written", subject.name, "fail", f"a step makes {_some(spoilt[subject])} not finite",
+                    "train memories in float32 or bfloat16 (Adam divides zero by zero in float16), or lower the rate",
+                ),
+                Finding("unread", subject.name, "skip", "not checked: what a step writes is not finite"),
+            ]  # fmt: skip
         else:
             findings[subject] = [
                 _written(subject, live[table], changed[table], training),
@@ -198,6 +210,8 @@ def _written(subject: Subject, live: Tensor, changed: Tensor, training: Training
     share = float(torch.isin(live, changed).double().mean())
     kinds = [type(optimizer).__name__ for optimizer in training.optimizers]
     said = f"of {len(live):,} rows that were read, a step of {' and '.join(kinds)} writes {share:.1%}"
+    if any(is_at_zero(group) and not is_constant(group) for _, group in training.of(table.weight)):
+        said += " (at the learning rate that its schedule began with: now it is 0)"
     if share < 0.95:
         advice = _why_not_written(table, training)
         if share >= 0.5:
@@ -212,14 +226,19 @@ def _why_not_written(table: ValueTable, training: Training) -> str:
     if not held:
         return "put values.weight into a group of an optimizer, or use MemoryAdamW"
     for _, group in held:
-        name = "value_lr" if "value_lr" in group and not group.get("schedule_values") else "lr"
-        if float(group[name]) == 0:
-            return f"{name} of its group is 0: raise it (a warm-up begins at 0: step the scheduler once before)"
+        name = "value_lr" if is_constant(group) else "lr"
+        if group.get(name) is not None and float(group[name]) == 0:
+            return f"{name} of its group is 0: raise it"
     if table.weight.dtype in (torch.bfloat16, torch.float16):
         return (
             f"updates may round to nothing in {str(table.weight.dtype)[6:]}: use a row optimizer's stochastic rounding"
         )
     return "see whether the optimizer's step skips the table, or its learning rate is too small for its dtype"
+
+
+def is_constant(group: dict[str, Any]) -> bool:
+    """Whether its tables are trained at a rate that no schedule changes."""
+    return "value_lr" in group and not group.get("schedule_values")
 
 
 def _unread_rows(subject: Subject, touched: Tensor, changed: Tensor, training: Training) -> Finding:
@@ -257,6 +276,11 @@ def _changed(weight_SV: Tensor, before_RV: Tensor, rows: Tensor | None) -> Tenso
 
 def _both(subject: Subject, message: str) -> list[Finding]:
     return [Finding(check, subject.name, "skip", message) for check in ("written", "unread")]
+
+
+def _is_finite(parameter: nn.Parameter, looked_at: Mapping[nn.Parameter, Tensor]) -> bool:
+    rows = looked_at.get(parameter)
+    return bool((parameter.detach() if rows is None else parameter.detach()[rows]).isfinite().all())
 
 
 def _some(names: list[str]) -> str:

@@ -24,15 +24,31 @@ class Subject:
     @property
     def has_lost_owner(self) -> bool:
         """Its table is in row mode, and the optimizer that would train it is gone."""
-        return self.table.row_gradient is not None and self.table.row_gradient.owner() is None
+        return has_lost_owner(self.table)
+
+    @property
+    def tables(self) -> list[ValueTable]:
+        """Its table first, then others that a subclass may have."""
+        others = [
+            module
+            for name, module in self.layer.named_modules()
+            if isinstance(module, ValueTable) and "original_module" not in name.split(".")
+        ]
+        return list(dict.fromkeys([self.table, *others]))
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Its parameters by their name in it, the gate too; not the companion of a table in row mode."""
+        """Its parameters by their name in it, the gate too; not the companions of tables in row mode."""
+        marks = {module.row_mark for module in self.layer.modules() if isinstance(module, ValueTable)}
         for name, parameter in self.layer.named_parameters():
-            if parameter is not self.table.row_mark:
+            if parameter not in marks:
                 yield name.replace("_orig_mod.", ""), parameter
         if self.gate is not None:
             yield "gate", self.gate
+
+
+def has_lost_owner(table: ValueTable) -> bool:
+    """It is in row mode, and the optimizer that would train it is gone."""
+    return table.row_gradient is not None and table.row_gradient.owner() is None
 
 
 def find_subjects(model: nn.Module) -> list[Subject]:

@@ -54,7 +54,8 @@ class Watch:
     calls: int = 0
     inputs_TD: list[Tensor] = field(default_factory=list)  # of real tokens, as all that follows
     slots_THK: list[Tensor] = field(default_factory=list)  # what the search found
-    reads: list[Read] = field(default_factory=list)  # what arrived at the table, padding and all
+    weights_THK: list[Tensor] = field(default_factory=list)  # its weights, before a `read` of its own
+    reads: list[Read] = field(default_factory=list)  # what arrived at its table, padding and all
     masks_T: list[Tensor | None] = field(default_factory=list)  # of these reads
     output: Squares = field(default_factory=Squares)
     beside: list[Squares] = field(default_factory=list)  # of what `Subject.beside` names
@@ -65,6 +66,11 @@ class Watch:
     def tokens(self) -> int:
         """Real tokens that went through."""
         return sum(map(len, self.inputs_TD))
+
+    @property
+    def reads_otherwise(self) -> bool:
+        """Whether its class has a `read` of its own, which may weigh the slots once more."""
+        return type(self.subject.layer).read is not MemoryLayer.read
 
 
 class Watches:
@@ -89,8 +95,8 @@ class Watches:
                     handles.append(module.register_forward_hook(partial(_add_output, watch.beside[-1], layer)))
                 for handle in handles:
                     stack.callback(handle.remove)
-            for table in {watch.subject.table: None for watch in self.of.values()}:
-                stack.callback(table.register_forward_hook(self._after_read).remove)
+            for table in {table: None for watch in self.of.values() for table in watch.subject.tables}:
+                stack.callback(table.register_forward_hook(self._after_read, with_kwargs=True).remove)
             yield self
 
     def _before_layer(self, layer: MemoryLayer, args: tuple, kwargs: dict) -> None:
@@ -101,17 +107,23 @@ class Watches:
         if self._inside and not is_recomputation():
             watch, _, mask_T = self._inside[-1]
             watch.slots_THK.append(_real(hits.slots.detach().flatten(0, -3), mask_T))
+            if watch.reads_otherwise:
+                with torch.no_grad():
+                    weights_THK = watch.subject.layer.weigh(hits.scores.detach().flatten(0, -3))
+                watch.weights_THK.append(_real(weights_THK, mask_T))
 
-    def _after_read(self, table: ValueTable, args: tuple, output: Tensor) -> None:
-        slots_TK, weights_TK = (given.detach().flatten(0, -2) for given in args)
+    def _after_read(self, table: ValueTable, args: tuple, kwargs: dict, output: Tensor) -> None:
+        given = dict(zip(("slots", "weights"), args, strict=False)) | kwargs
+        slots_TK, weights_TK = (given[name].detach().flatten(0, -2) for name in ("slots", "weights"))
         read = Read(table, slots_TK, weights_TK)
         self.reads.append(read)
         if output.requires_grad:
             output.register_hook(partial(_gradient_of_read, read))
         if self._inside and not is_recomputation():
             watch, _, mask_T = self._inside[-1]
-            watch.reads.append(read)
-            watch.masks_T.append(mask_T)
+            if table is watch.subject.table:
+                watch.reads.append(read)
+                watch.masks_T.append(mask_T)
 
     def _after_layer(self, layer: MemoryLayer, args: tuple, output: Tensor) -> None:
         watch, x, mask_T = self._inside.pop()
