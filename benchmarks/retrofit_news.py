@@ -44,7 +44,7 @@ MEMORY = {"heads": 4, "topk": 16, "num_subkeys": 128, "query_dim": 64, "query_no
 LORA_BLOCKS, LORA_RANK = (3, 4), 32
 # (rate of the dense parameters, rate of the values)
 RATES: dict[str, tuple[tuple[float, float], ...]] = {
-    "memory": ((1e-3, 1e-2), (3e-3, 1e-2), (3e-3, 3e-2), (1e-2, 3e-2), (1e-2, 1e-1), (3e-2, 1e-1)),
+    "memory": ((1e-3, 1e-2), (3e-3, 1e-2), (3e-3, 3e-2), (1e-2, 3e-2), (1e-2, 1e-1), (3e-2, 1e-1), (1e-2, 3e-1)),
     "adapter": ((3e-4, 0), (1e-3, 0), (3e-3, 0), (1e-2, 0), (3e-2, 0)),
     "lora": ((1e-3, 0), (3e-3, 0), (1e-2, 0), (3e-2, 0)),
     "full": ((1e-4, 0), (3e-4, 0), (1e-3, 0), (3e-3, 0)),
