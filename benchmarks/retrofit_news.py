@@ -187,7 +187,8 @@ def adapt(
         pass
     seconds = time.perf_counter() - began
     evaluation = evaluate(model, texts["validation"], tokens=10**9, context=context(model))
-    trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    weights = model.eval().state_dict().keys()  # without the marks of row mode
+    trained = {key: value for key, value in model.named_parameters() if value.requires_grad and key in weights}
     buffers = dict(model.named_buffers())
     torch.save({key: tensor.detach() for key, tensor in {**trained, **buffers}.items()}, folder / f"{name}.pt")
     result = {
