@@ -14,6 +14,7 @@ from typing import Any, cast
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import is_tokenizers_available
 
 from memlayers.models.configs import MemoryConfigMixin
 from memlayers.models.mixin import MemoryMixin
@@ -106,4 +107,6 @@ def __getattr__(name: str) -> Any:
 def register() -> None:
     """Makes the classes known to the Auto classes of `transformers`."""
     for name in REGISTERED:
-        with_memory(getattr(transformers, name))
+        # Its module has classes for images, too, which import tokenizers; without them it is made when it is asked for.
+        if name != "Gemma3ForCausalLM" or is_tokenizers_available():
+            with_memory(getattr(transformers, name))

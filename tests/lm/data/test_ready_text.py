@@ -6,7 +6,7 @@ import textwrap
 
 SCRIPT = """
     import sys
-    for name in ("tokenizers", "datasets"):
+    for name in ("tokenizers", "datasets", "peft"):  # peft needs tokenizers itself
         sys.modules[name] = None  # importing it fails
     import json
     from memlayers.lm.config import RunConfig
