@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+import transformers
+from transformers import AutoModelForCausalLM
 
 from memlayers import load_memory, save_memory
 
@@ -19,19 +20,29 @@ def test_the_example_prints_what_the_readme_shows(capsys):
     assert capsys.readouterr().out.strip() == printed.strip()
 
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-BASES = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**SIZES, bos_token_id=0, eos_token_id=0)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=1, intermediate_size=48)),
-}
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48,
+    "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES = ["GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+            "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM",
+            "GPTNeoXForCausalLM"]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BASES)
+def base_of(name):
+    kind = getattr(transformers, name)
+    grouped = (
+        {"num_key_value_heads": 2, "head_dim": 16} if name not in ("GPT2LMHeadModel", "GPTNeoXForCausalLM") else {}
+    )
+    return kind(kind.config_class(**SIZES, **grouped))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_five_lines_retrofit_a_pretrained_model(name, tmp_path, monkeypatch):
     code = re.search(r"## Into a pretrained model\n\n```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
     assert len(code.partition("\n\n")[2].splitlines()) == 5
     torch.manual_seed(0)
-    BASES[name]().save_pretrained(tmp_path / "base")
+    base_of(name).save_pretrained(tmp_path / "base")
     load = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda _: load(tmp_path / "base"))
     ids = torch.randint(64, (8, 24))

@@ -53,11 +53,14 @@ class ProductKeys(nn.Module):
 
     def forward(self, query: Tensor) -> Hits:
         """query: [..., H, Q] -> Hits of shape [..., H, K]."""
-        query_THQ = query.reshape(-1, *query.shape[-2:])
-        # The query comes in 16 bits out of autocast; the products are computed in its dtype.
-        scores_THK, slots_THK = search(query_THQ, self.weight.to(query.dtype), self.topk)
+        scores_THK, slots_THK = search(*self.factors(query.reshape(-1, *query.shape[-2:])), self.topk)
         shape = (*query.shape[:-1], self.topk)
         return Hits(scores_THK.view(shape), slots_THK.view(shape))
+
+    def factors(self, query_THQ: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries and the sub-keys whose products are the scores, in one dtype."""
+        # The query comes in 16 bits out of autocast; the products are computed in its dtype.
+        return query_THQ, self.weight.to(query_THQ.dtype)
 
     def extra_repr(self) -> str:
         _, heads, num_subkeys, half = self.weight.shape
@@ -103,16 +106,11 @@ class NormalisedKeys(ProductKeys):
     def _reset_temperature(self) -> None:
         nn.init.constant_(self.log_temperature, -0.5 * math.log(2 * self.weight.shape[-1]))
 
-    def forward(self, query: Tensor) -> Hits:
-        """query: [..., H, Q] -> Hits of shape [..., H, K]."""
-        dtype = accumulation_dtype(query.dtype)
-        query_THQ = query.reshape(-1, *query.shape[-2:]).to(dtype)
-        # The temperature goes with the query: it is positive, so the order of scores is that of cosines.
-        query_THQ = self._unit(query_THQ) * torch.exp(-self.log_temperature.to(dtype))[:, None]
-        weight_2HNC = self._unit(self.weight.to(dtype)) / math.sqrt(2)
-        scores_THK, slots_THK = search(query_THQ, weight_2HNC, self.topk)
-        shape = (*query.shape[:-1], self.topk)
-        return Hits(scores_THK.view(shape), slots_THK.view(shape))
+    def factors(self, query_THQ: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit queries over the temperature, which is positive: the order of scores is that of cosines; unit keys."""
+        dtype = accumulation_dtype(query_THQ.dtype)
+        query_THQ = self._unit(query_THQ.to(dtype)) * torch.exp(-self.log_temperature.to(dtype))[:, None]
+        return query_THQ, self._unit(self.weight.to(dtype)) / math.sqrt(2)
 
     def _unit(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1, eps=self.least_norm)

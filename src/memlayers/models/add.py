@@ -160,10 +160,7 @@ def _detach(model: nn.Module, originals: dict[str, nn.Module]) -> None:
     for name, original in originals.items():
         set_module(model, name, original)
     if isinstance(model, MemoryMixin):
-        plain: Any = copy.copy(model.config)
-        plain.__class__ = plain.plain_class
-        for field in ("memory", "auto_map"):
-            plain.__dict__.pop(field, None)
+        plain: Any = model.config.without_memory()
         if plain.architectures == [type(model).__name__]:
             plain.architectures = [model.plain_class.__name__]
         # Not where base and memory came from, which is no base.

@@ -37,12 +37,8 @@ REGISTERED = (
     "OPTForCausalLM",
 )
 
-_FIRST_AUTO_CLASSES = (
-    "AutoModelForCausalLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModel",
-)  # of several
+# Where several Auto classes know a class, one of these.
+_FIRST_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
 def rebuild(plain: Any, is_config: bool) -> Any:

@@ -1,5 +1,6 @@
 """MemoryConfigMixin: a configuration of `transformers` and the section ``memory``, what memories are where."""
 
+import copy
 import os
 from typing import Any, ClassVar
 
@@ -40,6 +41,14 @@ class MemoryConfigMixin(PreTrainedConfig):
         self.memory = placement.to_dict()
         if getattr(self, "auto_map", None) is None:
             self.auto_map = {"AutoConfig": f"{REMOTE_MODULE}.{type(self).__name__}"}
+
+    def without_memory(self) -> PreTrainedConfig:
+        """The plain configuration, another object; configurations of parts are the same objects."""
+        plain: Any = copy.copy(self)
+        plain.__class__ = self.plain_class
+        for field in ("memory", "auto_map"):
+            plain.__dict__.pop(field, None)
+        return plain
 
     def set_model_class(self, name: str, auto_class: str | None) -> None:
         """The class of model that this configures, for loading with ``trust_remote_code=True``."""

@@ -22,6 +22,7 @@ from memlayers.models.added import (
     memory_tensors,
     placement_of,
 )
+from memlayers.models.configs import MemoryConfigMixin
 from memlayers.models.files import MEMORY_CONFIG_NAME
 from memlayers.models.identity import BaseIdentity, base_name, identity_of
 from memlayers.models.install import tensor_like
@@ -160,9 +161,8 @@ def load_base(folder: Path, plain_class: Any, config: Any, **options: Any) -> An
             f"base of {folder / MEMORY_CONFIG_NAME} must have a name_or_path for from_pretrained, got ''; {advice}"
         )
     plain: Any = copy.deepcopy(config)
-    plain.__class__ = getattr(type(config), "plain_class", type(config))
-    for field in ("memory", "auto_map"):
-        plain.__dict__.pop(field, None)
+    if isinstance(plain, MemoryConfigMixin):
+        plain = plain.without_memory()
     try:
         # A base that is stored quantised is loaded as such.
         stored, _ = PreTrainedConfig.get_config_dict(name, **_only_hub(options))

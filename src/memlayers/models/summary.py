@@ -12,9 +12,8 @@ from memlayers.layer import MemoryLayer
 from memlayers.models.trainable import adapter_parameters, memory_parameters
 from memlayers.models.unwrapping import unwrap
 from memlayers.optim.memory_adamw import MemoryAdamW
-from memlayers.optim.row_optimizer import RowOptimizer
+from memlayers.optim.row_optimizer import RowOptimizer, find_tables
 from memlayers.sizes import nominal_bytes, size_text
-from memlayers.values import ValueTable
 
 _COLUMNS = ("", "parameters", "trainable", "weights", "gradients", "optimizer")
 
@@ -79,7 +78,7 @@ def memory_summary(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     parts = _parts(inner)
     while isinstance(around := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):  # of accelerate
         optimizer = around
-    tables = [module for module in inner.modules() if isinstance(module, ValueTable)]
+    tables = find_tables(inner)
     in_row_mode = {table.weight for table in tables if table.row_gradient is not None}
     summaries = {}
     for name, parameters in parts.items():
