@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Caches of pip, matplotlib, transformers and inductor, too.
+# Caches of pip, matplotlib, transformers, inductor and Triton, too.
 export XDG_CACHE_HOME := $(CURDIR)/$(VENV)/cache
 export MPLCONFIGDIR := $(XDG_CACHE_HOME)/matplotlib
 export TORCHINDUCTOR_CACHE_DIR := $(XDG_CACHE_HOME)/inductor
+export TRITON_CACHE_DIR := $(XDG_CACHE_HOME)/triton
 
 .PHONY: demo test test-slow lint docs clean
 
@@ -16,6 +17,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto tests/ops/gpu
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

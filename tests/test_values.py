@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from memlayers import RowAdam, ValueTable
@@ -327,3 +328,30 @@ def test_inductor_does_not_reuse_the_memory_of_what_is_recorded():
 
     torch.testing.assert_close(rows(torch.compile(block, fullgraph=True)), rows(block), rtol=1e-4, atol=1e-4)
     assert optimizer is not None  # it owns the table
+
+
+def test_without_gradients_a_table_in_row_mode_is_read_without_its_handle():
+    """The handle is on the CPU, whatever the table is on: `torch.compile` makes no CUDA graph of what has it."""
+    table = ValueTable(11, 7)
+    slots, weights = torch.randint(11, (5, 3)), torch.randn(5, 3)
+    expected = table.read(slots, weights)
+    optimizer = RowAdam([table])
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with mode, Calls():
+            assert torch.equal(table.read(slots, weights), expected)
+    operations = torch.ops.memlayers
+    assert [call for call in called if call.namespace == "memlayers"] == [
+        operations.read.default,
+        operations.read.default,
+        operations.read_row_mode.default,
+    ]
+    table.read(slots, weights).sum().backward()
+    assert not table.row_gradient.is_empty
+    optimizer.step()

@@ -11,16 +11,17 @@ from torch import nn
 
 import memlayers
 from memlayers.layer import MemoryLayer
-from memlayers.ops import cpu
+from memlayers.ops import cpu, gpu
 
-REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "numba")
+REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "numba", "triton")
 
 
-# Operations, and the tables that their kernels know beside float32 ones.
+# Operations, and the dtypes of tables that their kernels know: of a CPU, of a GPU.
+_16_BITS = "float32, bfloat16, float16"
 _OPERATIONS = {
-    "search, select, infer": "",
-    "read and its gradients": ", and tables in bfloat16 and float16",
-    "row step": ", and tables in bfloat16",
+    "search, select, infer": ("float32", _16_BITS),
+    "read and its gradients": (f"tables in {_16_BITS}", f"tables in {_16_BITS}"),
+    "row step": ("tables in float32, bfloat16", f"tables in {_16_BITS}"),
 }
 
 
@@ -50,12 +51,14 @@ def hardware() -> dict[str, Any]:
 
 
 def operations() -> dict[str, str]:
-    """What runs each operation on this machine's devices, and why."""
-    why_not = cpu.why_not()
+    """What runs each operation on a CPU and on a GPU, and why."""
     found = {}
-    for name, also in _OPERATIONS.items():
-        on_cpu = f"Numba on the CPU (float32{also})" if why_not is None else f"PyTorch on the CPU ({why_not})"
-        found[name] = f"{on_cpu}, PyTorch elsewhere"
+    for name, (on_cpu, on_gpu) in _OPERATIONS.items():
+        runs = (("CPU", "Numba", cpu.why_not(), on_cpu), ("GPU", "Triton", gpu.why_not(), on_gpu))
+        found[name] = ", ".join(
+            f"{kernels} on a {device} ({dtypes})" if why_not is None else f"PyTorch on a {device} ({why_not})"
+            for device, kernels, why_not, dtypes in runs
+        )
     return found
 
 

@@ -59,7 +59,8 @@ class ValueTable(nn.Module):
         if slots.shape != weights.shape:
             raise ValueError(f"slots and weights must have one shape, got {[*slots.shape]} and {[*weights.shape]}")
         slots_TK, weights_TK = slots.flatten(0, -2), weights.flatten(0, -2)
-        if self.row_gradient is not None and self.weight.requires_grad:
+        # Without gradients there is nothing to record, and the handle, on the CPU, would keep CUDA graphs away.
+        if self.row_gradient is not None and self.weight.requires_grad and torch.is_grad_enabled():
             assert self.row_mark is not None
             if not self.row_mark.requires_grad:  # frozen with the rest by somebody who names the weights to train
                 self.row_mark.requires_grad_(True)

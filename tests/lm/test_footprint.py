@@ -14,6 +14,7 @@ from memlayers.available import available_memory, left_in_groups
 from memlayers.config import MemoryConfig
 from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
 from memlayers.lm.footprint import Footprint, explain_out_of_memory, footprint, require_memory, size_text
+from memlayers.ops import gpu
 
 # In a process of its own: the same plain loop that `footprint` counts, three steps of it.
 MEASURE = """
@@ -163,6 +164,17 @@ def test_any_device_and_precision_can_be_asked_for_without_a_gpu(device, precisi
     config = run_config(memory=(2,), subkeys=64, batch=512, accumulate=4)
     found = footprint(config, vocab_size=300, device=device, precision=precision)
     assert min(found.to_dict().values()) > 0
+
+
+def test_the_kernels_of_a_gpu_need_less_than_the_references(monkeypatch):
+    config = run_config(memory=(2,), subkeys=64, batch=2048)
+    found = []
+    for reason in (None, "switched off"):
+        monkeypatch.setattr(gpu, "why_not", lambda reason=reason: reason)
+        footprint.cache_clear()
+        found.append(footprint(config, vocab_size=300, device="cuda").activations)
+    footprint.cache_clear()
+    assert found[0] < found[1]
 
 
 def test_half_precision_lowers_the_activations_of_blocks():

@@ -180,3 +180,15 @@ def test_what_is_recorded_is_a_copy():
     assert part.slots_TK.tolist() == [[0, 2]]
     assert part.weights_TK.tolist() == [[1.0, 2.0]]
     assert part.grad_TV.tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_a_backward_inside_a_cuda_graph_is_refused(monkeypatch):
+    table = ValueTable(5, 3)
+    rows = RowAdam([table])
+    monkeypatch.setattr("memlayers.ops.record._is_captured", lambda tensor: True)
+    y = table.read(torch.tensor([[1, 2]]), torch.ones(1, 2, requires_grad=True))
+    with pytest.raises(RuntimeError, match="CUDA graph would replay this backward without recording"):
+        y.sum().backward()
+    rows.release()
+    table.read(torch.tensor([[1, 2]]), torch.ones(1, 2)).sum().backward()
+    assert table.weight.grad is not None

@@ -66,6 +66,18 @@ def test_the_same_seed_rounds_the_same_and_another_otherwise():
     assert not torch.equal(first, round_to_bfloat16(values, slots + 1, 4))
 
 
+def test_streams_of_one_seed_round_independently_of_each_other():
+    value = torch.tensor(-1.5 - 0.5 * 2**-7).expand(100, 200)
+    ups = [round_to_bfloat16(value, torch.arange(100), 3, stream) != -1.5 for stream in range(3)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        both = (ups[one] & ups[other]).double().mean().item()
+        assert abs(both - 0.25) < 5 * (0.25 * 0.75 / value.numel()) ** 0.5
+    rounded = round_to_bfloat16(torch.full((1, 1), 0.3), torch.tensor([3]), 5, 2)
+    row = plain_hash((plain_hash((3 + plain_hash(5)) % 2**32) + 2) % 2**32)
+    bits = torch.tensor(0.3).view(torch.int32).item() + (plain_hash(row) & 0xFFFF)
+    assert rounded.view(torch.int16).item() == bits >> 16
+
+
 SPECIAL = [torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1e-45, -1e-45, 3.3895e38, -3.3895e38, 1.0]
 
 

@@ -174,6 +174,30 @@ def test_the_reference_rounds_as_the_kernel_does(static, no_kernels, monkeypatch
         assert torch.equal(narrow[0][read], round_to_bfloat16(wide[0][read], read, 3))
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("seed", [-1, 3])
+@pytest.mark.parametrize("rule", ["adam", "adagrad", "row adagrad"])
+def test_bfloat16_states_are_computed_in_float32_and_rounded_with_bits_of_their_own(rule, seed, static, monkeypatch):
+    if static:
+        monkeypatch.setattr(SummedRows, "compact", lambda rows: rows)
+    step, tensors = operation(rule, 60, 7)
+    narrow = [tensors[0]] + [state.bfloat16() if state.is_floating_point() else state for state in tensors[1:]]
+    gradient, wide = factors(60, [(9, 3), (4, 2)], 7), copies(narrow, torch.float32)
+    before = copies(narrow)
+    monkeypatch.setattr(cpu, "kernels", lambda operation: None)
+    step(*narrow, *gradient, seed=seed)
+    step(*wide, *gradient)
+    read = read_slots(*gradient)
+    unread = torch.ones(60, dtype=torch.bool).index_fill(0, read, False)
+    for stream, (one, other, old) in enumerate(zip(narrow, wide, before, strict=True)):
+        new = other[read]
+        if one.dtype == torch.bfloat16:
+            stochastic = round_to_bfloat16(new.view(len(read), -1), read, max(seed, 0), stream).view(new.shape)
+            new = new.bfloat16() if seed < 0 else stochastic
+        assert torch.equal(one[read], new)
+        assert torch.equal(one[unread], old[unread])
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [CASES[5], CASES[6]], ids=str)

@@ -109,6 +109,15 @@ def test_value_rounding_reaches_the_tables():
     assert not torch.equal(weights["nearest"], weights["stochastic"])
 
 
+def test_value_moments_reach_the_tables():
+    model = make()
+    optimizer = MemoryAdamW(model, value_moments="bfloat16")
+    model(torch.randn(9, 6)).square().mean().backward()
+    optimizer.step()
+    dtypes = {name: value.dtype for name, value in optimizer.state[model[2].values.weight].items()}
+    assert dtypes == {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16, "steps": torch.int32}
+
+
 def test_after_loading_a_state_schedulers_still_reach_the_steps():
     model = make()
     optimizer = MemoryAdamW(model, lr=0.1)
@@ -187,6 +196,7 @@ def test_release_gives_dense_gradients_back():
         ({"value_lr": -1.0}, "value_lr must be a finite number of at least 0, got -1.0"),
         ({"value_max_grad_norm": 0.0}, "value_max_grad_norm must be above 0 or None"),
         ({"value_rounding": "down"}, 'value_rounding must be "nearest" or "stochastic", got \'down\''),
+        ({"value_moments": "half"}, 'value_moments must be "float32" or "bfloat16", got \'half\''),
         ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops import cpu
+from memlayers.ops import cpu, gpu
 from memlayers.ops.read import accumulation_dtype, read
 from memlayers.ops.search import search
 
@@ -31,7 +31,10 @@ def infer_reference(
     """The layer's own operations."""
     query_TF = F.linear(x_TD, projection_FD, bias_F)
     mean_F, var_F, gain_F, shift_F = (stat_HQ.flatten() for stat_HQ in (mean_HQ, var_HQ, gain_HQ, shift_HQ))
-    query_TF = F.batch_norm(query_TF, mean_F, var_F, gain_F, shift_F, eps=eps)
+    # In at least the dtype of the statistics, float32, as `MaskedBatchNorm` computes.
+    wide_TF = query_TF.to(torch.promote_types(query_TF.dtype, mean_F.dtype))
+    gain_F, shift_F = gain_F.to(wide_TF.dtype), shift_F.to(wide_TF.dtype)
+    query_TF = F.batch_norm(wide_TF, mean_F, var_F, gain_F, shift_F, eps=eps).to(query_TF.dtype)
     scores_THK, slots_THK = search(query_TF.view(-1, *mean_HQ.shape), keys_2HNC, topk)
     return read(table_SV, slots_THK.flatten(1), scores_THK.softmax(-1).flatten(1))
 
@@ -53,6 +56,14 @@ def _infer_on_cpu(x_TD, *arguments) -> Tensor:
     return kernels.infer(x_TD.contiguous(), *arguments)
 
 
+def infer_on_gpu(x_TD: Tensor, *arguments) -> Tensor:
+    """By the kernels for few tokens, where they know the dtypes and K; else by those of search and read."""
+    kernels = gpu.kernels("infer")
+    if kernels is None or not kernels.takes(x_TD, *arguments):
+        return infer_reference(x_TD, *arguments)
+    return kernels.infer(x_TD, *arguments)
+
+
 def _fake(x_TD, *arguments) -> Tensor:
     table_SV = arguments[-1]
     return x_TD.new_empty(x_TD.shape[0], table_SV.shape[1], dtype=accumulation_dtype(table_SV.dtype))
@@ -60,4 +71,5 @@ def _fake(x_TD, *arguments) -> Tensor:
 
 _library.impl("infer", infer_reference, "CompositeExplicitAutograd")
 _library.impl("infer", _infer_on_cpu, "CPU")
+_library.impl("infer", infer_on_gpu, "CUDA")
 torch.library.register_fake("memlayers::infer", _fake, lib=_library)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops import cpu, without_autocast
+from memlayers.ops import cpu, gpu, without_autocast
 from memlayers.ops.record import MARK, record_
 from memlayers.ops.row_sum import Part, dense_sum, kernel_part
 
@@ -66,6 +66,43 @@ def _(slots_TK, weights_TK, outputs_TV, num_slots):
     g_SV = torch.zeros(num_slots, outputs_TV.shape[1], dtype=torch.float32)
     entries = kernels.SortedEntries([kernel_part(part)], num_slots)
     kernels.step_(kernels.SGD, entries, g_SV, None, None, None, scale=1.0, lr=-1.0)  # one step up from zero
+    return g_SV
+
+
+@read.register_kernel("cuda")
+def read_on_gpu(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """By the kernel; the reference for a float64 table."""
+    kernels = gpu.kernels("read")
+    if kernels is None or not kernels.takes(table_SV):
+        return read_reference(table_SV, slots_TK, weights_TK)
+    return kernels.read(table_SV, slots_TK, weights_TK)
+
+
+@read_row_mode.register_kernel("cuda")
+def read_row_mode_on_gpu(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor, mark_1: Tensor, log: Tensor) -> Tensor:
+    """The same; what differs is its backward."""
+    return read_on_gpu(table_SV, slots_TK, weights_TK)
+
+
+@dot.register_kernel("cuda")
+def dot_on_gpu(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
+    """By the kernel; the reference for a float64 table."""
+    kernels = gpu.kernels("read")
+    if kernels is None or not kernels.takes(table_SV):
+        return dot_reference(table_SV, slots_TK, outputs_TV)
+    return kernels.dot(table_SV, slots_TK, outputs_TV)
+
+
+@sum_rows.register_kernel("cuda")
+def sum_rows_on_gpu(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots: int) -> Tensor:
+    """By the kernel of the row step: one step up from zero."""
+    part = Part(slots_TK, weights_TK, outputs_TV)
+    kernels = gpu.kernels("rows") if outputs_TV.dtype != torch.float64 else None
+    if kernels is None:
+        return dense_sum([part], num_slots).grad_PV
+    g_SV = outputs_TV.new_zeros(num_slots, outputs_TV.shape[1], dtype=torch.float32)
+    entries = kernels.SortedEntries([part], num_slots)
+    kernels.step_(kernels.SGD, entries, g_SV, None, None, None, scale=None, seed=-1, lr=-1.0)
     return g_SV
 
 

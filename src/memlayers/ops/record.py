@@ -46,9 +46,19 @@ def record_(handle: Tensor, slots_TK: Tensor, weights_TK: Tensor, grad_TV: Tenso
             "backward reached a value table in row mode whose row optimizer is gone, so its gradient would be lost: "
             "keep the optimizer alive, build a new one, or call table.release() to train it with a dense gradient"
         )
+    if _is_captured(grad_TV):
+        raise RuntimeError(
+            "a CUDA graph would replay this backward without recording its row gradient, so the table would not be "
+            "trained: capture the forward pass only, or call table.release() to train it with a dense gradient"
+        )
     # Copies, made here: what is compiled reuses the memory of an argument once this returns.
     row_gradient._append(Part(slots_TK.clone(), weights_TK.detach().clone(), grad_TV.detach().clone()))
     handle[1] += slots_TK.shape[0]
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @record_.register_fake

@@ -2,7 +2,9 @@
 
 A row's update below half a unit in its last place (1/256 of a number) is lost when it is rounded to the nearest, each
 time; rounded stochastically, it arrives on average. The random bits are a hash of (seed, slot, column), so a step gives
-the same rows however it is divided among threads. The kernel (`memlayers.ops.cpu.rows`) gives the same bits.
+the same rows however it is divided among threads. The kernels (`memlayers.ops.cpu.rows`, `memlayers.ops.gpu.rules`)
+give the same bits. What is rounded beside a row in the same step, such as its moments, has a stream of its own: the
+row's hash is hashed once more with the stream's number, so that errors in one say nothing of those in another.
 
 Letters: C rows, V width.
 """
@@ -13,12 +15,15 @@ from torch import Tensor
 _32_BITS = 0xFFFFFFFF
 
 
-def round_to_bfloat16(values_CV: Tensor, slots_C: Tensor, seed: int) -> Tensor:
+def round_to_bfloat16(values_CV: Tensor, slots_C: Tensor, seed: int, stream: int = 0) -> Tensor:
     """bfloat16 [C, V] from float32; infinity stays infinity, and NaN NaN.
 
-    slots_C: the slot of each row (int64). seed: at least 0; its lower 32 bits count.
+    slots_C: the slot of each row (int64). seed: at least 0; its lower 32 bits count. stream: 0 for the row itself, 1
+    for its first state, 2 for its second.
     """
     row_C = hash32(slots_C + hash32(torch.full_like(slots_C[:1], seed & _32_BITS)))
+    if stream:
+        row_C = hash32(row_C + stream)
     columns_V = torch.arange(values_CV.shape[1], device=values_CV.device)
     random_CV = hash32(row_C[:, None] + columns_V) & 0xFFFF
     # The lower 16 bits of a float32 say how far it is from the bfloat16 below: it goes up where adding carries.

@@ -1,13 +1,13 @@
 """row step: a rule (Adam, Adagrad, SGD) on the rows that were read, in place, from a table's factored gradient.
 
 Every other row, and its state, stays bit-identical. The operations take the gradient as three lists, a part's factors
-each (`memlayers.ops.row_sum.Part`), multiply its sum by `scale` where given (clipping), and round the rows of a
-bfloat16 table to the nearest (`seed` < 0) or stochastically (`seed` >= 0, another for each step and table). A rule is a
-pure function of the summed gradient of some rows and of their states, and gives what to subtract from the rows and
-their new states, in float32 (float64 for float64).
+each (`memlayers.ops.row_sum.Part`), multiply its sum by `scale` where given (clipping), and round what is bfloat16, be
+it the rows or a state, to the nearest (`seed` < 0) or stochastically (`seed` >= 0, another for each step and table). A
+rule is a pure function of the summed gradient of some rows and of their states, and gives what to subtract from the
+rows and their new states, in float32 (float64 for float64).
 
-The reference here runs anywhere and never waits for a device; the kernel (`memlayers.ops.cpu.rows`) neither stores
-summed rows nor passes over a row twice.
+The reference here runs anywhere and never waits for a device; the kernels (`memlayers.ops.cpu.rows`, which takes no
+bfloat16 states, and `memlayers.ops.gpu.rows`) neither store summed rows nor pass over a row twice.
 
 Letters: T tokens, K rows a token, S slots, V width, C rows of one piece.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from memlayers.ops import cpu
+from memlayers.ops import cpu, gpu
 from memlayers.ops.rounding import round_to_bfloat16
 from memlayers.ops.row_sum import Part, kernel_part, sum_parts
 
@@ -101,6 +101,17 @@ def _(table_SV, exp_avg_SV, exp_avg_sq_SV, steps_S, slots, weights, grads, lr, b
     )
 
 
+@row_adam_.register_kernel("cuda")
+def row_adam_on_gpu_(
+    table_SV, exp_avg_SV, exp_avg_sq_SV, steps_S, slots, weights, grads, lr, beta1, beta2, eps, scale=None, seed=-1
+):
+    """By the kernel where it knows the dtypes."""
+    states = exp_avg_SV, exp_avg_sq_SV, steps_S
+    _step_on_gpu_(
+        adam, table_SV, states, (slots, weights, grads), scale, seed, lr=lr, beta1=beta1, beta2=beta2, eps=eps
+    )
+
+
 @torch.library.custom_op("memlayers::row_adagrad_", mutates_args=("table_SV", "square_sum"))
 def row_adagrad_(
     table_SV: Tensor,
@@ -124,6 +135,13 @@ def _(table_SV, square_sum, slots, weights, grads, lr, eps, scale=None, seed=-1)
     _step_on_cpu_(rule, table_SV, (square_sum,), (slots, weights, grads), scale, seed, lr=lr, eps=eps)
 
 
+@row_adagrad_.register_kernel("cuda")
+def row_adagrad_on_gpu_(table_SV, square_sum, slots, weights, grads, lr, eps, scale=None, seed=-1):
+    """By the kernel where it knows the dtypes."""
+    rule = row_adagrad if square_sum.ndim == 1 else adagrad
+    _step_on_gpu_(rule, table_SV, (square_sum,), (slots, weights, grads), scale, seed, lr=lr, eps=eps)
+
+
 @torch.library.custom_op("memlayers::row_sgd_", mutates_args=("table_SV",))
 def row_sgd_(
     table_SV: Tensor,
@@ -141,6 +159,12 @@ def row_sgd_(
 @row_sgd_.register_kernel("cpu")
 def _(table_SV, slots, weights, grads, lr, scale=None, seed=-1):
     _step_on_cpu_(sgd, table_SV, (), (slots, weights, grads), scale, seed, lr=lr)
+
+
+@row_sgd_.register_kernel("cuda")
+def row_sgd_on_gpu_(table_SV, slots, weights, grads, lr, scale=None, seed=-1):
+    """By the kernel where it knows the dtypes."""
+    _step_on_gpu_(sgd, table_SV, (), (slots, weights, grads), scale, seed, lr=lr)
 
 
 for _operation in (row_adam_, row_adagrad_, row_sgd_):
@@ -168,20 +192,22 @@ def step_(
         grad_CV = grad_CV.to(dtype)
         if scale is not None:
             grad_CV = grad_CV * scale.to(dtype)
-        step_CV, *new_states = rule(grad_CV, *(state[index] for state in states), **settings)
-        new_CV = _rounded(table_SV[index].to(dtype) - step_CV, table_SV.dtype, index, seed)
-        for whole, new in zip((table_SV, *states), (new_CV, *new_states), strict=True):
+        wide = [state[index].to(dtype) if state.is_floating_point() else state[index] for state in states]
+        step_CV, *new_states = rule(grad_CV, *wide, **settings)
+        wholes, news = (table_SV, *states), (table_SV[index].to(dtype) - step_CV, *new_states)
+        for stream, (whole, new) in enumerate(zip(wholes, news, strict=True)):
+            new = _rounded(new, whole.dtype, index, seed, stream)
             if live_C is not None:
                 new = torch.where(live_C.view(-1, *[1] * (new.ndim - 1)), new, whole[index])
             whole[index] = new
 
 
-def _rounded(new_CV: Tensor, dtype: torch.dtype, index: Tensor | slice, seed: int) -> Tensor:
-    if seed < 0:
-        return new_CV.to(dtype)
+def _rounded(new: Tensor, dtype: torch.dtype, index: Tensor | slice, seed: int, stream: int) -> Tensor:
+    if seed < 0 or dtype != torch.bfloat16:
+        return new.to(dtype)
     if isinstance(index, slice):
-        index = torch.arange(index.start, index.stop, device=new_CV.device)
-    return round_to_bfloat16(new_CV, index, seed)
+        index = torch.arange(index.start, index.stop, device=new.device)
+    return round_to_bfloat16(new.reshape(len(new), -1), index, seed, stream).view(new.shape)
 
 
 def _step_on_cpu_(rule, table_SV, states, factors, scale, seed, **settings) -> None:
@@ -202,10 +228,27 @@ def _step_on_cpu_(rule, table_SV, states, factors, scale, seed, **settings) -> N
     kernels.step_(rules[rule], entries, table_SV, first, second, steps, scale=scale, seed=seed, **settings)
 
 
+def _step_on_gpu_(rule, table_SV, states, factors, scale, seed, **settings) -> None:
+    kernels = gpu.kernels("rows")
+    if kernels is None or not kernels.takes(table_SV, states, factors[2]):
+        step_(rule, table_SV, states, factors, scale, seed, **settings)
+        return
+    parts = _checked_parts(rule, table_SV, states, factors, seed)
+    if not parts:
+        return
+    rules = {adam: kernels.ADAM, adagrad: kernels.ADAGRAD, row_adagrad: kernels.ROW_ADAGRAD, sgd: kernels.SGD}
+    entries = kernels.SortedEntries(parts, len(table_SV))
+    first, second, steps = (*states, None, None, None)[:3]
+    kernels.step_(rules[rule], entries, table_SV, first, second, steps, scale=scale, seed=seed, **settings)
+
+
 def _checked_parts(rule, table_SV: Tensor, states: Sequence[Tensor], factors, seed: int) -> list[Part]:
     """Raises `ValueError` where the kernel would write beside the rows, or would not know how to round."""
-    if seed >= 0 and table_SV.dtype != torch.bfloat16:
-        raise ValueError(f"seed must be negative (no stochastic rounding) for a {table_SV.dtype} table, got {seed}")
+    if seed >= 0 and all(whole.dtype != torch.bfloat16 for whole in (table_SV, *states)):
+        raise ValueError(
+            f"seed must be negative (no stochastic rounding) where no state is bfloat16, nor a {table_SV.dtype} table, "
+            f"got {seed}"
+        )
     for state, ndim in zip(states, {adam: (2, 2, 1), adagrad: (2,), row_adagrad: (1,), sgd: ()}[rule], strict=True):
         if state.shape != table_SV.shape[:ndim]:
             raise ValueError(f"states must be {[*table_SV.shape[:ndim]]}, as the table, got {[*state.shape]}")

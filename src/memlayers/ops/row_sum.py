@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops import cpu
+from memlayers.ops import cpu, gpu
 
 # Elements of summed rows that an update handles at a time: 4 MB in float32, so that its passes run in cache.
 _CHUNK_ELEMENTS = 2**20
@@ -86,6 +86,18 @@ def _(slots, weights, grads, num_slots):
     parts = zip(slots, weights, grads, strict=True)
     entries = kernels.SortedEntries([kernel_part(Part(*part)) for part in parts], num_slots)
     return kernels.square_sum(entries).sqrt().float()
+
+
+@row_norm.register_kernel("cuda")
+def row_norm_on_gpu(
+    slots: Sequence[Tensor], weights: Sequence[Tensor], grads: Sequence[Tensor], num_slots: int
+) -> Tensor:
+    """By the kernel; the reference for float64 gradients."""
+    kernels = gpu.kernels("rows")
+    if kernels is None or _sum_dtype(grads) == torch.float64:
+        return _norm(slots, weights, grads, num_slots)
+    parts = [Part(*part) for part in zip(slots, weights, grads, strict=True)]
+    return kernels.square_sum(kernels.SortedEntries(parts, num_slots)).sqrt()
 
 
 def _norm(slots, weights, grads, num_slots: int) -> Tensor:

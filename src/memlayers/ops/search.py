@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from memlayers.ops import cpu, without_autocast
+from memlayers.ops import cpu, gpu, without_autocast
 from memlayers.ops.select import halves, select_pairs
 
 
@@ -97,6 +97,32 @@ def _(grad_THK, slots_THK, query_THQ, weight_2HNC, of_query=True, of_weight=True
         of_weight,
     )
     return grads[0].to(query_THQ.dtype), grads[1].to(weight_2HNC.dtype)
+
+
+@search.register_kernel("cuda")
+def search_on_gpu(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """By the kernels where they know the dtypes and K."""
+    kernels = gpu.kernels("search")
+    if kernels is None or not kernels.takes(query_THQ, weight_2HNC, topk):
+        return search_reference(query_THQ, weight_2HNC, topk)
+    return kernels.search(query_THQ, weight_2HNC, topk)
+
+
+@search_backward.register_kernel("cuda")
+def search_backward_on_gpu(
+    grad_THK: Tensor,
+    slots_THK: Tensor,
+    query_THQ: Tensor,
+    weight_2HNC: Tensor,
+    of_query: bool = True,
+    of_weight: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """By the kernels where they know the dtypes and K."""
+    kernels = gpu.kernels("search")
+    if kernels is None or not kernels.takes(query_THQ, weight_2HNC, grad_THK.shape[-1]):
+        grads = search_backward_reference(grad_THK, slots_THK, query_THQ, weight_2HNC)
+        return _wanted(*grads, of_query, of_weight)
+    return kernels.search_backward(grad_THK, slots_THK, query_THQ, weight_2HNC, of_query, of_weight)
 
 
 def _in_fast_dtype(values: Tensor) -> Tensor:

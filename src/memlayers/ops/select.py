@@ -10,7 +10,7 @@ Letters: N sub-keys a codebook, K neighbours, P pairs of the staircase, ... any 
 import torch
 from torch import Tensor
 
-from memlayers.ops import cpu
+from memlayers.ops import cpu, gpu
 
 _LOW_WORD = 0xFFFFFFFF  # ties are broken by what is packed here, so it bounds the slots: 2**32
 
@@ -34,6 +34,19 @@ def _(first_N, second_N, topk):
     leading, num_subkeys = first_N.shape[:-1], first_N.shape[-1]
     if first_N.ndim != 3 or first_N.stride(-1) != 1 or second_N.stride(-1) != 1:
         first_N, second_N = (half.contiguous().view(1, -1, num_subkeys) for half in (first_N, second_N))
+    scores_K, slots_K = kernels.select(first_N, second_N, topk)
+    return scores_K.view(*leading, topk), slots_K.view(*leading, topk)
+
+
+@select_pairs.register_kernel("cuda")
+def select_on_gpu(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """By the kernel where it knows the dtypes and K."""
+    kernels = gpu.kernels("select")
+    if kernels is None or not kernels.takes(first_N, second_N, topk):
+        return select_reference(_at_least_float32(first_N), _at_least_float32(second_N), topk)
+    leading, num_subkeys = first_N.shape[:-1], first_N.shape[-1]
+    if first_N.ndim != 3:
+        first_N, second_N = (half.reshape(1, -1, num_subkeys) for half in (first_N, second_N))
     scores_K, slots_K = kernels.select(first_N, second_N, topk)
     return scores_K.view(*leading, topk), slots_K.view(*leading, topk)
 

@@ -8,10 +8,12 @@ from torch import nn
 
 from memlayers.optim.row_adam import RowAdam
 from memlayers.optim.row_optimizer import (
+    Moments,
     Rounding,
     check_at_least_0,
     check_betas,
     check_eps,
+    check_moments,
     check_row_settings,
     find_tables,
     refuse_grad_scaler,
@@ -32,8 +34,9 @@ class MemoryAdamW(torch.optim.Optimizer):
 
     Parameters that need no gradient are left out. Weight decay spares vectors (biases, gains), norms and tables. A
     scheduler moves ``lr`` of the dense parameters; the values keep ``value_lr`` unless ``schedule_values``. The tables
-    have ``value_max_grad_norm`` and ``value_rounding`` as in `RowOptimizer`. A model without memories is trained by
-    AdamW alone. Raises as `RowAdam` does, and `ValueError` when nothing is trainable.
+    have ``value_max_grad_norm`` and ``value_rounding`` as in `RowOptimizer`, and ``value_moments`` as in `RowAdam`. A
+    model without memories is trained by AdamW alone. Raises as `RowAdam` does, and `ValueError` when nothing is
+    trainable.
     """
 
     _is_built = False
@@ -49,6 +52,7 @@ class MemoryAdamW(torch.optim.Optimizer):
         value_lr: float = 1e-3,
         value_max_grad_norm: float | None = None,
         value_rounding: Rounding = "stochastic",
+        value_moments: Moments = "float32",
         schedule_values: bool = False,
     ):
         if not isinstance(model, nn.Module):
@@ -60,6 +64,7 @@ class MemoryAdamW(torch.optim.Optimizer):
         groups = dense_groups(model, weight_decay)
         tables = [table for table in find_tables(model) if table.weight.requires_grad]
         check_row_settings(lr=value_lr, max_grad_norm=value_max_grad_norm, rounding=value_rounding, prefix="value_")
+        check_moments("value_moments", value_moments)
         if not groups and not tables:
             raise ValueError("model must have at least one parameter that requires a gradient, got none")
         self._dense = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps) if groups else None
@@ -72,6 +77,7 @@ class MemoryAdamW(torch.optim.Optimizer):
                 eps=eps,
                 max_grad_norm=value_max_grad_norm,
                 rounding=value_rounding,
+                moments=value_moments,
                 schedule_values=schedule_values,
             )
         # See RowAdam; without tables a GradScaler is welcome.

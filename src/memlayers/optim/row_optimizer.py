@@ -12,6 +12,7 @@ from memlayers.ops.row_sum import row_norm
 from memlayers.values import ValueTable
 
 Rounding = Literal["nearest", "stochastic"]
+Moments = Literal["float32", "bfloat16"]
 
 
 class RowOptimizer(torch.optim.Optimizer, ABC):
@@ -25,7 +26,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     lr is constant: it lives in the group's ``value_lr``, where no learning-rate scheduler looks, unless
     ``schedule_values``, when the group's ``lr`` counts. max_grad_norm clips the gradient of each table by its own norm.
-    rounding: of the rows of bfloat16 tables; those of others are rounded to the nearest. "stochastic" keeps on average
+    rounding: of bfloat16 tables and states; others are rounded to the nearest. "stochastic" keeps on average
     what is smaller than half a unit in the last place (`memlayers.ops.rounding`); to the "nearest" loses it, and with
     it most of the training at small rates (docs/log.md).
     """
@@ -114,7 +115,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             state = self.state[table.weight]
             if not state:
                 state.update(self.new_state(table.weight, group))
-            is_stochastic = group["rounding"] == "stochastic" and table.weight.dtype == torch.bfloat16
+            has_bfloat16 = any(whole.dtype == torch.bfloat16 for whole in (table.weight, *state.values()))
+            is_stochastic = group["rounding"] == "stochastic" and has_bfloat16
             # Another for each step and table, and the same when a run is resumed.
             seed = group["updates"] * len(self._tables) + number if is_stochastic else -1
             self.update(table.weight, state, (slots, weights, grads), group, lr=lr, scale=scale, seed=seed)
@@ -169,6 +171,8 @@ def restore_row_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
         if "value_lr" in group:  # saved by version 0.1.0, which had no other rounding and counted no updates
             group.setdefault("rounding", "nearest")
             group.setdefault("updates", 0)
+        if "value_lr" in group and "betas" in group:  # nor another dtype of moments
+            group.setdefault("moments", "float32")
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for number, weight in zip(numbers, weights, strict=True):
@@ -197,6 +201,11 @@ def check_row_settings(*, lr: float, max_grad_norm: float | None, rounding: str,
         raise ValueError(f"{prefix}max_grad_norm must be above 0 or None, got {max_grad_norm!r}")
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f'{prefix}rounding must be "nearest" or "stochastic", got {rounding!r}')
+
+
+def check_moments(name: str, moments: str) -> None:
+    if moments not in ("float32", "bfloat16"):
+        raise ValueError(f'{name} must be "float32" or "bfloat16", got {moments!r}')
 
 
 def check_at_least_0(name: str, value: float) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.lm.footprint.live_bytes import LiveBytes
-from memlayers.ops import cpu
+from memlayers.ops import cpu, gpu
 from memlayers.ops.read import dot_reference, read_reference
 from memlayers.ops.row_step import adam, step_
 from memlayers.ops.row_sum import Part, dense_sum
@@ -21,6 +21,11 @@ from memlayers.values import ValueTable
 
 _SEARCH_BLOCK = 8 * 2**20  # half scores that the kernel of a CPU holds at once
 _ENTRY = 28  # bytes of an entry in the kernel that sorts them: two arrays of keys, a weight, an address
+
+_GPU_BLOCK = 2**25  # half scores, or gradients of half scores, that are held at once on a GPU
+# Bytes of an entry there: key, token and weight as recorded and in order, the order; the sort has as much of its own.
+_GPU_ENTRY = 4 + 4 + 4 + 8 + 4 + 4 + 2 * (4 + 8)
+_GPU_ASIDE = 8192  # blocks of entries at most, each of which may put the sums of two rows aside
 
 
 class InsideOperations:
@@ -36,8 +41,9 @@ class InsideOperations:
         self._tables = [table for table in find_tables(model) if table.row_gradient is not None]
         self._parts: dict[ValueTable, list[Part]] = {table: [] for table in self._tables}
         self._merged: set[ValueTable] = set()
-        has_kernels = device == "cpu" and cpu.why_not() is None
-        self.live = LiveBytes({"record_": self._record} | (self._kernels() if has_kernels else self._references()))
+        kernels = {"cpu": self._cpu_kernels, "cuda": self._gpu_kernels}
+        has_kernels = {"cpu": cpu, "cuda": gpu}[device].why_not() is None
+        self.live = LiveBytes({"record_": self._record} | (kernels[device]() if has_kernels else self._references()))
 
     # Row gradients.
 
@@ -78,14 +84,24 @@ class InsideOperations:
         self._parts[table] = [Part(slots_S1, grad_SV.new_empty(num_slots, 1), grad_SV)]
         self._merged.add(table)
 
-    # The kernels of a CPU.
+    # The kernels of a CPU, and of a GPU.
 
-    def _kernels(self) -> dict[str, Callable[..., None]]:
+    def _cpu_kernels(self) -> dict[str, Callable[..., None]]:
         return {
             "search": _search_kernel,
             "search_backward": _search_backward_kernel,
             "sum_rows": lambda slots_TK, *_: _scratch(_ENTRY * slots_TK.numel()),
             "row_adam_": lambda weight_SV, *_, **__: _scratch(_ENTRY * self._entries(weight_SV)),
+        }
+
+    def _gpu_kernels(self) -> dict[str, Callable[..., None]]:
+        return {
+            "search": _gpu_search_kernel,
+            "search_backward": _gpu_search_backward_kernel,
+            "sum_rows": lambda slots_TK, weights_TK, outputs_TV, _: _gpu_rows_kernel(
+                slots_TK.numel(), outputs_TV.shape[1]
+            ),
+            "row_adam_": lambda weight_SV, *_, **__: _gpu_rows_kernel(self._entries(weight_SV), weight_SV.shape[1]),
         }
 
     def _entries(self, weight_SV: Tensor) -> int:
@@ -138,3 +154,24 @@ def _search_backward_kernel(
     if query_THQ.dtype != torch.float32:  # widened, and so are their gradients at first
         size += 8 * (query_THQ.numel() + weight_2HNC.numel())
     _scratch(size)
+
+
+def _gpu_search_kernel(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> None:
+    _scratch(4 * _gpu_block(query_THQ, weight_2HNC))
+
+
+def _gpu_search_backward_kernel(
+    grad_THK: Tensor, slots_THK: Tensor, query_THQ: Tensor, weight_2HNC: Tensor, *_: bool
+) -> None:
+    # The gradients of half scores; those of the keys in float32, and of one half once more, as a block makes them.
+    _scratch(weight_2HNC.element_size() * _gpu_block(query_THQ, weight_2HNC) + 6 * weight_2HNC.numel())
+
+
+def _gpu_block(query_THQ: Tensor, weight_2HNC: Tensor) -> int:
+    """Half scores of a block of tokens."""
+    halves = 2 * query_THQ.shape[1] * weight_2HNC.shape[2]
+    return halves * max(1, min(len(query_THQ), _GPU_BLOCK // halves))
+
+
+def _gpu_rows_kernel(entries: int, width: int) -> None:
+    _scratch(_GPU_ENTRY * entries + 8 * width * min(_GPU_ASIDE, entries // 32 + 1))

@@ -1,0 +1,46 @@
+"""Block sizes: each kernel's module has a small fixed table; with MEMLAYERS_AUTOTUNE=1 the fastest of a few are taken.
+
+Off unless asked for: the first call of each kind takes seconds then, and block sizes, and with them the last bits of
+sums, may differ from run to run.
+"""
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import triton.testing
+
+SWITCH = "MEMLAYERS_AUTOTUNE"
+Blocks = TypeVar("Blocks")
+
+_fastest: dict[Hashable, Any] = {}  # what was measured in this process
+
+
+def choose(kind: tuple[Hashable, ...], candidates: Sequence[Blocks], run: Callable[[Blocks], object]) -> Blocks:
+    """The first of the candidates, which is the fixed table's; where tuning is on, the one that runs fastest.
+
+    kind: the kernel, and what decides which blocks are good for it. run: the kernel with these blocks; what it writes
+    must be the same each time.
+    """
+    if os.environ.get(SWITCH, "0") in ("", "0"):
+        return candidates[0]
+    kind = (torch.cuda.current_device(), *kind)
+    if kind not in _fastest:
+        if torch.cuda.is_current_stream_capturing():  # no time can be taken in a CUDA graph
+            return candidates[0]
+        _fastest[kind] = min(candidates, key=lambda blocks: milliseconds(lambda: run(blocks)))
+    return _fastest[kind]
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """The median of some runs; infinity for blocks that the device has no room for."""
+    try:
+        return triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median")
+    except triton.OutOfResources:
+        return float("inf")
+
+
+def size_class(size: int) -> int:
+    """The next power of two: sizes that share their blocks."""
+    return triton.next_power_of_2(max(1, size))

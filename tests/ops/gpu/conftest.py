@@ -1,0 +1,58 @@
+"""Tests of the GPU's kernels: on a GPU, or anywhere under Triton's interpreter (`make test` runs them so).
+
+TRITON_INTERPRET=1 pytest tests/ops/gpu
+
+The interpreter is chosen when Triton is imported, so these tests need a process that was started with the variable.
+There, in `interpreted` tests, the operations themselves run the kernels on tensors of the CPU.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if not (HAS_TRITON and (IS_INTERPRETED or torch.cuda.is_available())):
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_in_operations():
+    """Interpreted, an operation on tensors of the CPU does what it would do on those of a GPU."""
+    if not IS_INTERPRETED:
+        return
+    from memlayers.ops import infer, read, row_step, row_sum, search, select
+
+    implementations = {
+        select.select_pairs: select.select_on_gpu,
+        search.search: search.search_on_gpu,
+        search.search_backward: search.search_backward_on_gpu,
+        read.read: read.read_on_gpu,
+        read.read_row_mode: read.read_row_mode_on_gpu,
+        read.dot: read.dot_on_gpu,
+        read.sum_rows: read.sum_rows_on_gpu,
+        row_sum.row_norm: row_sum.row_norm_on_gpu,
+        row_step.row_adam_: row_step.row_adam_on_gpu_,
+        row_step.row_adagrad_: row_step.row_adagrad_on_gpu_,
+        row_step.row_sgd_: row_step.row_sgd_on_gpu_,
+    }
+    for operation, on_gpu in implementations.items():
+        operation.register_kernel("cpu")(on_gpu)
+    infer._library.impl("infer", infer.infer_on_gpu, "CPU", allow_override=True)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """`torch.empty` holds NaN (and the greatest integers), so that what a kernel leaves unwritten is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device():
+    """The GPU, or the CPU where kernels are interpreted."""
+    return torch.device("cpu" if IS_INTERPRETED else "cuda")
