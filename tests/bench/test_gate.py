@@ -6,8 +6,11 @@ import torch
 from memlayers import MemoryLayer, ProductKeys, RowAdam, ValueTable
 from memlayers.bench import gate
 from memlayers.bench.gate import GateError
+from memlayers.bench.layers import make_table
 from memlayers.bench.shapes import shape
 from memlayers.keys import Hits
+from memlayers.ops.row_step import row_adam_
+from memlayers.ops.row_sum import Part
 
 CPU = torch.device("cpu")
 
@@ -135,6 +138,48 @@ def test_a_parameter_without_a_gradient_is_seen(tiny, monkeypatch):
     monkeypatch.setattr(ProductKeys, "forward", detached)
     with pytest.raises(GateError, match="no gradient of"):
         gate.check_layer(tiny, CPU)
+
+
+@pytest.fixture
+def row_step(tiny):
+    """What `check_update` takes: half of the rows are read."""
+    table_SV = make_table(tiny, CPU)
+    states = torch.zeros_like(table_SV), torch.zeros_like(table_SV), torch.zeros(tiny.slots, dtype=torch.int32)
+    slots_TR = torch.randint(tiny.slots // 2, (tiny.tokens, 6))
+    return table_SV, states, Part(slots_TR, torch.rand(slots_TR.shape), torch.randn(tiny.tokens, tiny.value_dim))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_step_passes(tiny, row_step, dtype):
+    table_SV, states, part = row_step
+    gate.check_update(tiny, table_SV.to(dtype), states, part)
+
+
+def misses_an_entry(table, *rest, **settings):
+    *states, slots, weights, grads = rest
+    row_adam_(table, *states, [slots[0][1:]], [weights[0][1:]], [grads[0][1:]], **settings)
+
+
+def leaves_the_table(table, *rest, **settings):
+    row_adam_(table.clone(), *rest, **settings)
+
+
+def steps_twice_as_far(table, *rest, lr, **settings):
+    row_adam_(table, *rest, lr=2 * lr, **settings)
+
+
+def touches_all(table, *rest, **settings):
+    row_adam_(table, *rest, **settings)
+    table.mul_(1.0078125)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wrong", [misses_an_entry, leaves_the_table, steps_twice_as_far, touches_all])
+def test_a_wrong_row_step_does_not(tiny, row_step, dtype, wrong, monkeypatch):
+    table_SV, states, part = row_step
+    monkeypatch.setattr(gate, "row_adam_", wrong)
+    with pytest.raises(GateError, match="row step"):
+        gate.check_update(tiny, table_SV.to(dtype), states, part)
 
 
 def test_looking_does_not_train(tiny):

@@ -73,3 +73,10 @@ def test_streams(monkeypatch, without_numba):
         call()
     assert seen == [(2**21, True)]
     assert (size, updated) == (2**21, 7 * 2**21)
+
+
+def test_a_copy_reads_and_writes(monkeypatch):
+    monkeypatch.setattr(limits, "_STREAM_BYTES", 2**10)
+    call, moved = limits.copy(CPU)
+    assert moved == 2 * 2**10
+    assert torch.equal(call(), torch.ones(2**8))

@@ -14,6 +14,8 @@ def content(**changes):
         "commit": "c0ffee",
         "hardware": {"cpu": "a CPU", "cpu_cores": 2, "threads": 2, "gpu": None},
         "versions": {"torch": "2.13.0"},
+        "gpu": None,
+        "kernels": "kernels in Numba",
     }
     return {**found, **changes}
 
@@ -37,12 +39,49 @@ def test_ratios_are_medians_of_rounds_and_rates_are_work_by_time(result):
 def test_the_table(result):
     table = report.markdown(content(), [result])
     assert "`memlayers bench`" in table
-    assert "a CPU, 2 of 2 cores; torch 2.13.0; commit c0ffee." in table
+    assert "a CPU, 2 of 2 cores; torch 2.13.0; kernels in Numba; commit c0ffee." in table
     assert "### read, float32 table: tiny" in table
     assert "| contender | median (ms) | quartiles | minimum | of ours | rate |" in table
     assert "| ours | 2.000 | 1.500 to 3.000 | 1.000 | 1.00 | 2.0 GB/s |" in table
     assert "| textbook | 4.000 | 3.500 to 4.000 | 3.000 | 2.00 |  |" in table
     assert "3 rounds. a note." in table
+
+
+def test_a_share_is_of_the_rate_of_the_limit_in_the_same_round(tiny):
+    # Twice the work in the time of the copy, in half of it, and in twice.
+    result = Result(
+        case="read",
+        shape=tiny,
+        samples={OURS: [1.0, 1.0, 4.0], "other": [1.0, 1.0, 1.0], "copy (limit)": [1.0, 2.0, 2.0]},
+        work={OURS: (2e9, "GB/s"), "copy (limit)": (8e9, "GB/s")},
+        limit="copy (limit)",
+    )
+    assert result.share(OURS) == pytest.approx(0.25)
+    assert result.share("other") is None
+    assert result.share("copy (limit)") is None
+    assert result.to_dict()["contenders"][OURS]["share_of_limit"] == pytest.approx(0.25)
+    table = report.markdown(content(), [result])
+    assert "| of ours | rate | of copy |" in table
+    assert "| 1.00 | 2.0 GB/s | 25 % |" in table
+    assert "ours 1,000 ms = 2.0 GB/s, 25 % of copy (limit)" in report.lines(result)
+
+
+def test_the_table_names_the_gpu_and_how_it_was_timed(result):
+    gpu = {
+        "name": "a GPU",
+        "gigabytes": 79.1,
+        "multiprocessors": 132,
+        "cache_megabytes": 50,
+        "driver": None,
+        "runtime": "CUDA 13.0",
+    }
+    table = report.markdown(content(device="cuda:1", gpu=gpu, kernels="no kernels (for a reason)"), [result])
+    assert (
+        "cuda:1: a GPU (79.1 GiB, 132 multiprocessors, 50 MB of L2), driver unknown, CUDA 13.0; beside a CPU" in table
+    )
+    assert "no kernels (for a reason)" in table
+    assert "Times are the device's" in table
+    assert "Times are the device's" not in report.markdown(content(), [result])
 
 
 def test_memory_is_in_bytes(tiny):

@@ -74,11 +74,15 @@ def test_contenders():
         assert together == pytest.approx(sum(each))
     assert "product-key-memory: not installed" in forward.notes
     (train,) = results_of("train")
-    assert list(train.samples) == ["ours", "textbook, fused Adam", "textbook, SparseAdam"]
+    trained = ["ours", "textbook, fused Adam", "textbook, SparseAdam", "ours on its references"]
+    assert list(train.samples) == trained
     float32, bfloat16 = results_of("read")
     for result in (float32, bfloat16):
-        assert list(result.samples) == ["ours", "F.embedding_bag", "random rows (limit)"]
+        assert list(result.samples) == ["ours", "F.embedding_bag", "copy (limit)", "random rows (limit)"]
     assert float32.work["ours"][0] == 2 * bfloat16.work["ours"][0] == 64 * 2 * 4 * 32 * 4
+    for result in results_of("update"):
+        assert list(result.samples) == ["ours", "copy (limit)"]
+        assert result.limit == "copy (limit)"
     (decode,) = results_of("decode")
     assert decode.shape.tokens == 1
     assert "flat keys" in results_of("slots")[0].samples

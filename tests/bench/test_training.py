@@ -5,6 +5,7 @@ from memlayers.bench import training
 from memlayers.bench.layers import make_layer, make_table, make_textbook, share_textbook
 from memlayers.bench.shapes import shape
 from memlayers.bench.training import DENSE, OURS, PACKAGE, SPARSE, Moments, contender_bytes, make_steps, takes_part
+from memlayers.ops.row_sum import Part
 
 CPU = torch.device("cpu")
 
@@ -101,6 +102,20 @@ def test_what_a_step_needs():
     assert not takes_part(SPARSE, large)
     assert contender_bytes(OURS, large) < contender_bytes(DENSE, large)
     assert contender_bytes(DENSE, large) > 4 * large.table_bytes
+
+
+def test_a_row_step_moves_each_row_that_was_read_once(tiny):
+    table_SV = make_table(tiny, CPU).bfloat16()
+    moments = Moments.of(make_table(tiny, CPU))
+    steps_S = torch.zeros(tiny.slots, dtype=torch.int32)
+    part = Part(torch.tensor([[3, 3], [5, 3]]), torch.ones(2, 2), torch.ones(2, tiny.value_dim))
+    step = training.make_row_step(table_SV, moments, steps_S, part)
+    step()
+    step()
+    assert steps_S[[3, 5]].tolist() == [2, 2]
+    assert steps_S.sum() == 4
+    rows = 2 * 2 * (32 * (2 + 4 + 4) + 4)  # two of them, in and out: bfloat16, two moments, a count
+    assert training.row_step_bytes(table_SV, moments, steps_S, part) == rows + 4 * (8 + 4) + 2 * 32 * 4
 
 
 def test_layers_of_the_bench_start_equal(tiny):

@@ -22,12 +22,23 @@ from memlayers.bench.machine import cache_bytes
 from memlayers.bench.peak import measure as measure_peak
 from memlayers.bench.result import OURS, Result, fold
 from memlayers.bench.shapes import Shape
-from memlayers.bench.timing import Stopwatch
-from memlayers.bench.training import TRAINED, contender_bytes, make_steps, takes_part
+from memlayers.bench.timing import Call, Stopwatch, capture
+from memlayers.bench.training import (
+    REFERENCE,
+    TRAINED,
+    Moments,
+    contender_bytes,
+    make_row_step,
+    make_steps,
+    row_step_bytes,
+    takes_part,
+)
+from memlayers.ops.row_sum import Part
 from memlayers.ops.select import select_pairs
 from memlayers.values import ValueTable
 
-_ROWS = "random rows (limit)"
+_ROWS, _IN_ORDER = "random rows (limit)", "as many bytes in order (limit)"
+_COPY = "copy (limit)"
 _SUM = "query + keys + rows (limit)"
 # A step of decoding takes a millisecond, so that many rounds cost little.
 _DECODING_ROUNDS = 5
@@ -53,6 +64,8 @@ class Bench:
     def lacks(self, needed: int) -> str | None:
         """Why something that needs so many bytes cannot run here; None if it can."""
         gc.collect()
+        if self.device.type == "cuda":  # what is kept for later is of no use to another process, or in other sizes
+            torch.cuda.empty_cache()
         free = available_memory(self.device)
         if free is None or needed <= free:
             return None
@@ -66,7 +79,7 @@ def select(bench: Bench, shape: Shape) -> Iterator[Result]:
     """Half scores to the K best slots."""
     first_HTN, second_HTN = torch.randn(2, shape.heads, shape.tokens, shape.num_subkeys, device=bench.device)
     gate.check_selection(shape, first_HTN, second_HTN)
-    contenders: dict[str, Callable[[], object]] = {
+    contenders: dict[str, Call] = {
         OURS: lambda: select_pairs(first_HTN, second_HTN, shape.topk),
         "three torch.topk": lambda: grid_topk(first_HTN, second_HTN, shape.topk),
         "three torch.topk, no grid of slots": lambda: lean_grid_topk(first_HTN, second_HTN, shape.topk),
@@ -90,27 +103,55 @@ def read(bench: Bench, shape: Shape) -> Iterator[Result]:
 
 def _read(bench: Bench, shape: Shape, table: ValueTable, slots_TR: Tensor, weights_TR: Tensor) -> Result:
     table_SV, own_weights_TR = table.weight.data, weights_TR.to(table.weight.dtype)
-    contenders: dict[str, Callable[[], object]] = {
+    copy, copied = limits.copy(bench.device)
+    contenders: dict[str, Call] = {
         OURS: lambda: table.read(slots_TR, weights_TR),
         "F.embedding_bag": lambda: F.embedding_bag(slots_TR, table_SV, per_sample_weights=own_weights_TR, mode="sum"),
     }
-    notes: tuple[str, ...] = ()
-    ways: dict[str, Callable[[], object]] = {}
+    notes = [_how_many(slots_TR)]
+    name, ways = "", dict[str, Call]()
     if table_SV.shape[1] * table_SV.itemsize % 4 == 0:
         # As many bytes; what the sums of halves of numbers come to does not matter.
-        ways = _ways_to_sum(bench, table_SV.view(torch.float32), slots_TR)
-    samples = bench.watch.rounds({**contenders, **ways})
+        name, ways = _limit_of_rows(bench, table_SV.view(torch.float32), slots_TR)
+    samples = bench.watch.rounds({**contenders, **ways, _COPY: copy})
     if ways:
-        notes = (f"{_ROWS}: without weights, {fold(samples, ways, _ROWS)}",)
+        notes.append(f"{name}: without weights, {fold(samples, ways, name)}")
     moved = float(slots_TR.numel() * table_SV.shape[1] * table_SV.itemsize)
     return Result(
         case="read",
-        part=f"{str(table_SV.dtype).removeprefix('torch.')} table",
+        part=_table_name(table_SV),
         shape=shape,
         samples=samples,
-        work=dict.fromkeys(samples, (moved, "GB/s")),
-        notes=notes,
+        work={**dict.fromkeys(samples, (moved, "GB/s")), _COPY: (copied, "GB/s")},
+        limit=_COPY,
+        notes=tuple(notes),
     )
+
+
+@torch.no_grad()
+def update(bench: Bench, shape: Shape) -> Iterator[Result]:
+    """The row step of `RowAdam` alone, on what one batch read; float32 and bfloat16 tables."""
+    table_SV = make_table(shape, bench.device)
+    moments = Moments.of(table_SV)
+    part = Part(*_hits(shape, table_SV), torch.randn(shape.tokens, shape.value_dim, device=bench.device))
+    for dtype in (torch.float32, torch.bfloat16):
+        table_SV = table_SV.to(dtype)
+        for moment_SV in (moments.exp_avg_SV, moments.exp_avg_sq_SV):
+            moment_SV.zero_()
+        steps_S = torch.zeros(shape.slots, dtype=torch.int32, device=bench.device)
+        gate.check_update(shape, table_SV, (moments.exp_avg_SV, moments.exp_avg_sq_SV, steps_S), part)
+        copy, copied = limits.copy(bench.device)
+        samples = bench.watch.rounds({OURS: make_row_step(table_SV, moments, steps_S, part), _COPY: copy})
+        moved = row_step_bytes(table_SV, moments, steps_S, part)
+        yield Result(
+            case="update",
+            part=_table_name(table_SV),
+            shape=shape,
+            samples=samples,
+            work={OURS: (moved, "GB/s"), _COPY: (copied, "GB/s")},
+            limit=_COPY,
+            notes=(_how_many(part.slots_TK), "counted are rows and states in and out, slots, weights and gradients in"),
+        )
 
 
 @torch.no_grad()
@@ -120,10 +161,11 @@ def forward(bench: Bench, shape: Shape) -> Iterator[Result]:
     contenders = {name: call_of(module, x_TD) for name, module in modules.items()}
     table_SV = modules["textbook"].get_parameter("values").data
     slots_TR, _ = _hits(shape, table_SV)
+    rows, ways_to_rows = _limit_of_rows(bench, table_SV, slots_TR)
     parts = {
         "query projection (limit)": limits.query_projection(shape, bench.device),
         "key products (limit)": limits.key_products(shape, bench.device),
-        _ROWS: _ways_to_sum(bench, table_SV, slots_TR),
+        rows: ways_to_rows,
     }
     samples = bench.watch.rounds({**contenders, **{way: call for ways in parts.values() for way, call in ways.items()}})
     notes += [f"{name}: {fold(samples, ways, name)}" for name, ways in parts.items()]
@@ -133,7 +175,7 @@ def forward(bench: Bench, shape: Shape) -> Iterator[Result]:
 
 def train(bench: Bench, shape: Shape) -> Iterator[Result]:
     """Forward, backward and update."""
-    yield time_training(bench, "train", shape, TRAINED)
+    yield time_training(bench, "train", shape, (*TRAINED, REFERENCE))
 
 
 def memory(bench: Bench, shape: Shape) -> Iterator[Result]:
@@ -160,9 +202,16 @@ def decode(bench: Bench, shape: Shape) -> Iterator[Result]:
     """One token, with nothing of the layer in the cache."""
     one = dataclasses.replace(shape, tokens=1)
     watch = dataclasses.replace(bench.watch, repeats=_DECODING_ROUNDS * bench.watch.repeats)
-    flushed = torch.zeros(max(2**26, 4 * cache_bytes(bench.device)) // 4, device=bench.device)
     modules, x_TD, notes = _modules(bench, one)
     contenders = {name: call_of(module, x_TD) for name, module in modules.items()}
+    if bench.device.type == "cuda":
+        samples = watch.rounds(contenders, launching=True)
+        yield Result(case="decode", part="launches included", shape=one, samples=samples, notes=tuple(notes))
+        graphs, lacks = _captured(contenders, bench.device)
+        samples = watch.rounds(graphs) if graphs else {}
+        yield Result(case="decode", part="as CUDA graphs", shape=one, samples=samples, notes=(*notes, *lacks))
+        return
+    flushed = torch.zeros(max(2**26, 4 * cache_bytes(bench.device)) // 4)
     # Streams with the threads of torch, as the blocks before the layer would.
     samples = watch.rounds(contenders, before=lambda: flushed.add_(1))
     yield Result(case="decode", shape=one, samples=samples, notes=tuple(notes))
@@ -176,7 +225,8 @@ def machine(bench: Bench, shape: Shape) -> Iterator[Result]:
     touched_R = slots_TR.unique()
     projection, products = limits.product_flops(shape)
     row_bytes = 4.0 * shape.value_dim
-    groups: dict[str, tuple[dict[str, Callable[[], object]], float, str]] = {
+    copy, copied = limits.copy(device)
+    groups: dict[str, tuple[dict[str, Call], float, str]] = {
         "query projection": (limits.query_projection(shape, device), projection, "GFLOP/s"),
         "key products": (limits.key_products(shape, device), products, "GFLOP/s"),
         "random rows, summed": (_ways_to_sum(bench, tables[0], slots_TR), slots_TR.numel() * row_bytes, "GB/s"),
@@ -185,14 +235,16 @@ def machine(bench: Bench, shape: Shape) -> Iterator[Result]:
             6 * len(touched_R) * row_bytes,
             "GB/s",
         ),
+        "copy": ({"copy_": copy}, copied, "GB/s"),
     }
+    groups = {name: group for name, group in groups.items() if group[0]}  # those that there is a way for here
     for name, (ways, moved) in limits.streams(device, bench.sum_rows).items():
         groups[f"stream, {name}"] = (ways, moved, "GB/s")
     with torch.no_grad():
         samples = bench.watch.rounds({way: call for ways, _, _ in groups.values() for way, call in ways.items()})
     best = {name: fold(samples, ways, name) for name, (ways, _, _) in groups.items()}
     notes = [f"{name}: {best[name]}" for name, (ways, _, _) in groups.items() if len(ways) > 1]
-    notes.append(f"{slots_TR.numel():,} rows are read, {len(touched_R):,} of them different")
+    notes.append(_how_many(slots_TR))
     work = {name: (amount, unit) for name, (_, amount, unit) in groups.items()}
     yield Result(case="machine", shape=shape, samples=samples, work=work, notes=tuple(notes))
 
@@ -240,15 +292,41 @@ def _hits(shape: Shape, table_SV: Tensor) -> tuple[Tensor, Tensor]:
     return slots_THK.flatten(1), scores_THK.softmax(-1).flatten(1)
 
 
-def _ways_to_sum(bench: Bench, table_SV: Tensor, slots_TR: Tensor) -> dict[str, Callable[[], object]]:
+def _captured(contenders: dict[str, Call], device: torch.device) -> tuple[dict[str, Call], list[str]]:
+    """The calls as CUDA graphs. Second, a line for each that cannot be one."""
+    graphs, notes = {}, []
+    for name, call in contenders.items():
+        try:
+            graphs[name] = capture(call, device)
+        except Exception as error:  # whatever it is, the rest is measured
+            notes.append(f"{name}: not captured: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}")
+    return graphs, notes
+
+
+def _table_name(table_SV: Tensor) -> str:
+    return f"{str(table_SV.dtype).removeprefix('torch.')} table"
+
+
+def _how_many(slots_TR: Tensor) -> str:
+    return f"{slots_TR.numel():,} rows are read, {len(slots_TR.unique()):,} of them different"
+
+
+def _limit_of_rows(bench: Bench, table_SV: Tensor, slots_TR: Tensor) -> tuple[str, dict[str, Call]]:
+    """A name, and ways: the rows without weights, or, where torch's own way is no limit, as many bytes in order."""
+    if bench.device.type == "cpu":
+        return _ROWS, _ways_to_sum(bench, table_SV, slots_TR)
+    return _IN_ORDER, {"torch.sum": limits.read_in_order(table_SV, slots_TR.numel())}
+
+
+def _ways_to_sum(bench: Bench, table_SV: Tensor, slots_TR: Tensor) -> dict[str, Call]:
     output_TV = torch.empty(len(slots_TR), table_SV.shape[1], device=bench.device)
     return {name: _bind(kernel, table_SV, slots_TR, output_TV) for name, kernel in bench.sum_rows.items()}
 
 
-def _bind(function: Callable[..., object], *arguments: Any) -> Callable[[], object]:
+def _bind(function: Callable[..., object], *arguments: Any) -> Call:
     return lambda: function(*arguments)
 
 
-def call_of(module: nn.Module, x_TD: Tensor) -> Callable[[], object]:
+def call_of(module: nn.Module, x_TD: Tensor) -> Call:
     """A forward pass."""
     return lambda: module(x_TD)

@@ -15,6 +15,8 @@ from memlayers.bench.baselines import TextbookMemory, grid_topk
 from memlayers.bench.layers import layer_gradients, make_layer, make_minimal, make_table, make_textbook
 from memlayers.bench.shapes import Shape
 from memlayers.layer import MemoryLayer
+from memlayers.ops.row_step import adam, row_adam_
+from memlayers.ops.row_sum import Part
 from memlayers.ops.select import select_pairs
 from memlayers.optim import RowAdam
 from memlayers.values import ValueTable
@@ -25,6 +27,7 @@ _MARGIN = 2e-5  # scores closer than this may change places
 _TOKENS = 64
 _TABLE_ELEMENTS = 2**24  # of the tables that the gate makes
 _STEPS = 3
+_ROWS = 16  # of a row step at full size
 
 
 class GateError(RuntimeError):
@@ -81,6 +84,34 @@ def check_read(shape: Shape, table: ValueTable, slots_TK: Tensor, weights_TK: Te
     rows_TKV = F.embedding(slots_TK[few], table.weight).double()
     expected_TV = (rows_TKV * weights_TK[few, :, None].double()).sum(1)
     _require(shape, f"read of a {table.weight.dtype} table", table.read(slots_TK, weights_TK)[few], expected_TV)
+
+
+@torch.no_grad()
+def check_update(shape: Shape, table_SV: Tensor, states: tuple[Tensor, Tensor, Tensor], part: Part) -> None:
+    """A first step of `RowAdam`, in place, on moments and counts of zeros: some rows that were read, and some others.
+
+    Against the rule in float64; a bfloat16 table to a unit in its last place.
+    """
+    slots_TR, weights_TR, grad_TV = part
+    is_unread_S = torch.ones(len(table_SV), dtype=torch.bool, device=table_SV.device)
+    is_unread_S[slots_TR.flatten()] = False
+    read_P = slots_TR.flatten()[:_ROWS].unique()
+    unread_P = is_unread_S.nonzero().flatten()[:_ROWS]
+    before_PV, kept_PV = table_SV[read_P].double(), table_SV[unread_P]
+    rule = {"lr": 1.0, "beta1": 0.9, "beta2": 0.999, "eps": 0.1}
+    seed = 0 if table_SV.dtype == torch.bfloat16 else -1
+    row_adam_(table_SV, *states, [slots_TR], [weights_TR], [grad_TV], **rule, seed=seed)
+    weights_PT = torch.stack([torch.where(slots_TR == slot, weights_TR.double(), 0).sum(1) for slot in read_P])
+    grad_PV = weights_PT @ grad_TV.double()
+    zero_PV = torch.zeros_like(grad_PV)
+    step_PV, *moments = adam(grad_PV, zero_PV, zero_PV, torch.zeros_like(read_P), **rule)
+    what = f"row step of a {table_SV.dtype} table"
+    for name, state_SV, expected_PV in zip(("first", "second"), states, moments, strict=False):
+        _require(shape, f"{name} moments in a {what}", state_SV[read_P], expected_PV)
+    relative = 2**-7 if table_SV.dtype == torch.bfloat16 else RELATIVE
+    _require(shape, what, table_SV[read_P], before_PV - step_PV, relative)
+    if not torch.equal(table_SV[unread_P], kept_PV):
+        raise GateError(f"wrong result, so no speeds: at {shape.name} a {what} changes rows that were not read")
 
 
 def check_layer(shape: Shape, device: torch.device) -> None:
@@ -146,7 +177,7 @@ def draw_tokens(shape: Shape, textbook: TextbookMemory) -> Tensor:
     """Random tokens [T, D] for a layer in evaluation, of which the first can be compared."""
     x_TD = torch.randn(shape.tokens + 15, shape.dim, device=textbook.values.device)
     clear_T = clear_tokens(shape, textbook, x_TD)
-    return x_TD[clear_T.sort(descending=True, stable=True).indices][: shape.tokens].contiguous()
+    return x_TD[clear_T.int().sort(descending=True, stable=True).indices][: shape.tokens].contiguous()
 
 
 @torch.no_grad()
@@ -187,9 +218,9 @@ def _require_all(
         _require(shape, f"gradient of {name} {what}", own, reference)
 
 
-def _require(shape: Shape, what: str, found: Tensor, expected: Tensor) -> None:
+def _require(shape: Shape, what: str, found: Tensor, expected: Tensor, relative: float = RELATIVE) -> None:
     found, expected = found.double(), expected.double()
-    wrong = (found - expected).abs() - RELATIVE * expected.abs()
+    wrong = (found - expected).abs() - relative * expected.abs()
     if not wrong.max() <= ABSOLUTE * expected.abs().max():  # not (...) so that NaN fails, too
         off = (found - expected).abs().max() / expected.abs().max()
         raise GateError(

@@ -18,6 +18,7 @@ SumRows = Callable[[Tensor, Tensor, Tensor], object]  # (table [S, V], slots [T,
 UpdateRows = Callable[[Tensor, Tensor, Tensor, Tensor], object]  # (three tables [S, V], slots [R])
 
 _STREAM_BYTES = 2**28  # of one array: several times any cache
+_TIMES_ON_A_GPU = 4  # so that what begins and ends such a pass is nothing beside it
 
 
 def query_projection(shape: Shape, device: torch.device) -> dict[str, Call]:
@@ -59,7 +60,8 @@ def product_flops(shape: Shape) -> tuple[float, float]:
 
 def streams(device: torch.device, sum_rows: dict[str, SumRows]) -> dict[str, tuple[dict[str, Call], float]]:
     """Ways to stream, and the bytes that each moves: a read, and Adam's read and write of three arrays."""
-    arrays = [torch.ones(_STREAM_BYTES // 4, device=device) for _ in range(3)]
+    size = _stream_bytes(device)
+    arrays = [torch.ones(size // 4, device=device) for _ in range(3)]
     gradient = torch.zeros_like(arrays[0])
     step = torch.ones((), device=device)
 
@@ -79,22 +81,46 @@ def streams(device: torch.device, sum_rows: dict[str, SumRows]) -> dict[str, tup
     }
     reads["torch.sum"] = lambda: arrays[0].sum()
     return {
-        "read": (reads, float(_STREAM_BYTES)),
-        "read and write of three arrays, read of a fourth": ({"fused Adam": update}, 7.0 * _STREAM_BYTES),
+        "read": (reads, float(size)),
+        "read and write of three arrays, read of a fourth": ({"fused Adam": update}, 7.0 * size),
     }
+
+
+def copy(device: torch.device) -> tuple[Call, float]:
+    """A copy of a large array, and the bytes that it reads and writes."""
+    source = torch.ones(_stream_bytes(device) // 4, device=device)
+    destination = torch.empty_like(source)
+    return lambda: destination.copy_(source), 2.0 * source.nbytes
+
+
+def read_in_order(table_SV: Tensor, rows: int) -> Call:
+    """So many rows of the table one after another, and again from the first if there are more."""
+    whole, rest = divmod(rows, len(table_SV))
+
+    def call() -> None:
+        for _ in range(whole):
+            table_SV.sum()
+        table_SV[:rest].sum()
+
+    return call
+
+
+def _stream_bytes(device: torch.device) -> int:
+    return _STREAM_BYTES * (_TIMES_ON_A_GPU if device.type == "cuda" else 1)
 
 
 def row_kernels(device: torch.device) -> tuple[dict[str, SumRows], dict[str, UpdateRows]]:
     """Ways to sum random rows without weights, and ways to read and write rows of three tables.
 
-    The fastest plain ways that we know; with Numba, one to eight rows at a time.
+    The fastest plain ways that we know; with Numba, one to eight rows at a time. On a GPU torch has none that reads and
+    writes rows in one pass.
     """
     if device.type == "cpu" and importlib.util.find_spec("numba") is not None:
         return _numba_kernels()
     sums: dict[str, SumRows] = {
         "embedding_bag": lambda table_SV, slots_TR, _: F.embedding_bag(slots_TR, table_SV, mode="sum")
     }
-    return sums, {"index_add": _index_add}
+    return sums, {} if device.type == "cuda" else {"index_add": _index_add}
 
 
 def _index_add(first_SV: Tensor, second_SV: Tensor, third_SV: Tensor, slots_R: Tensor) -> None:

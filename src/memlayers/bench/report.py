@@ -24,15 +24,22 @@ def markdown(content: Mapping[str, Any], results: list[Result]) -> str:
     """Where it was measured, then a table for each case and shape; a sweep is one table."""
     machine = content["hardware"]
     where = f"{machine['cpu']}, {machine['threads']} of {machine['cpu_cores']} cores"
-    if content["device"] != "cpu":
-        where = f"{machine['gpu']} ({machine['gpu_gigabytes']} GiB), {where}"
+    how = ""
+    if content["gpu"] is not None:
+        gpu = content["gpu"]
+        where = (
+            f"{content['device']}: {gpu['name']} ({gpu['gigabytes']} GiB, {gpu['multiprocessors']} multiprocessors, "
+            f"{gpu['cache_megabytes']} MB of L2), driver {gpu['driver'] or 'unknown'}, {gpu['runtime']}; beside {where}"
+        )
+        how = " Times are the device's, between events, with a cold cache; launches count where that is said."
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     parts = [
         f"`{content['command']}`",
-        f"{where}; {versions}; commit {content['commit'] or 'unknown'}.",
+        f"{where}; {versions}; {content['kernels']}; commit {content['commit'] or 'unknown'}.",
         "Interleaved rounds; medians, quartiles and minima over the rounds; the ratio is the median over the rounds of "
         "a contender's time to ours in the same round, so above 1 ours is faster. A limit is what the machine can do, "
-        "measured in the same rounds. Results were held to the references before anything was timed.",
+        "measured in the same rounds. Results were held to the references before anything was timed. "
+        f"Everything is float32 unless said otherwise, its products, too (no TF32).{how}",
     ]
     for result in results:
         if result.case not in AXES:
@@ -102,14 +109,16 @@ def _table(result: Result) -> list[str]:
         head = ["contender", "peak (GB)", "of ours"]
         rows = [[name, f"{samples[0] / 1e9:,.2f}", _ratio(result, name)] for name, samples in result.samples.items()]
     else:
-        head = ["contender", "median (ms)", "quartiles", "minimum", "of ours", "rate"]
+        limit = result.limit.removesuffix(" (limit)")
+        head = ["contender", "median (ms)", "quartiles", "minimum", "of ours", "rate", f"of {limit}"]
         rows = []
         for name, samples in result.samples.items():
             figures = {key: _milliseconds(value) for key, value in summary(samples).items()}
             quartiles = f"{figures['lower_quartile']} to {figures['upper_quartile']}"
             rate = result.rate(name)
             speed = f"{rate[0]:,.1f} {rate[1]}" if rate else ""
-            rows.append([name, figures["median"], quartiles, figures["minimum"], _ratio(result, name), speed])
+            times = [figures["median"], quartiles, figures["minimum"]]
+            rows.append([name, *times, _ratio(result, name), speed, _share(result, name)])
         kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
         head, rows = [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
     rounds = "" if result.unit == "bytes" else f"{len(next(iter(result.samples.values())))} rounds. "
@@ -151,7 +160,15 @@ def _times(result: Result, name: str) -> str:
     if name != OURS and result.ratio(name) is not None:
         return f" = {_ratio(result, name)} x ours"
     rate = result.rate(name)
-    return f" = {rate[0]:,.1f} {rate[1]}" if rate else ""
+    if rate is None:
+        return ""
+    share = _share(result, name)
+    return f" = {rate[0]:,.1f} {rate[1]}" + (f", {share} of {result.limit}" if share else "")
+
+
+def _share(result: Result, name: str) -> str:
+    share = result.share(name)
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def _ratio(result: Result, name: str) -> str:

@@ -22,6 +22,7 @@ class Result:
     samples: Mapping[str, list[float]] = field(default_factory=dict)
     unit: Literal["s", "bytes"] = "s"
     work: Mapping[str, tuple[float, str]] = field(default_factory=dict)  # of a call: how much, of what
+    limit: str = ""  # whose rate is the most that there is, so that the others' are a share of it
     notes: tuple[str, ...] = ()
 
     def ratio(self, name: str) -> float | None:
@@ -36,10 +37,22 @@ class Result:
         amount, what = self.work[name]
         return amount / statistics.median(self.samples[name]) / 1e9, what
 
+    def share(self, name: str) -> float | None:
+        """Median over the rounds of a contender's rate to the limit's; None where there is no limit, or it is it."""
+        if name == self.limit or not {name, self.limit} <= self.work.keys():
+            return None
+        return ratio(self.samples[self.limit], self.samples[name]) * self.work[name][0] / self.work[self.limit][0]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: all samples, and what is made of them."""
         contenders = {
-            name: {**summary(samples), "ratio_to_ours": self.ratio(name), "rate": self.rate(name), "samples": samples}
+            name: {
+                **summary(samples),
+                "ratio_to_ours": self.ratio(name),
+                "rate": self.rate(name),
+                "share_of_limit": self.share(name),
+                "samples": samples,
+            }
             for name, samples in self.samples.items()
         }
         return {
@@ -47,6 +60,7 @@ class Result:
             "part": self.part,
             "shape": dataclasses.asdict(self.shape),
             "unit": self.unit,
+            "limit": self.limit,
             "contenders": contenders,
             "notes": list(self.notes),
         }

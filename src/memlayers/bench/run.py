@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 from memlayers.bench import cases, gate, report
-from memlayers.bench.machine import commit, device_of, quiet_collector, threads
+from memlayers.bench.machine import (
+    commit,
+    device_of,
+    full_precision,
+    gpu_of,
+    kernels_on,
+    quiet_collector,
+    threads,
+)
 from memlayers.bench.result import Result
 from memlayers.bench.shapes import AXES, Axis, Shape, shape
 from memlayers.bench.sweeps import sweep_axis
@@ -22,6 +30,7 @@ from memlayers.files import new_folder, write_json, write_text
 from memlayers.info import hardware, versions
 
 _BARS = ("512x512", "1024x1024")  # the shapes of the published figures
+_GPU_TOKENS = 2**14
 
 
 @dataclass(frozen=True)
@@ -32,14 +41,16 @@ class Case:
     run: cases.Run
     shapes: tuple[str, ...] = _BARS  # where it is measured unless shapes are named; a sweep starts from each
     tables: float = 0.0  # float32 tables that it cannot run without; 0 where that is the contenders' affair
+    gpu_tokens: int | None = None  # tokens on a GPU, unless they are given, where those of the shape do not fill it
 
 
 def registry() -> tuple[Case, ...]:
     """All cases, in the order in which they run."""
     return (
         Case("machine", cases.machine, tables=3),
-        Case("select", cases.select),
-        Case("read", cases.read, tables=1.5),
+        Case("select", cases.select, gpu_tokens=_GPU_TOKENS),
+        Case("read", cases.read, tables=1.5, gpu_tokens=_GPU_TOKENS),
+        Case("update", cases.update, tables=3.5),
         Case("forward", cases.forward, tables=1),
         Case("train", cases.train),
         Case("memory", cases.memory, (*_BARS, "2048x2048")),
@@ -62,7 +73,7 @@ class BenchConfig:
 
     cases: tuple[str, ...] = field(default_factory=case_names)  # what to measure; not given: everything
     shapes: tuple[str, ...] = ()  # at which shapes; not given: those of the published figures
-    tokens: int | None = None  # tokens of a batch; null: those of the shape
+    tokens: int | None = None  # tokens of a batch; null: those of the shape, on a GPU 16384 for select and read
     device: str = "auto"  # auto, cpu or cuda; auto: the GPU if there is one
     threads: int | None = None  # CPU threads; null: as many as PyTorch uses
     repeats: int = 11  # rounds of a case that are counted
@@ -92,11 +103,13 @@ class BenchConfig:
 
     def pairs(self) -> Iterator[tuple[Case, Shape]]:
         """The cases that are asked for, each with each of its shapes."""
+        is_gpu = device_of(self.device).type == "cuda"
         for case in registry():
+            tokens = case.gpu_tokens if is_gpu and self.tokens is None else self.tokens
             for name in self.shapes or case.shapes:
                 one = shape(name)
                 if case.name in self.cases:
-                    yield case, one if self.tokens is None else dataclasses.replace(one, tokens=self.tokens)
+                    yield case, one if tokens is None else dataclasses.replace(one, tokens=tokens)
 
 
 def run(config: BenchConfig, *, say: Callable[[str], None], command: str | None = None) -> str:
@@ -107,7 +120,7 @@ def run(config: BenchConfig, *, say: Callable[[str], None], command: str | None 
     """
     device = device_of(config.device)
     results: list[Result] = []
-    with threads(config.threads), quiet_collector():
+    with threads(config.threads), full_precision(), quiet_collector():
         content: dict[str, Any] = {
             "command": command or shlex.join(sys.argv),
             "config": dataclasses.asdict(config),
@@ -115,6 +128,8 @@ def run(config: BenchConfig, *, say: Callable[[str], None], command: str | None 
             "hardware": hardware(),
             "versions": versions(),
             "device": str(device),
+            "gpu": gpu_of(device) if device.type == "cuda" else None,
+            "kernels": kernels_on(device),
         }
         _open_gate(config, device, say)
         bench = cases.Bench.on(Stopwatch(device=device, repeats=config.repeats, budget=config.budget))
@@ -149,8 +164,13 @@ def _results(case: Case, bench: cases.Bench, one: Shape) -> Iterator[Result]:
     lack = bench.lacks(int(case.tables * one.table_bytes) + one.workspace_bytes)
     if lack:
         yield Result(case=case.name, shape=one, notes=(f"skipped: {lack}",))
-    else:
+        return
+    try:
         yield from case.run(bench, one)
+        return
+    except torch.OutOfMemoryError as error:  # of a GPU; what was measured before it stays, and other cases follow
+        lack = " ".join(str(error).split())[:200]
+    yield Result(case=case.name, shape=one, notes=(f"stopped: {lack}",))
 
 
 def _sweep(axis: Axis) -> cases.Run:

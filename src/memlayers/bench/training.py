@@ -3,6 +3,7 @@
 Letters: T tokens, D model width, S slots, V value width.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 
 from memlayers.bench.baselines import PackageMemory, TextbookMemory, why_not
 from memlayers.bench.layers import make_layer, make_table, make_textbook, share_textbook
+from memlayers.bench.machine import references
 from memlayers.bench.shapes import Shape
 from memlayers.layer import MemoryLayer
+from memlayers.ops.row_step import row_adam_
+from memlayers.ops.row_sum import Part
 from memlayers.optim import RowAdam
 
+REFERENCE = "ours on its references"  # the same layer and optimizer, without kernels
 OURS, DENSE, SPARSE, PACKAGE = "ours", "textbook, fused Adam", "textbook, SparseAdam", "product-key-memory, fused Adam"
 TRAINED = (OURS, DENSE, SPARSE, PACKAGE)
 
@@ -43,6 +48,7 @@ def contender_bytes(name: str, shape: Shape) -> int:
     touched = min(shape.reads, shape.slots)
     own = {
         OURS: touched * row_bytes,
+        REFERENCE: 2 * touched * row_bytes,
         DENSE: shape.table_bytes,
         PACKAGE: shape.table_bytes,
         SPARSE: 2 * shape.reads * row_bytes + 5 * touched * row_bytes,  # as recorded, coalesced, and what Adam makes
@@ -69,6 +75,8 @@ def make_steps(
         try:
             module, optimizers = _make(name, shape, textbook, moments)
             step = _step(module.train(), optimizers, x_TD, grad_TD)
+            if name == REFERENCE:
+                step = _on_references(step)
             if name == PACKAGE:
                 step()  # it may fail where it runs as well as where it is built
         except Exception as error:
@@ -83,7 +91,7 @@ def make_steps(
 def _make(
     name: str, shape: Shape, textbook: TextbookMemory, moments: Moments
 ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-    if name == OURS:
+    if name in (OURS, REFERENCE):
         layer = make_layer(textbook, shape)
         return layer, our_optimizers(layer, moments)
     if name == PACKAGE:
@@ -105,6 +113,35 @@ def our_optimizers(layer: MemoryLayer, moments: Moments) -> list[torch.optim.Opt
     steps_S = torch.zeros(len(moments.exp_avg_SV), dtype=torch.int32, device=moments.exp_avg_SV.device)
     rows.state[layer.values.weight] = {**_adam_state(moments), "steps": steps_S}
     return [rows, torch.optim.Adam(rest, lr=_LEARNING_RATE, fused=True)]
+
+
+def _on_references(step: Callable[[], None]) -> Callable[[], None]:
+    def reference() -> None:
+        with references():
+            step()
+
+    return reference
+
+
+def make_row_step(table_SV: Tensor, moments: Moments, steps_S: Tensor, part: Part) -> Callable[[], None]:
+    """A step of `RowAdam` as its optimizer takes it: a bfloat16 table is rounded stochastically."""
+    seeds = itertools.count() if table_SV.dtype == torch.bfloat16 else itertools.repeat(-1)
+    slots_TR, weights_TR, grad_TV = part
+
+    def step() -> None:
+        row_adam_(
+            table_SV, moments.exp_avg_SV, moments.exp_avg_sq_SV, steps_S, [slots_TR], [weights_TR], [grad_TV],
+            lr=_LEARNING_RATE, beta1=0.9, beta2=0.999, eps=1e-8, seed=next(seeds),
+        )  # fmt: skip
+
+    return step
+
+
+def row_step_bytes(table_SV: Tensor, moments: Moments, steps_S: Tensor, part: Part) -> float:
+    """What a row step must move: rows that were read and their states in and out, the part of the gradient in."""
+    columns = table_SV.itemsize + moments.exp_avg_SV.itemsize + moments.exp_avg_sq_SV.itemsize
+    row_bytes = 2 * (table_SV.shape[1] * columns + steps_S.itemsize)
+    return float(len(part.slots_TK.unique()) * row_bytes + sum(tensor.nbytes for tensor in part))
 
 
 def _fused_adam(parameters: list[nn.Parameter], table: Tensor, moments: Moments) -> torch.optim.Optimizer:
