@@ -3,6 +3,7 @@ import torch
 import triton
 
 from memlayers.ops.gpu import read as reading
+from memlayers.ops.gpu import select as selection
 from memlayers.ops.gpu import tune
 
 
@@ -71,3 +72,20 @@ def test_every_choice_computes_the_same(operation, device, monkeypatch):
     assert len(set(tried)) == 5
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0])
+
+
+def test_selection_with_any_number_of_warps(device, monkeypatch):
+    first, second = torch.randn(2, 1, 1, 16, device=device)
+    tried, outputs = set(), []
+    for number in range(4):
+
+        def choose(kind, candidates, run, number=number):
+            tried.add(candidates[number]["num_warps"])
+            return candidates[number]
+
+        monkeypatch.setattr(selection, "choose", choose)
+        outputs.append(selection.select(first, second, 4))
+    assert len(tried) == 4
+    for scores, slots in outputs[1:]:
+        assert torch.equal(scores, outputs[0][0])
+        assert torch.equal(slots, outputs[0][1])

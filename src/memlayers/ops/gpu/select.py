@@ -1,8 +1,10 @@
 """select on a GPU: the K best pair sums of each row, as `memlayers.ops.select` promises them.
 
 A score and its id are one integer of 64 bits, whose order is the order that is promised; so one sort is both. Before
-the K best of a half are sorted, most of it is put aside: they lie in the K groups of adjacent elements with the
-greatest maxima (among equal maxima the first groups, whose ids are lower).
+that, most of a half is put aside: its K best lie in the K groups of adjacent elements with the greatest maxima (among
+equal maxima the first groups, whose ids are lower), and so again within these groups. To choose groups, 32 bits are
+sorted: the number of a group takes the place of a code's last bits. Where that could have changed the choice, which is
+seen from what is equal without these bits, the row is done again, exactly and slowly.
 
 Letters: A leading rows, B trailing rows, N sub-keys a codebook, K neighbours, G groups of M members, P pairs.
 """
@@ -13,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memlayers.ops.gpu.launch import launch
+from memlayers.ops.gpu.tune import choose, size_class
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _MAX_TOPK = 128, 32  # up to 4096 sub-keys, and beyond: more do not fit the registers, or compile for minutes
@@ -50,22 +53,28 @@ def select_into(
     first_ABN, second_ABN = (half if half.stride(-1) == 1 else half.contiguous() for half in (first_ABN, second_ABN))
     strides = *first_ABN.stride()[:2], *second_ABN.stride()[:2]
     rows = rows_a * rows_b
-    settings = blocks(rows, num_subkeys, topk)
-    launch(
-        _select,
-        (rows,),
-        first_ABN,
-        second_ABN,
-        scores_ABK,
-        slots_ABK,
-        *strides,
-        rows_b,
-        num_subkeys,
-        TOPK=topk,
-        SOFTMAX=softmax,
-        VECTOR=all(size % 16 == 0 for size in (num_subkeys, *strides)),
-        **settings,
-    )
+    is_aligned = all(size % 16 == 0 for size in (num_subkeys, *strides))
+
+    def run(settings: dict[str, int]) -> None:
+        launch(
+            _select,
+            (rows,),
+            first_ABN,
+            second_ABN,
+            scores_ABK,
+            slots_ABK,
+            *strides,
+            rows_b,
+            num_subkeys,
+            TOPK=topk,
+            SOFTMAX=softmax,
+            VECTOR=is_aligned,
+            **settings,
+        )
+
+    default = blocks(rows, num_subkeys, topk)
+    others = [{**default, "num_warps": warps} for warps in (1, 2, 4, 8) if warps != default["num_warps"]]
+    run(choose(("select", size_class(rows), num_subkeys, topk, first_ABN.dtype), [default, *others], run))
 
 
 def blocks(rows: int, num_subkeys: int, topk: int) -> dict[str, int]:
