@@ -3,14 +3,18 @@
     python benchmarks/gpu_roofline.py
 
 Nothing is measured, and no GPU is needed: kernels are compiled for an H100 (an H200 has the same instructions), bytes
-are counted by Triton's interpreter on a few tokens, with the blocks of the full size, and scaled. Prints Markdown.
+are counted by Triton's interpreter on a few tokens, with the blocks of the full size, and scaled. Prints Markdown, a
+row an operation: the sum of its kernels; registers, warps, in flight and what binds are those of its main kernel.
+Needs Triton 3.6 or later.
 
 must move    bytes that no kernel could do without, each once; checked against the distinct bytes that are counted
 asks for     bytes of all loads and stores; what is asked for again is mostly in a cache
 instructions of a warp, counted in the machine code, times the trips of its loops, which are estimates: both sides of a
-             branch count, but for the rarely used exact path of select
+             branch count
 in flight    bytes an SM has on their way if all loads of a trip are, in as many programs as fit it
-at least     the greater of must move / bandwidth and instructions / issue rate, of public data sheets
+at least     for each kernel the greatest of must move / bandwidth, of public data sheets, and of its instructions in
+             each pipe / the rate of the pipe, below
+bound by     which of these it is; where an H200's differs, it comes second
 """
 
 import json
@@ -18,7 +22,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,9 +42,21 @@ HEADS, TOPK, SUBKEYS, WIDTH, HALF = 4, 32, 1024, 1024, 256
 SLOTS, READS = SUBKEYS**2, HEADS * TOPK
 FEW = 2  # tokens that are interpreted
 
-# NVIDIA's data sheets of the SXM cards; both have four schedulers an SM.
+# NVIDIA's data sheets of the SXM cards.
 BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}
-ISSUES = 132 * 4 * 1.755e9
+CLOCKS = 132 * 1.98e9  # of all SMs, a second
+# Instructions of a warp that an SM takes a clock, at compute capability 9.0, from memory of public documents: the CUDA
+# programming guide's table of arithmetic throughput (128 lanes a clock for sums and products of float32, so as many as
+# are issued; 64 for integers, comparisons and selections; 32 for shuffles; 16 for conversions and special functions),
+# and 32 lanes a clock for loads and stores. What is in no list counts as issued only, integer products among it.
+RATES = {"issue": 4, "integers": 2, "shuffles": 1, "loads and stores": 1, "special functions": 0.5}
+NAMES = {
+    "integers": "IADD3 VIADD LEA ISETP FSETP SEL FSEL IMNMX FMNMX VIMNMX VIMNMX3 LOP3 SHF PRMT",
+    "shuffles": "SHFL",
+    "loads and stores": "LDG STG LDS STS LDSM STSM LDL STL LD ST ATOM ATOMG ATOMS RED",
+    "special functions": "MUFU F2F F2I I2F I2I FRND POPC FLO",
+}
+PIPES = {name: pipe for pipe, names in NAMES.items() for name in names.split()}
 # Of an SM.
 REGISTERS, SHARED_BYTES, MOST_WARPS, MOST_BLOCKS = 65536, 227 * 1024, 64, 32
 
@@ -194,32 +211,33 @@ def rows_read(tokens: int, slots: int) -> float:
     return slots * -math.expm1(-tokens * READS / slots)
 
 
-def instructions(kernel: Any, launch: Any) -> float:
-    """Of all warps."""
+def instructions(kernel: Any, launch: Any) -> Counter[str]:
+    """Of all warps, by pipe; all of them are issued."""
     known = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.settings
     trips = {
         "_read_kernel": lambda: math.ceil(READS / known["ROWS"]),
         "_dot_kernel": lambda: math.ceil(WIDTH / known["COLUMNS"]),
         "_walk": lambda: min(known["length"], known["count"]),
     }.get(launch.name, lambda: 1)()
-    usual, repeated = usual_places(kernel)
-    of_warp = sum(trips if place in repeated else 1 for place in usual)
-    return of_warp * kernel.warps * launch.programs
+    repeated = repeated_places(kernel)
+    counted: Counter[str] = Counter()
+    for place, name in enumerate(kernel.instructions):
+        times = (trips if place in repeated else 1) * kernel.warps * launch.programs
+        counted["issue"] += times
+        if pipe := PIPES.get(name.split(".")[0]):
+            counted[pipe] += times
+    return counted
 
 
-def usual_places(kernel: Any) -> tuple[list[int], set[int]]:
-    """Places of instructions that are run each time, and of those among them in a loop.
+def repeated_places(kernel: Any) -> set[int]:
+    """Of instructions in a loop."""
+    return {place for loop in kernel.loops for place in loop}
 
-    The exact path of select, for scores that differ in their last bits only, is one that is jumped over, loops and all.
-    """
-    loops = kernel.loops
-    rare = [
-        range(place + 1, to)
-        for place, to in kernel.jumps
-        if kernel.name == "_select" and any(place < loop.start and loop.stop <= to for loop in loops)
-    ]
-    usual = [place for place in range(len(kernel.instructions)) if not any(place in part for part in rare)]
-    return usual, {place for place in usual if any(place in loop for loop in loops)}
+
+def at_least(must_move: float, counted: Mapping[str, float], bandwidth: float) -> tuple[float, str]:
+    """Seconds of a kernel, and what binds it."""
+    times = {"bytes": must_move / bandwidth} | {pipe: counted[pipe] / (CLOCKS * rate) for pipe, rate in RATES.items()}
+    return max((seconds, by) for by, seconds in times.items())
 
 
 def programs_of_sm(kernel: Any) -> int:
@@ -232,15 +250,15 @@ def programs_of_sm(kernel: Any) -> int:
 
 def bytes_in_flight(kernel: Any) -> int:
     """Of an SM."""
-    usual, repeated = usual_places(kernel)
-    names = [kernel.instructions[place] for place in repeated or usual]
+    repeated = repeated_places(kernel)
+    names = [name for place, name in enumerate(kernel.instructions) if not repeated or place in repeated]
     loads = [name for name in names if name.startswith("LDG")]
     widths = [next((size for mark, size in ((".128", 16), (".64", 8), ("16", 2)) if mark in name), 4) for name in loads]
     return sum(widths) * 32 * kernel.warps * programs_of_sm(kernel)
 
 
-def lines_of(case: Case, counted: dict[str, Counted]) -> list[str]:
-    """A line of Markdown for each kernel."""
+def line_of(case: Case, counted: dict[str, Counted]) -> str:
+    """A line of Markdown: the sum of its kernels, and the main one's use of an SM."""
     from memlayers.bench.compiled import SM_90, compile_launch, recorded
 
     few = case.must_move(FEW, counted_rows(case))
@@ -248,21 +266,25 @@ def lines_of(case: Case, counted: dict[str, Counted]) -> list[str]:
         raise RuntimeError(f"{case.name}: {few:,.0f} bytes must move, but {counted[case.main].distinct:,} are counted")
     with recorded() as launches:
         case.run(case.tokens, "meta")
-    lines = []
+    moved, asked, issued = 0.0, 0.0, 0.0
+    times = dict.fromkeys(BANDWIDTHS, 0.0)
     for name in dict.fromkeys(launch.name for launch in launches):
         of_name = [launch for launch in launches if launch.name == name]
         kernel = compile_launch(of_name[0], SM_90)
-        asked, distinct = (size * case.tokens / FEW for size in counted[name])
-        must = case.must_move(case.tokens, rows_read(case.tokens, SLOTS)) if name == case.main else distinct
-        issued = sum(instructions(kernel, launch) for launch in of_name)
-        times = [1e3 * max(must / bandwidth, issued / ISSUES) for bandwidth in BANDWIDTHS.values()]
-        by = "bytes" if must / BANDWIDTHS["H100"] > issued / ISSUES else "instructions"
-        lines.append(
-            f"| {case.name} | `{name.strip('_')}` | {must / 1e9:.3f} | {asked / 1e9:.3f} | {issued / 1e6:,.1f} "
-            f"| {kernel.registers} | {programs_of_sm(kernel) * kernel.warps} | {bytes_in_flight(kernel) / 1024:.0f} "
-            f"| {times[0]:.3f} | {times[1]:.3f} | {by} |"
-        )
-    return lines
+        in_all = sum((instructions(kernel, launch) for launch in of_name), Counter[str]())
+        asks, must = (size * case.tokens / FEW for size in counted[name])
+        if name == case.main:
+            must = case.must_move(case.tokens, rows_read(case.tokens, SLOTS))
+        moved, asked, issued = moved + must, asked + asks, issued + in_all["issue"]
+        floors = {card: at_least(must, in_all, bandwidth) for card, bandwidth in BANDWIDTHS.items()}
+        times = {card: times[card] + seconds for card, (seconds, _) in floors.items()}
+        if name == case.main:
+            of_main, by = kernel, " / ".join(dict.fromkeys(by for _, by in floors.values()))
+    return (
+        f"| {case.name} | {moved / 1e9:.3f} | {asked / 1e9:.3f} | {issued / 1e6:,.1f} "
+        f"| {of_main.registers} | {programs_of_sm(of_main) * of_main.warps} | {bytes_in_flight(of_main) / 1024:.0f} "
+        f"| {1e3 * times['H100']:.3f} | {1e3 * times['H200']:.3f} | {by} |"
+    )
 
 
 def counted_rows(case: Case) -> int:
@@ -285,13 +307,12 @@ def main(count_only: bool = False) -> None:
     print("On paper, not measured. H = 4, K = 32, N = 1,024, V = 1,024, a table of 2^20 rows, random slots.")
     print(f"{READ_TOKENS:,} tokens ({READ_TOKENS * HEADS:,} queries); row steps and norms {STEP_TOKENS:,} tokens.\n")
     print(
-        "| operation | kernel | must move, GB | asks for, GB | warp instructions, M ≈ | registers | warps an SM "
+        "| operation | must move, GB | asks for, GB | warp instructions, M | registers | warps an SM "
         "| in flight an SM, KB | H100 at least, ms | H200 at least, ms | bound by |"
     )
-    print("|---|---|" + "---:|" * 8 + "---|")
+    print("|---|" + "---:|" * 8 + "---|")
     for case in CASES:
-        for line in lines_of(case, counted[case.name]):
-            print(line, flush=True)
+        print(line_of(case, counted[case.name]), flush=True)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,12 @@ def test_the_first_page_s_example_runs():
     exec(compile(code, "index.md", "exec"), {})
 
 
+def test_the_page_about_gpus_runs_on_what_there_is():
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "how-to" / "gpu.md").read_text(), re.DOTALL):
+        exec(compile(code, "gpu.md", "exec"), names)
+
+
 def test_the_tutorial_runs_and_prints_what_it_shows(capsys):
     blocks = re.findall(r"```python\n(.*?)```\n(?:\n```\n(.*?)```)?", (DOCS / "tutorial.md").read_text(), re.DOTALL)
     assert len(blocks) > 5

@@ -116,6 +116,7 @@ def test_every_case_keeps_to_the_gpu(name, fake_gpu, values_unseen, monkeypatch,
     assert told.count("empty cache") >= 1
     for result in results:
         assert result.samples, result.notes
+        assert (REFERENCE in result.samples) == (training.REFERENCE_ON_GPU in result.notes)
         assert not [note for note in result.notes if "skipped" in note or "not captured" in note]
         if result.unit == "s" and result.part != "launches included":
             assert all(

@@ -76,6 +76,7 @@ def test_contenders():
     (train,) = results_of("train")
     trained = ["ours", "textbook, fused Adam", "textbook, SparseAdam", "ours on its references"]
     assert list(train.samples) == trained
+    assert not [note for note in train.notes if note.startswith("ours on its references")]
     float32, bfloat16 = results_of("read")
     for result in (float32, bfloat16):
         assert list(result.samples) == ["ours", "F.embedding_bag", "copy (limit)", "random rows (limit)"]

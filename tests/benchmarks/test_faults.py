@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -23,5 +25,6 @@ def test_runs_that_are_killed_and_resumed_lose_nothing():
     assert "differing          0\n" in found
 
 
+@pytest.mark.slow
 def test_files_that_are_damaged_are_refused_by_name():
     assert "15 files damaged, 15 refused by name" in output("corruption.py", "--files", "15")

@@ -68,7 +68,7 @@ def lines(folder):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in RunFolder(folder).read_metrics()]
 
 
-@pytest.mark.parametrize("kind", ["memory", "llama without a memory"])
+@pytest.mark.parametrize("kind", ["memory", pytest.param("llama without a memory", marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_ends_as_if_it_never_was(config, tiny_corpus, tmp_path, stop, kind):
     if kind != "memory":
         config = variant(config, model={"family": "llama"}, memory_layers=())

@@ -17,6 +17,9 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 import triton
 import triton.language as tl
 
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    pytest.skip("memlayers.bench.compiled needs Triton 3.6 or later", allow_module_level=True)
+
 from memlayers.bench.compiled import GFX942, SM_80, SM_90, Compiled, Launch, compile_launch, parse_sass, recorded
 from memlayers.ops import gpu
 from memlayers.ops.gpu.launch import launch
@@ -35,6 +38,12 @@ ONES = dict.fromkeys(PAPER, 1)  # an argument of 1 is a constant to the compiler
 MANY_ROWS = {"T": 4096, "H": 8, "K": 100, "N": 4096, "V": 1000, "C": 64}
 MANY_KEYS = {"T": 4096, "H": 8, "K": 32, "N": 65536, "V": 1000, "C": 64}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew(tmp_path, monkeypatch):
+    """Nothing is taken from the user's cache, or left there."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def meta(*shape, dtype=torch.float32):
@@ -117,13 +126,13 @@ def check(kernels):
 OPERATIONS = ["select", "search", "search backward", "read", "dot", "sum of rows", "norm", "infer", *STEPS]
 # Loads of 16 bytes that a kernel must have, at the paper's sizes.
 WIDE_LOADS = {"_read_kernel": 8, "_dot_kernel": 8, "_walk": 2, "_finish": 2, "_half_scores_kernel": 8}
-FAST = [
+CASES = [
     ("select", PAPER, "fp32"),
-    ("search backward", PAPER, "bf16"),
     ("read", PAPER, "bf16"),
     ("dot", PAPER, "bf16"),
     ("adam", PAPER, "bf16"),
-    ("infer", FEW, "bf16"),
+    pytest.param("search backward", PAPER, "bf16", marks=pytest.mark.slow),
+    pytest.param("infer", FEW, "bf16", marks=pytest.mark.slow),
 ]
 SIZES = {"paper": PAPER, "few": FEW, "odd": ODD, "ones": ONES, "many rows": MANY_ROWS, "many keys": MANY_KEYS}
 
@@ -133,7 +142,7 @@ def case_id(value):
     return names[0] if names else str(value)
 
 
-@pytest.mark.parametrize(("operation", "sizes", "dtype"), FAST, ids=case_id)
+@pytest.mark.parametrize(("operation", "sizes", "dtype"), CASES, ids=case_id)
 def test_nothing_is_spilled_and_rows_are_loaded_16_bytes_a_thread(operation, sizes, dtype):
     kernels = check(compiled_for(SM_90, operation, sizes, DTYPES[dtype]))
     for name in kernels.keys() & WIDE_LOADS.keys():
@@ -173,6 +182,7 @@ def _copy(x, y, optional, size, any_size, factor, BLOCK: tl.constexpr):
     tl.store(y + place, copied * factor, mask=place < any_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("begin", "size", "any_size", "is_wide"),
     [(0, 1024, 1024, True), (4, 1024, 1024, True), (1, 1024, 1024, False), (0, 1022, 1024, False), (0, 1, 1024, False)],

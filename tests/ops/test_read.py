@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from memlayers.ops.read import dot, read, sum_rows
+from memlayers.ops.read import accumulation_dtype, dot, dot_reference, read, sum_rows
 
 SIZES = [(11, 5, 3, 7), (4, 1, 1, 1), (50, 17, 13, 31), (3, 0, 2, 5)]  # S, T, K, V
 
@@ -46,6 +46,18 @@ def test_dot_and_its_gradients_match_the_gather(size):
         torch.testing.assert_close(result, expected)
 
 
+def test_second_derivatives_of_all_three():
+    table, slots, weights = inputs((6, 3, 4, 5))
+    outputs = torch.randn(3, 5, dtype=torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in (table, weights, outputs)]
+    for function, inner in (
+        (lambda t, w: read(t, slots, w), leaves[:2]),
+        (lambda t, y: dot(t, slots, y), leaves[::2]),
+        (lambda w, y: sum_rows(slots, w, y, 6), leaves[1:]),
+    ):
+        assert torch.autograd.gradgradcheck(function, tuple(inner))
+
+
 def test_gradcheck():
     table, slots, weights = inputs((6, 3, 4, 5))
     assert torch.autograd.gradcheck(lambda t, w: read(t, slots, w), (table.requires_grad_(), weights.requires_grad_()))
@@ -84,3 +96,11 @@ def test_operations_keep_torch_s_rules(size):
     opcheck(read, (table, slots, weights))
     opcheck(dot, (table, slots, outputs))
     opcheck(sum_rows, (slots, weights.detach(), outputs.detach(), size[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_no_rows_at_all(dtype):
+    table, slots, weights = inputs((3, 2, 0, 5), dtype, torch.float32)
+    assert torch.equal(read(table, slots, weights), torch.zeros(2, 5, dtype=accumulation_dtype(dtype)))
+    assert dot(table, slots, torch.randn(2, 5)).shape == (2, 0)
+    assert dot_reference(table, slots, torch.randn(2, 5)).shape == (2, 0)

@@ -114,6 +114,7 @@ def test_a_bfloat16_second_moment_decays_on_average_where_it_is_rounded_stochast
     assert left == pytest.approx(0.999**300 if stochastic else 1.0, rel=0.01)
 
 
+@pytest.mark.slow
 def test_bfloat16_moments_train_as_well_as_float32_ones():
     """A table learns another one, from weighted sums of rows with noise."""
     losses = {}

@@ -25,6 +25,7 @@ from memlayers.bench.shapes import Shape
 from memlayers.bench.timing import Call, Stopwatch, capture
 from memlayers.bench.training import (
     REFERENCE,
+    REFERENCE_ON_GPU,
     TRAINED,
     Moments,
     contender_bytes,
@@ -259,6 +260,8 @@ def time_training(bench: Bench, case: str, shape: Shape, names: tuple[str, ...],
             (notes if lack else able).append(f"{name}: {lack}" if lack else name)
     if not able:
         return Result(case=case, part=part, shape=shape, notes=tuple(notes))
+    if REFERENCE in able and bench.device.type == "cuda":
+        notes.append(REFERENCE_ON_GPU)
     steps, more = make_steps(tuple(able), shape, bench.device)
     return Result(case=case, part=part, shape=shape, samples=bench.watch.rounds(steps), notes=(*notes, *more))
 

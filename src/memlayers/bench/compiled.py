@@ -4,7 +4,8 @@
         read_on_gpu(table_SV, slots_TK, weights_TK)  # of tensors on "meta", of any size
     print(compile_launch(launches[0], SM_90))
 
-Needs Triton, and a process in which it does not interpret.
+Needs Triton 3.6 or later, and a process in which it does not interpret. (What it calls within Triton differs in 3.4 and
+3.5: they have no `JITFunction._pack_args`, and their `get_ptxas` takes no argument.)
 """
 
 import re

@@ -6,8 +6,11 @@
 
 A GPU would not say that a kernel reads beside its tensors, and shows a race now and then. Here each argument's pointer
 carries the argument's number in bits that no address needs, so it is known whose elements an access is meant for
-however far off it is, and each byte remembers which program wrote and which one read it. Needs a process that was
-started with TRITON_INTERPRET=1.
+even far off (below 2^48 bytes), and each byte remembers which program wrote and which one read it. Needs a process
+that was started with TRITON_INTERPRET=1.
+
+Not found: a program that stores where it loaded before, or twice to one place; integer atomics whose result depends on
+their order; arguments that share memory without sharing a storage.
 """
 
 import inspect

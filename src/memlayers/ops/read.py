@@ -4,7 +4,7 @@ All three are the parts of one form, sum over (t, k) of weight[t, k] * <row of s
     read      given rows and weights:  y[t]       = sum_k weight[t, k] * table[slot[t, k]]
     dot       given rows and outputs:  d[t, k]    = <table[slot[t, k]], output[t]>
     sum_rows  given weights and outputs: g[s]     = sum over (t, k) with slot[t, k] = s of weight[t, k] * output[t]
-so the gradients of `read` are `dot` and `sum_rows`, and those of `dot` are `read` and `sum_rows`.
+so the gradients of each are the two others.
 
 Sums are accumulated in float32 (float64 for float64), and so is what is returned. The gathered rows [T, K, V] are
 never materialised as a whole. Letters: T tokens, K rows a token, S slots, V width, M = T * K.
@@ -131,6 +131,8 @@ def _kernels(table_SV: Tensor) -> ModuleType | None:
 def read_reference(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """`read` in PyTorch's own operations."""
     dtype = accumulation_dtype(table_SV.dtype)
+    if slots_TK.numel() == 0:
+        return table_SV.new_zeros(slots_TK.shape[0], table_SV.shape[1], dtype=dtype)
     if table_SV.dtype == dtype:
         return F.embedding_bag(slots_TK, table_SV, per_sample_weights=weights_TK.to(dtype), mode="sum")
     y_TV = table_SV.new_empty(slots_TK.shape[0], table_SV.shape[1], dtype=dtype)
@@ -145,6 +147,8 @@ def dot_reference(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Ten
     dtype = accumulation_dtype(table_SV.dtype)
     outputs_TV = outputs_TV.to(dtype).contiguous()
     num_tokens, topk = slots_TK.shape
+    if slots_TK.numel() == 0:
+        return outputs_TV.new_empty(num_tokens, topk)
     if table_SV.dtype == dtype and table_SV.is_contiguous():
         # The kernel behind embedding_bag's own backward; a bmm over gathered rows takes four times as long on a CPU.
         bag_T = torch.arange(num_tokens, device=slots_TK.device)
@@ -209,6 +213,20 @@ def _dot_backward(ctx, grad_TK):
     return grad_SV, None, grad_TV
 
 
+def _save_sum(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _sum_backward(ctx, grad_SV):
+    slots_TK, weights_TK, outputs_TV = ctx.saved_tensors
+    grad_TK = grad_TV = None
+    if ctx.needs_input_grad[1]:
+        grad_TK = dot(grad_SV, slots_TK, outputs_TV).to(weights_TK.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_TV = read(grad_SV, slots_TK, weights_TK).to(outputs_TV.dtype)
+    return None, grad_TK, grad_TV, None
+
+
 read.register_fake(_empty_outputs)
 read_row_mode.register_fake(_empty_outputs)
 dot.register_fake(_empty_weights)
@@ -216,3 +234,4 @@ sum_rows.register_fake(_empty_rows)
 read.register_autograd(_read_backward, setup_context=_save_read)
 read_row_mode.register_autograd(_read_row_mode_backward, setup_context=_save_read)
 dot.register_autograd(_dot_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+sum_rows.register_autograd(_sum_backward, setup_context=_save_sum)

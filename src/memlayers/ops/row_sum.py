@@ -158,7 +158,10 @@ class _Entries:
         weight_M = _joined([part.weights_TK.flatten().to(dtype) for part in parts])
         slots_M = _joined([part.slots_TK.flatten().long() for part in parts])
         _check_range(slots_M, weight_M, num_slots)
-        self.sorted_slots_M, order_M = torch.where(weight_M == 0, num_slots, slots_M).sort(stable=True)
+        is_read_M = weight_M != 0
+        if slots_M.device.type != "cpu":  # not checked there; a slot of no row must not be written to
+            is_read_M &= (slots_M >= 0) & (slots_M < num_slots)
+        self.sorted_slots_M, order_M = torch.where(is_read_M, slots_M, num_slots).sort(stable=True)
         self.weight_M = weight_M[order_M]
         self.grad_RV = _joined([part.grad_TV.to(dtype) for part in parts])
         first, tokens = 0, []

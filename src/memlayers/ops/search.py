@@ -69,7 +69,7 @@ def search_backward_reference(
         grad_query_2HTC = grad_2HTN @ weight_2HNC
         grad_weight_2HNC = grad_2HTN.transpose(-1, -2) @ query_2HTC
     grad_query_THQ = grad_query_2HTC.permute(2, 1, 0, 3).reshape(query_THQ.shape)
-    return grad_query_THQ.to(query_THQ.dtype), grad_weight_2HNC.contiguous()
+    return grad_query_THQ.to(query_THQ.dtype).contiguous(), grad_weight_2HNC.contiguous()
 
 
 @search.register_kernel("cpu")

@@ -73,7 +73,7 @@ def halves(slots: Tensor, num_subkeys: int) -> tuple[Tensor, Tensor]:
 @select_pairs.register_fake
 def _(first_N, second_N, topk):
     shape = (*first_N.shape[:-1], topk)
-    dtype = torch.float64 if first_N.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if torch.float64 in (first_N.dtype, second_N.dtype) else torch.float32
     return first_N.new_empty(shape, dtype=dtype), first_N.new_empty(shape, dtype=torch.int64)
 
 

@@ -148,6 +148,7 @@ print(cpu.why_not())
     assert cpu.why_not() is None
 
 
+@pytest.mark.slow
 def test_where_no_folder_can_be_written_kernels_are_compiled_anew():
     code = """
 import torch

@@ -12,6 +12,9 @@ import os
 import pytest
 import torch
 
+# Older versions of PyTorch want it for deterministic products on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

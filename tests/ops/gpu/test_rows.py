@@ -335,3 +335,41 @@ def test_a_table_of_more_than_2_31_elements(device):
     row_sgd_(table, *gradient, lr=0.25)
     assert torch.equal(table[touched], torch.full((4, width), 0.5, dtype=torch.bfloat16, device=device))
     assert torch.equal(table[neighbours], torch.full((4, width), 3.0, dtype=torch.bfloat16, device=device))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t[:, :1].expand_as(t),
+        lambda t: t[:1, :1].expand_as(t),
+        lambda t: t[:, :1],
+        lambda t: t[:, ::2],
+        lambda t: t.t().contiguous().t(),
+    ],
+    ids=["one a token", "one in all", "first column", "every other column", "transposed"],
+)
+@pytest.mark.parametrize("of", ["slots", "weights", "both"])
+def test_slots_and_weights_may_lie_anywhere_in_memory(view, of, device):
+    slots, weights = torch.randint(13, (4, 5), device=device), torch.randn(4, 5, device=device)
+    slots = view(slots) if of != "weights" else slots[:, : view(slots).shape[1]]
+    weights = view(weights) if of != "slots" else weights[:, : view(weights).shape[1]]
+    outputs = torch.randn(4, 7, device=device)
+    expected = torch.zeros(13, 7, device=device)
+    expected.index_put_((slots,), weights[..., None] * outputs[:, None], accumulate=True)
+    torch.testing.assert_close(sum_rows(slots, weights, outputs, 13), expected)
+
+
+def test_a_slot_of_no_row_is_no_read_where_parts_are_merged(device):
+    """By the reference, which checks slots on a CPU alone: elsewhere it would have to wait."""
+    if device.type == "cpu":
+        pytest.skip("a CPU raises IndexError")
+    table = ValueTable(4, 3, device=device)
+    optimizer = RowSGD([table], lr=1.0)
+    before = table.weight.detach().clone()
+    for slot in (99, -1, 2):  # more than a dense gradient holds
+        table.row_gradient.add(
+            torch.full((2, 3), slot, device=device), torch.ones(2, 3, device=device), torch.ones(2, 3, device=device)
+        )
+    optimizer.step()
+    before[2] -= 6
+    torch.testing.assert_close(table.weight.detach(), before)

@@ -20,7 +20,7 @@ def signed_zeros(*shape):
 
 
 def clusters(*shape):
-    """Neighbours differ in their last bits, which the first steps of the search cut off."""
+    """Scores that differ in their last bits only."""
     return 1 + 1e-7 * torch.randint(9, shape) * torch.randn(shape).sign()
 
 

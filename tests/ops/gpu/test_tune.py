@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 import triton
@@ -6,13 +8,15 @@ from memlayers.ops.gpu import read as reading
 from memlayers.ops.gpu import select as selection
 from memlayers.ops.gpu import tune
 
+GPU = torch.device("cuda", 1)
+
 
 @pytest.fixture
 def tuner(monkeypatch):
     """Tuning is on, nothing is known yet, a run takes as many milliseconds as its blocks are called."""
     monkeypatch.setenv(tune.SWITCH, "1")
     monkeypatch.setattr(tune, "_fastest", {})
-    monkeypatch.setattr(tune.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune.torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(tune.torch.cuda, "is_current_stream_capturing", lambda: False)
     timed = []
 
@@ -28,25 +32,25 @@ def tuner(monkeypatch):
 
 def test_the_table_counts_unless_tuning_is_asked_for(monkeypatch):
     monkeypatch.delenv(tune.SWITCH, raising=False)
-    assert tune.choose(("read", 8), [3, 1, 2], lambda blocks: 1 / 0) == 3
+    assert tune.choose(("read", 8), [3, 1, 2], lambda blocks: 1 / 0, GPU) == 3
 
 
 def test_the_fastest_is_measured_once_for_each_kind(tuner):
-    assert tune.choose(("read", 8), [3, 1, 2], lambda blocks: blocks) == 1
-    assert tune.choose(("read", 8), [3, 1, 2], lambda blocks: 1 / 0) == 1
-    assert tune.choose(("dot", 8), [3, 2], lambda blocks: blocks) == 2
+    assert tune.choose(("read", 8), [3, 1, 2], lambda blocks: blocks, GPU) == 1
+    assert tune.choose(("read", 8), [3, 1, 2], lambda blocks: 1 / 0, GPU) == 1
+    assert tune.choose(("dot", 8), [3, 2], lambda blocks: blocks, GPU) == 2
     assert tuner == [3, 1, 2, 3, 2]
 
 
 def test_blocks_that_there_is_no_room_for_are_passed_over(tuner):
-    assert tune.choose(("read", 8), [0, 5, 4], lambda blocks: blocks) == 4
+    assert tune.choose(("read", 8), [0, 5, 4], lambda blocks: blocks, GPU) == 4
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(tuner, monkeypatch):
     monkeypatch.setattr(tune.torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tune.choose(("read", 8), [3, 1], lambda blocks: 1 / 0) == 3
+    assert tune.choose(("read", 8), [3, 1], lambda blocks: 1 / 0, GPU) == 3
     monkeypatch.setattr(tune.torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert tune.choose(("read", 8), [3, 1], lambda blocks: blocks) == 1
+    assert tune.choose(("read", 8), [3, 1], lambda blocks: blocks, GPU) == 1
 
 
 @pytest.mark.parametrize(("size", "expected"), [(0, 1), (1, 1), (5, 8), (1024, 1024)])
@@ -63,7 +67,7 @@ def test_every_choice_computes_the_same(operation, device, monkeypatch):
     tried, outputs = [], []
     for number in range(5):
 
-        def choose(kind, candidates, run, number=number):
+        def choose(kind, candidates, run, device, number=number):
             tried.append(candidates[number])
             return candidates[number]
 
@@ -79,7 +83,7 @@ def test_selection_with_any_number_of_warps(device, monkeypatch):
     tried, outputs = set(), []
     for number in range(4):
 
-        def choose(kind, candidates, run, number=number):
+        def choose(kind, candidates, run, device, number=number):
             tried.add(candidates[number]["num_warps"])
             return candidates[number]
 

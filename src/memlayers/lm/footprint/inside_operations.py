@@ -22,7 +22,8 @@ from memlayers.values import ValueTable
 _SEARCH_BLOCK = 8 * 2**20  # half scores that the kernel of a CPU holds at once
 _ENTRY = 28  # bytes of an entry in the kernel that sorts them: two arrays of keys, a weight, an address
 
-_GPU_BLOCK = 2**25  # half scores, or gradients of half scores, that are held at once on a GPU
+# Half scores, or gradients of half scores, that are held at once on a GPU, for at least so many queries.
+_GPU_BLOCK, _GPU_FEWEST_ROWS = 2**25, 4096
 # Bytes of an entry there: key, token and weight as recorded and in order, the order; the sort has as much of its own.
 _GPU_ENTRY = 4 + 4 + 4 + 8 + 4 + 4 + 2 * (4 + 8)
 _GPU_ASIDE = 8192  # blocks of entries at most, each of which may put the sums of two rows aside
@@ -169,8 +170,9 @@ def _gpu_search_backward_kernel(
 
 def _gpu_block(query_THQ: Tensor, weight_2HNC: Tensor) -> int:
     """Half scores of a block of tokens."""
-    halves = 2 * query_THQ.shape[1] * weight_2HNC.shape[2]
-    return halves * max(1, min(len(query_THQ), _GPU_BLOCK // halves))
+    heads = query_THQ.shape[1]
+    halves = 2 * heads * weight_2HNC.shape[2]
+    return halves * min(len(query_THQ), max(_GPU_BLOCK // halves, -(-_GPU_FEWEST_ROWS // heads)))
 
 
 def _gpu_rows_kernel(entries: int, width: int) -> None:

@@ -50,7 +50,8 @@ def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
         )
 
     default = read_blocks(tokens, topk, width, table_SV.element_size())
-    run(choose(("read", size_class(tokens), topk, width, table_SV.dtype), [default, *_others(*default)], run))
+    kind = "read", size_class(tokens), topk, width, table_SV.dtype
+    run(choose(kind, [default, *_others(*default)], run, table_SV.device))
     return y_TV
 
 
@@ -77,7 +78,8 @@ def dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
         )
 
     default = read_blocks(2**31, topk, width, table_SV.element_size())
-    run(choose(("dot", size_class(tokens), topk, width, table_SV.dtype), [default, *_others(*default)], run))
+    kind = "dot", size_class(tokens), topk, width, table_SV.dtype
+    run(choose(kind, [default, *_others(*default)], run, table_SV.device))
     return d_TK
 
 

@@ -88,8 +88,8 @@ class SortedEntries:
             launch(
                 _number_entries,
                 (triton.cdiv(size, _BLOCK),),
-                slots_TK.reshape(-1),
-                weights_TK.reshape(-1),
+                slots_TK.reshape(-1).contiguous(),  # what is expanded, or every other column, reshapes to a view
+                weights_TK.reshape(-1).contiguous(),
                 key_M,
                 token_M,
                 weight_M,

@@ -14,6 +14,7 @@ from memlayers.ops.gpu import select as selection
 from memlayers.ops.gpu.launch import launch
 
 _BLOCK = 2**25  # half scores held at once, or gradients of half scores: 128 MB in float32
+_FEWEST_ROWS = 4096  # of a block, whatever they take: fewer would leave a GPU waiting for launches
 
 
 def takes(query: Tensor, weight: Tensor, topk: int) -> bool:
@@ -61,7 +62,8 @@ def search_backward(
 
 
 def _blocks(num_tokens: int, weight_2HNC: Tensor) -> list[slice]:
-    tokens = max(1, _BLOCK // max(1, weight_2HNC[..., 0].numel()))
+    _, heads, num_subkeys, _ = weight_2HNC.shape
+    tokens = max(_BLOCK // (2 * heads * num_subkeys), -(-_FEWEST_ROWS // heads))
     return [slice(start, min(start + tokens, num_tokens)) for start in range(0, num_tokens, tokens)]
 
 

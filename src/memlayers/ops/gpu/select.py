@@ -2,9 +2,7 @@
 
 A score and its id are one integer of 64 bits, whose order is the order that is promised; so one sort is both. Before
 that, most of a half is put aside: its K best lie in the K groups of adjacent elements with the greatest maxima (among
-equal maxima the first groups, whose ids are lower), and so again within these groups. To choose groups, 32 bits are
-sorted: the number of a group takes the place of a code's last bits. Where that could have changed the choice, which is
-seen from what is equal without these bits, the row is done again, exactly and slowly.
+equal maxima the first groups, whose ids are lower), and so again within these groups.
 
 Letters: A leading rows, B trailing rows, N sub-keys a codebook, K neighbours, G groups of M members, P pairs.
 """
@@ -74,7 +72,8 @@ def select_into(
 
     default = blocks(rows, num_subkeys, topk)
     others = [{**default, "num_warps": warps} for warps in (1, 2, 4, 8) if warps != default["num_warps"]]
-    run(choose(("select", size_class(rows), num_subkeys, topk, first_ABN.dtype), [default, *others], run))
+    kind = "select", size_class(rows), num_subkeys, topk, first_ABN.dtype
+    run(choose(kind, [default, *others], run, first_ABN.device))
 
 
 def blocks(rows: int, num_subkeys: int, topk: int) -> dict[str, int]:
@@ -95,7 +94,6 @@ def blocks(rows: int, num_subkeys: int, topk: int) -> dict[str, int]:
         "K2": k2,
         "P2": pairs,
         "M": min(members, n2 // k2),
-        "EXACT": n2 > 2048,  # beyond, too little of a code is left beside the number of a group
         "num_warps": max(warps, 4) if rows <= _FEW_ROWS else warps,
     }
 
@@ -183,91 +181,36 @@ def _maxima(half, start_C, num_subkeys, M: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _narrow(code_C2, group_C2, LOG_C: tl.constexpr, LOG_K: tl.constexpr, LOW: tl.constexpr, EXACT: tl.constexpr):
-    """The K2 groups with the greatest codes, and whether there is a doubt."""
-    if EXACT:
-        return _index(_greatest(_pack(code_C2, group_C2), LOG_C, LOG_K, False)), 0
-    key_C2 = (code_C2 & ~LOW) | (group_C2 ^ LOW)
-    key_K2 = _greatest(key_C2, LOG_C, LOG_K, False)
-    least_2 = (tl.min(key_K2, axis=0) & ~LOW)[None, :]
-    # Codes that agree with the least in what was kept of it: no doubt if nothing was cut from them.
-    is_cut_C2 = ((code_C2 & ~LOW) == least_2) & (((code_C2 ^ (code_C2 >> 31)) & LOW) != 0)
-    count_2 = tl.sum(tl.where(key_C2 >= least_2, tl.where(is_cut_C2, 0x10001, 1), 0), axis=0)
-    is_doubt_2 = ((count_2 & 0xFFFF) > (1 << LOG_K)) & (count_2 > 0xFFFF)
-    return (key_K2 & LOW) ^ LOW, tl.max(is_doubt_2.to(tl.int32), axis=0)
-
-
-@triton.jit
-def _members(
-    half1,
-    half2,
-    group_K2,
-    num_subkeys,
-    LOG_K: tl.constexpr,
-    N2: tl.constexpr,
-    M: tl.constexpr,
-    VECTOR: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """`_narrow` to groups of at least a quarter of M among the members of groups of M."""
-    L: tl.constexpr = max(M // 4, 1)
+def _members(half1, half2, best_K2, num_subkeys, LOG_K: tl.constexpr, M: tl.constexpr, VECTOR: tl.constexpr):
+    """Of the best groups of M the K2 best smaller groups, packed: of M // 4 or, then sorted, of a single element."""
+    L: tl.constexpr = M // 4 if M > 4 else 1
     RATIO: tl.constexpr = M // L
     SIZE: tl.constexpr = RATIO << LOG_K
     LOG_SIZE: tl.constexpr = SIZE.bit_length() - 1
     member = tl.arange(0, RATIO)[None, :]
-    group1_K, group2_K = tl.split(group_K2)
+    group1_K, group2_K = tl.split(_index(best_K2))
     group1_C = tl.reshape(group1_K[:, None] * RATIO + member, [SIZE])
     group2_C = tl.reshape(group2_K[:, None] * RATIO + member, [SIZE])
-    code1_C, code2_C = (
-        _maxima(half1, group1_C * L, num_subkeys, L, VECTOR),
-        _maxima(half2, group2_C * L, num_subkeys, L, VECTOR),
-    )
-    return _narrow(tl.join(code1_C, code2_C), tl.join(group1_C, group2_C), LOG_SIZE, LOG_K, N2 // L - 1, EXACT)
+    code1_C = _maxima(half1, group1_C * L, num_subkeys, L, VECTOR)
+    code2_C = _maxima(half2, group2_C * L, num_subkeys, L, VECTOR)
+    packed_C2 = _pack(tl.join(code1_C, code2_C), tl.join(group1_C, group2_C))
+    return _greatest(packed_C2, LOG_SIZE, LOG_K, L == 1)
 
 
 @triton.jit
-def _best(
-    half1,
-    half2,
-    num_subkeys,
-    LOG_K: tl.constexpr,
-    N2: tl.constexpr,
-    M: tl.constexpr,
-    VECTOR: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Packed, the K2 best of both halves, best first; and whether there is a doubt."""
+def _best(half1, half2, num_subkeys, LOG_K: tl.constexpr, N2: tl.constexpr, M: tl.constexpr, VECTOR: tl.constexpr):
+    """Packed, the K2 best of both halves, best first."""
     GROUPS: tl.constexpr = N2 // M
     LOG_GROUPS: tl.constexpr = GROUPS.bit_length() - 1
     LEVELS: tl.constexpr = M.bit_length() // 2
     group = tl.arange(0, GROUPS)
-    code_C2 = tl.join(
-        _maxima(half1, group * M, num_subkeys, M, VECTOR), _maxima(half2, group * M, num_subkeys, M, VECTOR)
-    )
-    group_K2, doubt = _narrow(code_C2, tl.join(group, group), LOG_GROUPS, LOG_K, GROUPS - 1, EXACT)
+    code1_C = _maxima(half1, group * M, num_subkeys, M, VECTOR)
+    code2_C = _maxima(half2, group * M, num_subkeys, M, VECTOR)
+    packed_C2 = _pack(tl.join(code1_C, code2_C), tl.join(group, group))
+    best_K2 = _greatest(packed_C2, LOG_GROUPS, LOG_K, M == 1)
     for level in tl.static_range(LEVELS):
-        group_K2, more = _members(half1, half2, group_K2, num_subkeys, LOG_K, N2, M >> (2 * level), VECTOR, EXACT)
-        doubt |= more
-    group1_K, group2_K = tl.split(group_K2)
-    code_K2 = tl.join(_codes_at(half1, group1_K, num_subkeys), _codes_at(half2, group2_K, num_subkeys))
-    return _greatest(_pack(code_K2, group_K2), LOG_K, LOG_K, True), doubt
-
-
-@triton.jit
-def _best_one_by_one(half, num_subkeys, TOPK: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr):
-    """The same of one half without a doubt, and slowly: each time the greatest of what is less than the last."""
-    CHUNK: tl.constexpr = min(N2, 128)
-    rank_K = tl.arange(0, K2)
-    best_K = tl.full([K2], -(2**63), tl.int64)
-    for rank in range(TOPK):
-        last = tl.min(tl.where(rank_K < rank, best_K, 2**63 - 1), axis=0)
-        greatest = tl.full([CHUNK], -(2**63), tl.int64)
-        for start in range(0, N2, CHUNK):
-            index = start + tl.arange(0, CHUNK)
-            packed = _pack(_codes_at(half, index, num_subkeys), index)
-            greatest = tl.maximum(greatest, tl.where(packed < last, packed, -(2**63)))
-        best_K = tl.where(rank_K == rank, tl.max(greatest, axis=0), best_K)
-    return best_K
+        best_K2 = _members(half1, half2, best_K2, num_subkeys, LOG_K, M >> (2 * level), VECTOR)
+    return best_K2
 
 
 @triton.jit
@@ -286,7 +229,7 @@ def _staircase(TOPK: tl.constexpr, K2: tl.constexpr, P2: tl.constexpr, LOG_K2: t
     return i, tl.where(exists, j, 0), exists
 
 
-@triton.jit(do_not_specialize=["rows_b"])
+@triton.jit(do_not_specialize=["first_a", "first_b", "second_a", "second_b", "rows_b"])
 def _select(
     first,
     second,
@@ -305,7 +248,6 @@ def _select(
     P2: tl.constexpr,
     M: tl.constexpr,
     VECTOR: tl.constexpr,
-    EXACT: tl.constexpr,
 ):
     LOG_K: tl.constexpr = K2.bit_length() - 1
     LOG_P: tl.constexpr = P2.bit_length() - 1
@@ -313,14 +255,11 @@ def _select(
     i, j, exists = _staircase(TOPK, K2, P2, LOG_K)
     row = tl.program_id(0)
     a, b = (row // rows_b).to(tl.int64), (row % rows_b).to(tl.int64)
-    half1, half2 = first + a * first_a + b * first_b, second + a * second_a + b * second_b
-    best_K2, doubt = _best(half1, half2, num_subkeys, LOG_K, N2, M, VECTOR, EXACT)
-    if not EXACT:
-        if doubt != 0:
-            best1 = _best_one_by_one(half1, num_subkeys, TOPK, K2, N2)
-            best_K2 = tl.join(best1, _best_one_by_one(half2, num_subkeys, TOPK, K2, N2))
-        tl.debug_barrier()
-    best1, best2 = tl.split(best_K2)
+    offset1, offset2 = a * first_a + b * first_b, a * second_a + b * second_b
+    if VECTOR:  # known of no stride, or another number of tokens would be compiled again
+        offset1, offset2 = tl.multiple_of(offset1, 16), tl.multiple_of(offset2, 16)
+    half1, half2 = first + offset1, second + offset2
+    best1, best2 = tl.split(_best(half1, half2, num_subkeys, LOG_K, N2, M, VECTOR))
     score1, score2 = _score((best1 >> 32).to(tl.int32)), _score((best2 >> 32).to(tl.int32))
     code = _code(tl.gather(score1, i, 0) + tl.gather(score2, j, 0))
     slot = tl.gather(_index(best1) * num_subkeys, i, 0) + tl.gather(_index(best2), j, 0)

@@ -17,7 +17,12 @@ Blocks = TypeVar("Blocks")
 _fastest: dict[Hashable, Any] = {}  # what was measured in this process
 
 
-def choose(kind: tuple[Hashable, ...], candidates: Sequence[Blocks], run: Callable[[Blocks], object]) -> Blocks:
+def choose(
+    kind: tuple[Hashable, ...],
+    candidates: Sequence[Blocks],
+    run: Callable[[Blocks], object],
+    device: torch.device,
+) -> Blocks:
     """The first of the candidates, which is the fixed table's; where tuning is on, the one that runs fastest.
 
     kind: the kernel, and what decides which blocks are good for it. run: the kernel with these blocks; what it writes
@@ -25,11 +30,12 @@ def choose(kind: tuple[Hashable, ...], candidates: Sequence[Blocks], run: Callab
     """
     if os.environ.get(SWITCH, "0") in ("", "0"):
         return candidates[0]
-    kind = (torch.cuda.current_device(), *kind)
+    kind = (device, *kind)
     if kind not in _fastest:
-        if torch.cuda.is_current_stream_capturing():  # no time can be taken in a CUDA graph
-            return candidates[0]
-        _fastest[kind] = min(candidates, key=lambda blocks: milliseconds(lambda: run(blocks)))
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():  # no time can be taken in a CUDA graph
+                return candidates[0]
+            _fastest[kind] = min(candidates, key=lambda blocks: milliseconds(lambda: run(blocks)))
     return _fastest[kind]
 
 
