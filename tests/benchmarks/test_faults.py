@@ -19,6 +19,7 @@ def output(script, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_and_resumed_lose_nothing():
     found = output("kill_and_resume.py", "--kills", "4", "--steps", "25")
     assert "kills              4\n" in found

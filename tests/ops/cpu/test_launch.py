@@ -115,6 +115,7 @@ print(sum(len(batch) for batch in loader))
     assert run(code).split() == ["8"]
 
 
+@pytest.mark.slow
 def test_kernels_are_kept_on_disk_for_the_next_process(tmp_path):
     code = "from memlayers.ops.cpu import read; print(read._read.cache_hits, read._dot.cache_hits)"
     outputs = [run(code, NUMBA_CACHE_DIR=str(tmp_path)).split() for _ in range(2)]
