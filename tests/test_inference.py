@@ -126,7 +126,14 @@ def test_as_many_tokens_as_asked_for_each_number_its_own_graph(graphs):
             assert_same(model, torch.randn(tokens, 64))
         assert_same(model, torch.randn(3, 1, 64))
     assert replays(graphs) == [3, 1]
-    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"), captured_decoding(model, tokens=0):
+
+
+@pytest.mark.parametrize("tokens", [0, 17, 1.5, True, "8", None])
+def test_a_number_of_tokens_that_cannot_be_is_refused(tokens):
+    with (
+        pytest.raises(ValueError, match=f"tokens must be an integer from 1 to 16, got {tokens!r}"),
+        captured_decoding(decoder(1), tokens=tokens),
+    ):
         pass
 
 

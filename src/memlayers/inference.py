@@ -27,6 +27,7 @@ _PARTS = (QueryNetwork, nn.Linear, MaskedBatchNorm, ProductKeys, ValueTable)
 _DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 _CAPTURED_ON = ("cuda",)
+MOST_CAPTURED = 16  # tokens: what `memlayers.ops.gpu.infer` has kernels for
 
 
 def try_infer(layer: "MemoryLayer", x_TD: Tensor) -> Tensor | None:
@@ -71,16 +72,16 @@ def captured_decoding(model: nn.Module, *, tokens: int = 1) -> Iterator[None]:
 
     For one token at a time, starting the kernels takes longer than their work. A layer that runs as one operation on a
     GPU (`try_infer`) is captured at its first such call, for each number of tokens and dtype, and again where a weight
-    has been replaced by another tensor; weights that change in place need nothing. Of more than 16 tokens nothing is
-    captured, nor on a CPU, under `torch.compile`, or inside a capture of somebody else's: there the call is as usual.
-    Call the model on one stream at a time. At the end, graphs and their memory are given back.
+    has been replaced by another tensor; weights that change in place need nothing. Nothing is captured on a CPU, under
+    `torch.compile`, or inside a capture of somebody else's: there the call is as usual. Call the model on one stream at
+    a time. At the end, graphs and their memory are given back.
 
-    Raises `ValueError` for `tokens` below 1.
+    Raises `ValueError` unless `tokens` is an integer from 1 to 16.
     """
     from memlayers.layer import MemoryLayer
 
-    if tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MOST_CAPTURED:
+        raise ValueError(f"tokens must be an integer from 1 to {MOST_CAPTURED}, got {tokens!r}")
     captures = Captures(tokens)
     layers = [module for module in model.modules() if isinstance(module, MemoryLayer)]
     before = [vars(layer).get("captures") for layer in layers]

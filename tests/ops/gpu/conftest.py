@@ -21,6 +21,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if not (HAS_TRITON and (IS_INTERPRETED or torch.cuda.is_available())):
     collect_ignore_glob = ["test_*.py"]
 
+    def pytest_report_header():
+        wanted = "TRITON_INTERPRET=1, or a GPU that PyTorch is built for" if HAS_TRITON else "Triton"
+        return f"the kernels of a GPU are not tested here: that needs {wanted}"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _kernels_in_operations():
