@@ -59,6 +59,7 @@ def test_a_share_is_of_the_rate_of_the_limit_in_the_same_round(tiny):
     assert result.share(OURS) == pytest.approx(0.25)
     assert result.share("other") is None
     assert result.share("copy (limit)") is None
+    assert result.ratio("copy (limit)") is None  # it does other work
     assert result.to_dict()["contenders"][OURS]["share_of_limit"] == pytest.approx(0.25)
     table = report.markdown(content(), [result])
     assert "| of ours | rate | of copy |" in table

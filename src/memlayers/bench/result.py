@@ -26,9 +26,9 @@ class Result:
     notes: tuple[str, ...] = ()
 
     def ratio(self, name: str) -> float | None:
-        """Median over the rounds of a contender's figure to ours; None if ours was not measured."""
+        """Median over the rounds of a contender's figure to ours; None if ours was not measured, or of other work."""
         ours = self.samples.get(OURS)
-        return None if ours is None else ratio(self.samples[name], ours)
+        return None if ours is None or name == self.limit else ratio(self.samples[name], ours)
 
     def rate(self, name: str) -> tuple[float, str] | None:
         """Work a second, in 10^9."""
