@@ -8,6 +8,7 @@ Needs Triton 3.6 or later, and a process in which it does not interpret. (What i
 3.5: they have no `JITFunction._pack_args`, and their `get_ptxas` takes no argument.)
 """
 
+import math
 import re
 import subprocess
 import tempfile
@@ -48,7 +49,7 @@ class Launch(NamedTuple):
     @property
     def programs(self) -> int:
         """How many are started."""
-        return _product(self.grid)
+        return math.prod(self.grid)
 
 
 class Jump(NamedTuple):
@@ -252,10 +253,3 @@ def _run(*command: Any) -> str:
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()}")
     return done.stdout + done.stderr
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

@@ -64,6 +64,17 @@ def select_reference(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tens
     return first_N.gather(-1, row_K) + second_N.gather(-1, column_K), slots_K
 
 
+def check_halves(first_N: Tensor, second_N: Tensor, topk: int) -> None:
+    """Raises `ValueError` for what the kernels cannot take, which write wherever the shapes say."""
+    num_subkeys = first_N.shape[-1]
+    if first_N.shape != second_N.shape:
+        raise ValueError(f"half scores must have one shape, got {[*first_N.shape]} and {[*second_N.shape]}")
+    if not 1 <= topk <= num_subkeys <= 2**16:
+        raise ValueError(
+            f"topk must be in [1, N] and N, the number of sub-keys, at most 2**16, got {topk} and {num_subkeys}"
+        )
+
+
 def halves(slots: Tensor, num_subkeys: int) -> tuple[Tensor, Tensor]:
     """The sub-keys (i, j) of each slot i * N + j."""
     first = torch.div(slots, num_subkeys, rounding_mode="floor")

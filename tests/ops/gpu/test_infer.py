@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from memlayers import MemoryConfig, MemoryLayer
+from memlayers.inference import MOST_CAPTURED
 from memlayers.ops.gpu import infer as kernels
 from memlayers.ops.infer import infer
 from memlayers.ops.select import select_reference
@@ -115,7 +116,7 @@ def test_inputs_of_any_layout(device, only_kernels, other_selection):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_tokens_take_the_other_operations_kernels(dtype, device, monkeypatch):
-    assert kernels.FEW_TOKENS == 16
+    assert kernels.FEW_TOKENS == MOST_CAPTURED
     monkeypatch.setattr(kernels, "FEW_TOKENS", 1)
     given = arguments(SIZES[0], 2, dtype, device)
     assert not kernels.takes(*given)

@@ -13,8 +13,7 @@ GPU = torch.device("cuda", 1)
 
 @pytest.fixture
 def tuner(monkeypatch):
-    """Tuning is on, nothing is known yet, a run takes as many milliseconds as its blocks are called."""
-    monkeypatch.setenv(tune.SWITCH, "1")
+    """Nothing is known yet, a run takes as many milliseconds as its blocks are called."""
     monkeypatch.setattr(tune, "_fastest", {})
     monkeypatch.setattr(tune.torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(tune.torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -30,9 +29,14 @@ def tuner(monkeypatch):
     return timed
 
 
-def test_the_table_counts_unless_tuning_is_asked_for(monkeypatch):
+@pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("", False), ("1", True)])
+def test_the_table_counts_unless_tuning_is_asked_for(value, expected, monkeypatch):
     monkeypatch.delenv(tune.SWITCH, raising=False)
-    assert tune.choose(("read", 8), [3, 1, 2], lambda blocks: 1 / 0, GPU) == 3
+    if value is not None:
+        monkeypatch.setenv(tune.SWITCH, value)
+    tune.is_on.cache_clear()
+    assert tune.is_on() is expected
+    tune.is_on.cache_clear()
 
 
 def test_the_fastest_is_measured_once_for_each_kind(tuner):
@@ -71,6 +75,7 @@ def test_every_choice_computes_the_same(operation, device, monkeypatch):
             tried.append(candidates[number])
             return candidates[number]
 
+        monkeypatch.setattr(reading, "is_on", lambda: True)
         monkeypatch.setattr(reading, "choose", choose)
         outputs.append(getattr(reading, operation)(table, slots, factor))
     assert len(set(tried)) == 5
@@ -87,6 +92,7 @@ def test_selection_with_any_number_of_warps(device, monkeypatch):
             tried.add(candidates[number]["num_warps"])
             return candidates[number]
 
+        monkeypatch.setattr(selection, "is_on", lambda: True)
         monkeypatch.setattr(selection, "choose", choose)
         outputs.append(selection.select(first, second, 4))
     assert len(tried) == 4

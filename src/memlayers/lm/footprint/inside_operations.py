@@ -26,7 +26,7 @@ _ENTRY = 28  # bytes of an entry in the kernel that sorts them: two arrays of ke
 _GPU_BLOCK, _GPU_FEWEST_ROWS = 2**25, 4096
 # Bytes of an entry there: key, token and weight as recorded and in order, the order; the sort has as much of its own.
 _GPU_ENTRY = 4 + 4 + 4 + 8 + 4 + 4 + 2 * (4 + 8)
-_GPU_ASIDE = 8192  # blocks of entries at most, each of which may put the sums of two rows aside
+_GPU_ASIDE = 4096  # blocks of entries at most, each of which may put the sums of two rows aside
 
 
 class InsideOperations:

@@ -35,6 +35,7 @@ from memlayers.ops.cpu.intrinsics import (
 )
 from memlayers.ops.cpu.launch import FIRST_FIELD, NEXT_TASK, THREAD, launch, threads_for
 from memlayers.ops.cpu.vectors import LANES, add, fill, load, store_ordered, store_sums
+from memlayers.ops.select import check_halves
 
 _ROWS = 16  # rows of a task
 _LOWEST = np.int32(-(2**31))  # below the code of every score
@@ -55,12 +56,7 @@ def select_into(
     """The same into contiguous tensors; with `softmax`, that of the K scores in their place."""
     rows_a, rows_b, num_subkeys = first_ABN.shape
     topk = scores_ABK.shape[-1]
-    if first_ABN.shape != second_ABN.shape:
-        raise ValueError(f"half scores must have one shape, got {[*first_ABN.shape]} and {[*second_ABN.shape]}")
-    if not 1 <= topk <= num_subkeys <= 2**16:
-        raise ValueError(
-            f"topk must be in [1, N] and N, the number of sub-keys, at most 2**16, got {topk} and {num_subkeys}"
-        )
+    check_halves(first_ABN, second_ABN, topk)
     rows = rows_a * rows_b
     threads = threads_for((rows + _ROWS - 1) // _ROWS)
     width = scratch_width(num_subkeys, topk)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memlayers.ops.gpu.launch import launch
-from memlayers.ops.gpu.tune import choose, size_class
+from memlayers.ops.gpu.tune import choose, is_on, size_class
 
 Blocks = tuple[int, int, int]  # see `read_blocks`
 
@@ -49,9 +49,11 @@ def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
             num_warps=warps,
         )
 
-    default = read_blocks(tokens, topk, width, table_SV.element_size())
-    kind = "read", size_class(tokens), topk, width, table_SV.dtype
-    run(choose(kind, [default, *_others(*default)], run, table_SV.device))
+    blocks = read_blocks(tokens, topk, width, table_SV.element_size())
+    if is_on():
+        kind = "read", size_class(tokens), topk, width, table_SV.dtype
+        blocks = choose(kind, [blocks, *_others(*blocks)], run, table_SV.device)
+    run(blocks)
     return y_TV
 
 
@@ -77,9 +79,11 @@ def dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
             num_warps=warps,
         )
 
-    default = read_blocks(2**31, topk, width, table_SV.element_size())
-    kind = "dot", size_class(tokens), topk, width, table_SV.dtype
-    run(choose(kind, [default, *_others(*default)], run, table_SV.device))
+    blocks = read_blocks(2**31, topk, width, table_SV.element_size())
+    if is_on():
+        kind = "dot", size_class(tokens), topk, width, table_SV.dtype
+        blocks = choose(kind, [blocks, *_others(*blocks)], run, table_SV.device)
+    run(blocks)
     return d_TK
 
 

@@ -22,8 +22,8 @@ def takes(query: Tensor, weight: Tensor, topk: int) -> bool:
     return query.dtype == weight.dtype and selection.takes(weight, weight[..., 0], topk)
 
 
-def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, *, softmax: bool = False) -> tuple[Tensor, Tensor]:
-    """(scores [T, H, K] float32, or their softmax; slots [T, H, K] int64)."""
+def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """(scores [T, H, K] float32, slots [T, H, K] int64)."""
     shape = (*query_THQ.shape[:2], topk)
     scores_THK = query_THQ.new_empty(shape, dtype=torch.float32)
     slots_THK = query_THQ.new_empty(shape, dtype=torch.int64)
@@ -35,7 +35,7 @@ def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, *, softmax: bool =
                 for query_HtC, keys_HNC in zip(query_2HtC, weight_2HNC, strict=True)
             ]
         first_tHN, second_tHN = (half_HtN.transpose(0, 1) for half_HtN in halves_HtN)
-        selection.select_into(first_tHN, second_tHN, scores_THK[tokens], slots_THK[tokens], softmax=softmax)
+        selection.select_into(first_tHN, second_tHN, scores_THK[tokens], slots_THK[tokens])
     return scores_THK, slots_THK
 
 

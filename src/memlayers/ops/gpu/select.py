@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from memlayers.ops.gpu.launch import launch
-from memlayers.ops.gpu.tune import choose, size_class
+from memlayers.ops.gpu.tune import choose, is_on, size_class
+from memlayers.ops.select import check_halves
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _MAX_TOPK = 128, 32  # up to 4096 sub-keys, and beyond: more do not fit the registers, or compile for minutes
@@ -42,12 +43,7 @@ def select_into(
     """The same into contiguous tensors."""
     rows_a, rows_b, num_subkeys = first_ABN.shape
     topk = scores_ABK.shape[-1]
-    if first_ABN.shape != second_ABN.shape:
-        raise ValueError(f"half scores must have one shape, got {[*first_ABN.shape]} and {[*second_ABN.shape]}")
-    if not 1 <= topk <= num_subkeys <= 2**16:
-        raise ValueError(
-            f"topk must be in [1, N] and N, the number of sub-keys, at most 2**16, got {topk} and {num_subkeys}"
-        )
+    check_halves(first_ABN, second_ABN, topk)
     first_ABN, second_ABN = (half if half.stride(-1) == 1 else half.contiguous() for half in (first_ABN, second_ABN))
     strides = *first_ABN.stride()[:2], *second_ABN.stride()[:2]
     rows = rows_a * rows_b
@@ -70,10 +66,12 @@ def select_into(
             **settings,
         )
 
-    default = blocks(rows, num_subkeys, topk)
-    others = [{**default, "num_warps": warps} for warps in (1, 2, 4, 8) if warps != default["num_warps"]]
-    kind = "select", size_class(rows), num_subkeys, topk, first_ABN.dtype
-    run(choose(kind, [default, *others], run, first_ABN.device))
+    settings = blocks(rows, num_subkeys, topk)
+    if is_on():
+        others = [{**settings, "num_warps": warps} for warps in (1, 2, 4, 8) if warps != settings["num_warps"]]
+        kind = "select", size_class(rows), num_subkeys, topk, first_ABN.dtype
+        settings = choose(kind, [settings, *others], run, first_ABN.device)
+    run(settings)
 
 
 def blocks(rows: int, num_subkeys: int, topk: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ Off unless asked for: the first call of each kind takes seconds then, and block 
 sums, may differ from run to run.
 """
 
+import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
@@ -17,19 +18,23 @@ Blocks = TypeVar("Blocks")
 _fastest: dict[Hashable, Any] = {}  # what was measured in this process
 
 
+@functools.cache
+def is_on() -> bool:
+    """Whether tuning is asked for in this process. Where it is not, nothing is to be done for it at each call."""
+    return os.environ.get(SWITCH, "0") not in ("", "0")
+
+
 def choose(
     kind: tuple[Hashable, ...],
     candidates: Sequence[Blocks],
     run: Callable[[Blocks], object],
     device: torch.device,
 ) -> Blocks:
-    """The first of the candidates, which is the fixed table's; where tuning is on, the one that runs fastest.
+    """The candidate that runs fastest; the first of them, which is the fixed table's, where that cannot be measured.
 
     kind: the kernel, and what decides which blocks are good for it. run: the kernel with these blocks; what it writes
     must be the same each time.
     """
-    if os.environ.get(SWITCH, "0") in ("", "0"):
-        return candidates[0]
     kind = (device, *kind)
     if kind not in _fastest:
         with torch.cuda.device(device):
