@@ -21,6 +21,7 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/ops/gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
