@@ -299,7 +299,7 @@ def test_shapes_that_differ_are_an_error():
 
 
 @pytest.mark.parametrize(("slots", "dim"), [(0, 3), (3, 0)])
-def test_an_empty_table_is_an_error(slots, dim):
+def test_an_empty_table_is_refused(slots, dim):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         ValueTable(slots, dim)
 

@@ -9,12 +9,11 @@ from memlayers.memory_plus import MemoryPlus
 from memlayers.optim import RowAdagrad, RowAdam, RowSGD
 from memlayers.usage import UsageMeter
 from memlayers.values import ValueTable
+from memlayers.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from memlayers.diagnosis import doctor
     from memlayers.models import add_memory, load_memory, save_memory
-
-__version__ = "0.1.0"
 
 __all__ = [
     "FlatKeys",

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-import memlayers
 from memlayers.layer import MemoryLayer
 from memlayers.ops import cpu, gpu
+from memlayers.version import __version__
 
 REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "numba", "triton")
 
@@ -27,7 +27,7 @@ _OPERATIONS = {
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the packages that decide about results; absent ones are left out."""
-    found = {"python": platform.python_version(), "memlayers": memlayers.__version__}
+    found = {"python": platform.python_version(), "memlayers": __version__}
     for package in REPORTED_PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

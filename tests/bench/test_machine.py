@@ -78,17 +78,15 @@ def test_commit():
 
 
 def test_no_commit_of_somebody_elses_checkout(tmp_path, monkeypatch):
-    import memlayers
-
     def git(*arguments):
         settings = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", *settings, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
     git("init")
     git("commit", "--allow-empty", "--message", "theirs")
-    package = tmp_path / "venv" / "lib" / "site-packages" / "memlayers" / "__init__.py"
+    package = tmp_path / "venv" / "lib" / "site-packages" / "memlayers" / "bench" / "machine.py"
     package.parent.mkdir(parents=True)
-    monkeypatch.setattr(memlayers, "__file__", str(package))
+    monkeypatch.setattr(machine, "__file__", str(package))
     assert machine.commit() is None
-    monkeypatch.setattr(memlayers, "__file__", str(tmp_path / "src" / "memlayers" / "__init__.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "src" / "memlayers" / "bench" / "machine.py"))
     assert re.fullmatch(r"[0-9a-f]{40}", machine.commit())

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import memlayers
 from memlayers.ops import cpu, gpu
 
 _UNKNOWN_CACHE = 32 * 2**20
@@ -133,7 +132,7 @@ def threads(number: int | None) -> Iterator[None]:
 
 def commit() -> str | None:
     """The commit of the checkout that this package runs from, ``-dirty`` if files differ; None outside of one."""
-    root = Path(memlayers.__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     try:
         top = _git(root, "rev-parse", "--show-toplevel")
         if Path(top).resolve() != root:  # installed somewhere inside of another project's checkout

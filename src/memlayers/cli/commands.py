@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
 
-import memlayers
 from memlayers.cli import diagnosing, making, using
 from memlayers.cli.call import Call, Command
 from memlayers.cli.options import Base, flatten
@@ -13,6 +12,7 @@ from memlayers.cli.refusals import refusal
 from memlayers.config import instead
 from memlayers.lm.config import RunConfig
 from memlayers.lm.presets import Comparison
+from memlayers.version import __version__
 
 
 def run_command(arguments: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ def run_command(arguments: Sequence[str]) -> None:
         description="Large memory layers: train, compare and use language models that have one.",
         exit_on_error=False,
         allow_abbrev=False,  # of the commands' parsers, too
-        version=memlayers.__version__,
+        version=__version__,
     )
     subcommands = parser.add_subcommands(dest="command", required=True)
     parsers: dict[str, ArgumentParser] = {}

@@ -10,7 +10,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import memlayers
 from memlayers.files import file_sha256, write_sealed
 from memlayers.models.added import (
     added_memories,
@@ -28,6 +27,7 @@ from memlayers.models.memory_folder import FORMAT, WEIGHTS, is_whole_model
 from memlayers.models.mixin import MemoryMixin
 from memlayers.models.unwrapping import unwrap
 from memlayers.models.wrappers import MemoryWrapper
+from memlayers.version import __version__
 
 
 def save_memory(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
@@ -65,7 +65,7 @@ def save_memory(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_s
             aside / MEMORY_CONFIG_NAME,
             {
                 "format": FORMAT,
-                "memlayers": memlayers.__version__,
+                "memlayers": __version__,
                 "memory": placement.to_dict(),
                 "names": names,
                 "base": base.to_dict(),

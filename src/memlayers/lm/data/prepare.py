@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memlayers import __version__
 from memlayers.files import file_sha256, flush, write_sealed
 from memlayers.lm.data import encode
 from memlayers.lm.data.corpus import (
@@ -49,6 +48,7 @@ from memlayers.lm.data.tokenize import (
 )
 from memlayers.lm.data.whole import read_if_whole, verify_files
 from memlayers.lm.data.workspace import is_occupied, keep_only, publish, working_folder
+from memlayers.version import __version__
 
 if TYPE_CHECKING:
     from memlayers.lm.data.config import DataConfig
