@@ -22,7 +22,7 @@ import torch
 from jsonargparse import auto_cli
 from kill_and_resume import small_run, write_text
 
-from memlayers.info import hardware, versions
+from memlayers.hardware import hardware, versions
 from memlayers.lm.data import encode as encoding
 from memlayers.lm.data import open_corpus, prepare
 from memlayers.lm.run import RunFolder

@@ -25,7 +25,7 @@ import torch
 from jsonargparse import auto_cli
 
 from memlayers.config import MemoryConfig
-from memlayers.info import hardware, versions
+from memlayers.hardware import hardware, versions
 from memlayers.lm.checkpoint import Checkpoints
 from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
 from memlayers.lm.data import DataConfig, open_corpus, prepare

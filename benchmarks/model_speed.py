@@ -29,10 +29,11 @@ from memlayers import MemoryConfig, inference
 from memlayers.bench import gate
 from memlayers.bench.machine import commit, gpu_of, kernels_on
 from memlayers.bench.shapes import Shape
-from memlayers.info import count_parameters, hardware, versions
+from memlayers.hardware import hardware, versions
 from memlayers.lm.build import pick_device
 from memlayers.models import add_memory, causal_lm
 from memlayers.optim import MemoryAdamW
+from memlayers.parameters import count_parameters
 from memlayers.values import ValueTable
 
 WITH, WITHOUT = "with a memory", "without"

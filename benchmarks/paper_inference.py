@@ -14,13 +14,14 @@ import torch
 from jsonargparse import auto_cli
 
 from memlayers import MemoryLayer
-from memlayers.info import count_parameters, hardware, versions
+from memlayers.hardware import hardware, versions
 from memlayers.lm.build import build_model, pick_device, resolve_precision
 from memlayers.lm.data import DOCUMENT, Split
 from memlayers.lm.evaluate import measure_speed
 from memlayers.lm.presets import preset
 from memlayers.minimal import MinimalMemory
 from memlayers.models import memory_layers
+from memlayers.parameters import count_parameters
 
 
 @torch.no_grad()

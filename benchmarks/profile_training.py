@@ -14,7 +14,7 @@ import torch
 from jsonargparse import auto_cli
 from torch.profiler import ProfilerActivity, profile
 
-from memlayers.info import hardware, versions
+from memlayers.hardware import hardware, versions
 from memlayers.lm.build import build_model
 from memlayers.lm.presets import preset as preset_of
 from memlayers.ops import cpu

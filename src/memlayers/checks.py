@@ -1,8 +1,15 @@
-"""Checks of a configuration's fields. Each raises `ValueError` naming the field, its value and what is allowed."""
+"""Checks of a configuration's fields. Each raises `ValueError` naming the field, its value and what is allowed.
+
+`CommandFailed` is for what no check of fields foresees.
+"""
 
 import sys
 
 LARGEST = 2**53  # integers beyond are not exact as floating point numbers, which rates and shares are made of
+
+
+class CommandFailed(RuntimeError):  # noqa: N818  (the machine, the numbers or a result are at fault, not a caller)
+    """Well-set work cannot go on, or its result is wrong; a command prints the message and exits with status 1."""
 
 
 def require_int(name: str, value: object, *, least: int, most: int | None = None) -> None:

@@ -46,7 +46,7 @@ def test_the_benchmark_needs_no_transformers():
 
 SCRIPT = """
 import torch
-from memlayers.bench.machine import peak_bytes
+from memlayers.hardware import peak_bytes
 before = peak_bytes(torch.device("cpu"))
 torch.ones(2**26)
 print(peak_bytes(torch.device("cpu")) - before)

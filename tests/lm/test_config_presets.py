@@ -3,10 +3,10 @@ import shutil
 
 import pytest
 
-from memlayers.info import count_parameters
 from memlayers.lm.build import build_model
 from memlayers.lm.presets import preset, preset_names
 from memlayers.lm.train import train
+from memlayers.parameters import count_parameters
 
 
 @pytest.mark.parametrize("name", preset_names())

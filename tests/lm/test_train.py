@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memlayers.lm.trainer as module
-from memlayers.info import count_parameters
 from memlayers.lm.build import build_model, resolve_precision
 from memlayers.lm.data import Windows, training_order
 from memlayers.lm.evaluate import evaluate
@@ -19,6 +18,7 @@ from memlayers.lm.run import RunFolder
 from memlayers.lm.train import train
 from memlayers.lm.trainer import LanguageModelTrainer
 from memlayers.optim import MemoryAdamW, row_adam
+from memlayers.parameters import count_parameters
 
 
 def variant(config, *, model=None, training=None, **fields):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from memlayers.bench.baselines import TextbookMemory, grid_topk
 from memlayers.bench.layers import layer_gradients, make_layer, make_minimal, make_table, make_textbook
 from memlayers.bench.shapes import Shape
+from memlayers.checks import CommandFailed
 from memlayers.layer import MemoryLayer
 from memlayers.ops.row_step import adam, row_adam_
 from memlayers.ops.row_sum import Part
@@ -30,7 +31,7 @@ _STEPS = 3
 _ROWS = 16  # of a row step at full size
 
 
-class GateError(RuntimeError):
+class GateError(CommandFailed):
     """A result is wrong, so there are no speeds to report."""
 
 

@@ -27,21 +27,6 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has held on the device so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # not ru_maxrss, which starts from that of the process that started this one
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
-    import resource
-    import sys
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache."""
     if device.type == "cuda":

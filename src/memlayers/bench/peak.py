@@ -10,9 +10,10 @@ import sys
 
 import torch
 
-from memlayers.bench.machine import peak_bytes, threads
+from memlayers.bench.machine import threads
 from memlayers.bench.shapes import Shape
 from memlayers.bench.training import make_steps
+from memlayers.hardware import peak_bytes
 
 _STEPS = 3
 

@@ -1,13 +1,13 @@
 """The results as text and as plots."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from memlayers.bench.result import OURS, Result
 from memlayers.bench.shapes import AXES, Axis, axis_value
 from memlayers.bench.timing import summary
-from memlayers.experiments.report import COLOURS
+from memlayers.tables import COLOURS, markdown_table, save_figure
 
 _LABELS = {"slots": "slots", "topk": "rows read per head", "tokens": "tokens of a batch"}
 
@@ -92,9 +92,7 @@ def plot(axis: Axis, results: list[Result], file: Path) -> None:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8)
-    aside = file.with_name(f".{file.name}.partial")
-    figure.savefig(aside, format="png")
-    aside.replace(file)
+    save_figure(figure, file)
 
 
 def _title(result: Result) -> str:
@@ -123,7 +121,7 @@ def _table(result: Result) -> list[str]:
         head, rows = [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
     rounds = "" if result.unit == "bytes" else f"{len(next(iter(result.samples.values())))} rounds. "
     notes = rounds + " ".join(f"{note}." for note in result.notes)
-    return [rows_of_table(head, rows), *([notes.strip()] if notes else [])]
+    return [markdown_table(head, rows), *([notes.strip()] if notes else [])]
 
 
 def _sweep_table(axis: Axis, results: list[Result]) -> list[str]:
@@ -142,13 +140,7 @@ def _sweep_table(axis: Axis, results: list[Result]) -> list[str]:
                 row.append("-" if found is None else _ratio(found, name))
         rows.append(row)
     notes = [f"{axis_value(axis, one.shape):,}, {one.part}: {note}." for one in results for note in one.notes]
-    return [f"{results[0].shape.describe(axis)}.", rows_of_table(head, rows), *([" ".join(notes)] if notes else [])]
-
-
-def rows_of_table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table, its first column to the left, the others to the right."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+    return [f"{results[0].shape.describe(axis)}.", markdown_table(head, rows), *([" ".join(notes)] if notes else [])]
 
 
 def _amount(result: Result, name: str) -> str:

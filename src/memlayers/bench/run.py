@@ -27,7 +27,7 @@ from memlayers.bench.shapes import AXES, Axis, Shape, shape
 from memlayers.bench.sweeps import sweep_axis
 from memlayers.bench.timing import Stopwatch
 from memlayers.files import new_folder, write_json, write_text
-from memlayers.info import hardware, versions
+from memlayers.hardware import hardware, versions
 
 _BARS = ("512x512", "1024x1024")  # the shapes of the published figures
 _GPU_TOKENS = 2**14

@@ -30,10 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import transformers
     except ModuleNotFoundError as error:
         return _fail(f"the command line needs {error.name}: pip install 'memlayers[lm]'", USER_ERROR)
-    from memlayers.bench.gate import GateError
+    from memlayers.checks import CommandFailed
     from memlayers.cli.commands import run_command
-    from memlayers.diagnosis import DoctorError
-    from memlayers.lm.faults import TrainingFault
 
     transformers.utils.logging.disable_progress_bar()  # of saving and loading; training keeps its own
     try:
@@ -44,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         is_of_the_disk = isinstance(error, OSError) and error.errno in _OF_THE_DISK
         return _fail(_with_notes(error), FAILED if is_of_the_disk else USER_ERROR)
-    except (TrainingFault, GateError, DoctorError) as error:
+    except CommandFailed as error:
         return _fail(str(error), FAILED)
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):

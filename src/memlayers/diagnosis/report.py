@@ -6,13 +6,15 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from memlayers.checks import CommandFailed
+
 State = Literal["pass", "warn", "fail", "skip"]
 
 WIDTH = 80
 _SHOWN = {"pass": "ok", "warn": "WARN", "fail": "FAIL", "skip": "-"}
 
 
-class DoctorError(RuntimeError):
+class DoctorError(CommandFailed):
     """Something is wrong with a memory; the message holds the failures."""
 
 

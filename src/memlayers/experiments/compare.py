@@ -8,7 +8,7 @@ from typing import Any
 
 from memlayers.experiments.report import headline, markdown, plot
 from memlayers.files import write_json, write_text
-from memlayers.info import hardware, versions
+from memlayers.hardware import hardware, versions
 from memlayers.lm.build import pick_device, resolve_precision
 from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus, prepare

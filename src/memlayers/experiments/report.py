@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-Models = Mapping[str, Mapping[str, Any]]
+from memlayers.tables import COLOURS, markdown_table, save_figure
 
-# Distinct for colour-blind readers and in print (Okabe and Ito's palette), in the order of the rows.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+Models = Mapping[str, Mapping[str, Any]]
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -85,9 +84,7 @@ def plot(content: Mapping[str, Any], file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
     by_tokens.legend(frameon=False)
-    aside = file.with_name(f".{file.name}.partial")
-    figure.savefig(aside, format="png")
-    aside.replace(file)
+    save_figure(figure, file)
 
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
@@ -136,7 +133,7 @@ def _memory_table(models: Models) -> str:
                 ]
             )
     head = ["memory", "slots", "usage %", "KL", "top-1 usage %", "over validation tokens"]
-    return _rows(head, rows) if rows else ""
+    return markdown_table(head, rows) if rows else ""
 
 
 def _notes(content: Mapping[str, Any]) -> str:
@@ -170,12 +167,7 @@ def _device(content: Mapping[str, Any], speed: Mapping[str, Any]) -> str:
 
 def _table(models: Models, columns: list[Column]) -> str:
     rows = [[model["label"], *(cell(model) for _, cell in columns)] for model in models.values()]
-    return _rows(["model", *(head for head, _ in columns)], rows)
-
-
-def _rows(head: list[str], rows: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+    return markdown_table(["model", *(head for head, _ in columns)], rows)
 
 
 def _versus(own: float, other: float) -> str:

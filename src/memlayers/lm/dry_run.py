@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from memlayers.available import available_memory
-from memlayers.bench.machine import peak_bytes
-from memlayers.info import count_parameters
+from memlayers.hardware import peak_bytes
 from memlayers.lm.build import batch_loss, build_model, build_optimizer, pick_device, resolve_precision
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus
 from memlayers.lm.evaluate import ComputePrecision, autocast
 from memlayers.lm.footprint import Footprint, require_memory, size_text
 from memlayers.ops import cpu
+from memlayers.parameters import count_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

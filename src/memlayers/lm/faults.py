@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memlayers.checks import CommandFailed
 from memlayers.values import ValueTable
 
 ELEMENTS_AT_ONCE = 1 << 24
 
 
-class TrainingFault(RuntimeError):  # noqa: N818  (a fault of the machine or of the numbers, not of a caller)
+class TrainingFault(CommandFailed):
     """A run cannot go on: its numbers are not finite any more, or the machine has no room for it."""
 
 

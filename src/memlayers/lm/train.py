@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from memlayers.available import available_memory
 from memlayers.files import sole_user
-from memlayers.info import count_parameters, hardware, versions
+from memlayers.hardware import hardware, versions
 from memlayers.lm.build import build_model, pick_device, resolve_precision
 from memlayers.lm.checkpoint import Checkpoint, Checkpoints
 from memlayers.lm.config import RunConfig, differences
@@ -26,6 +26,7 @@ from memlayers.lm.metrics import MetricsFile
 from memlayers.lm.run import RunFolder
 from memlayers.lm.trainer import LanguageModelTrainer, Text, words_per_token
 from memlayers.ops import cpu
+from memlayers.parameters import count_parameters
 
 
 def _to_stderr(line: str) -> None:

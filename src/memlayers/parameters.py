@@ -1,0 +1,23 @@
+"""count_parameters: how many parameters a model has, by part."""
+
+from torch import nn
+
+from memlayers.layer import MemoryLayer
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters by part: the memories' query networks, keys and values, the rest of the model, and the total.
+
+    A table that several memories share counts once; an output projection of a memory counts as rest.
+    """
+    memories = [layer for layer in model.modules() if isinstance(layer, MemoryLayer)]
+    parts = {
+        "query": {parameter for layer in memories for parameter in layer.query.parameters()},
+        "keys": {parameter for layer in memories for parameter in layer.keys.parameters()},
+        "values": {layer.values.weight for layer in memories},
+    }
+    # All parameters of a table: while a row optimizer owns it, it has one more that is no weight.
+    owned = parts["query"] | parts["keys"] | {other for layer in memories for other in layer.values.parameters()}
+    parts["rest"] = set(model.parameters()) - owned
+    counts = {part: sum(parameter.numel() for parameter in parameters) for part, parameters in parts.items()}
+    return {**counts, "total": sum(counts.values())}

@@ -1,0 +1,30 @@
+"""Tables for people, and what the plots beside them have in common."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Distinct for colour-blind readers and in print (Okabe and Ito's palette).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left, the others to the right."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+
+
+def two_columns(lines: Sequence[tuple[str, str]]) -> str:
+    """Names and what is said of them, in two columns."""
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def save_figure(figure: "Figure", file: Path) -> None:
+    """Write a plot as PNG so that `file` holds either what it held before or all of it."""
+    aside = file.with_name(f".{file.name}.partial")
+    figure.savefig(aside, format="png")
+    aside.replace(file)
