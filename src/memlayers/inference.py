@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from memlayers.keys import ProductKeys
 from memlayers.ops import gpu
 from memlayers.ops.infer import infer
 from memlayers.query import MaskedBatchNorm, QueryNetwork
+from memlayers.torch_private import has_forward_hooks, has_global_forward_hooks
 from memlayers.values import ValueTable
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ def try_infer(layer: "MemoryLayer", x_TD: Tensor) -> Tensor | None:
     device, dtype = x_TD.device.type, x_TD.dtype
     if torch.is_grad_enabled() or layer.training or dtype not in _DTYPES.get(device, ()):
         return None
-    if _global_forward_hooks or _global_forward_pre_hooks or torch.is_autocast_enabled(device):
+    if has_global_forward_hooks() or torch.is_autocast_enabled(device):
         return None
     query, keys, values = layer.query, layer.keys, layer.values
     norm, projections = query.norm, query.projections
     projection = projections[0]
     for part, kind in zip((query, projection, norm, keys, values), _PARTS, strict=True):
         # Hooks, or a forward of its own: `accelerate` gives modules one where it moves their weights.
-        if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+        if type(part) is not kind or has_forward_hooks(part) or "forward" in part.__dict__:
             return None
     if len(projections) > 1 or norm.training or not layer.reads_plainly():
         return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memlayers.config import MemoryConfig
 from memlayers.ops import without_autocast
+from memlayers.torch_private import current_backward
 
 
 class QueryNetwork(nn.Module):
@@ -182,4 +183,4 @@ def is_recomputation() -> bool:
 
     A compiled graph does not recompute its mutations, and the question cannot be traced.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and current_backward() != -1

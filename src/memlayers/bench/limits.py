@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from memlayers.bench.shapes import Shape
 
@@ -61,28 +61,22 @@ def product_flops(shape: Shape) -> tuple[float, float]:
 def streams(device: torch.device, sum_rows: dict[str, SumRows]) -> dict[str, tuple[dict[str, Call], float]]:
     """Ways to stream, and the bytes that each moves: a read, and Adam's read and write of three arrays."""
     size = _stream_bytes(device)
-    arrays = [torch.ones(size // 4, device=device) for _ in range(3)]
-    gradient = torch.zeros_like(arrays[0])
-    step = torch.ones((), device=device)
-
-    def update() -> None:  # the fused kernel of torch.optim.Adam
-        torch._fused_adam_(
-            arrays[:1], [gradient], arrays[1:2], arrays[2:], [], [step],
-            lr=0.0, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
-        )  # fmt: skip
+    weight = nn.Parameter(torch.ones(size // 4, device=device))
+    array, weight.grad = weight.detach(), torch.zeros_like(weight)
+    adam = torch.optim.Adam([weight], lr=0.0, fused=True)  # its moments are made at the first step
 
     # Rows of 4 KB one after another, 128 to a sum, as the layer reads them at random.
-    table_SV = arrays[0].view(-1, 2**10)
+    table_SV = array.view(-1, 2**10)
     slots_TR = torch.arange(len(table_SV), device=device).view(-1, min(128, len(table_SV)))
     output_TV = torch.empty(len(slots_TR), table_SV.shape[1], device=device)
     reads: dict[str, Call] = {
         f"rows in order, {name}": lambda kernel=kernel: kernel(table_SV, slots_TR, output_TV)  # type: ignore[misc]
         for name, kernel in sum_rows.items()
     }
-    reads["torch.sum"] = lambda: arrays[0].sum()
+    reads["torch.sum"] = lambda: array.sum()
     return {
         "read": (reads, float(size)),
-        "read and write of three arrays, read of a fourth": ({"fused Adam": update}, 7.0 * size),
+        "read and write of three arrays, read of a fourth": ({"fused Adam": adam.step}, 7.0 * size),
     }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from memlayers.diagnosis.subjects import Subject
 from memlayers.optim import MemoryAdamW
 from memlayers.optim.row_optimizer import RowOptimizer
+from memlayers.torch_private import hooks_after_accumulation, preserved_versions
 from memlayers.usage import UsageMeter
 from memlayers.values import ValueTable
 
@@ -29,7 +30,7 @@ def model_aside(model: nn.Module, subjects: Sequence[Subject]) -> Iterator[None]
     # told that something has changed.
     in_place = [one for one in (*model.parameters(), *model.buffers()) if not one.is_inference()]
     with ExitStack() as stack:
-        stack.enter_context(torch.autograd._unsafe_preserve_version_counter(tuple(in_place)))
+        stack.enter_context(preserved_versions(in_place))
         for held in (
             _random_state(), _modes(model), _buffers(model), _gradients(model), _hooks_of_gradients(model),
             _listeners(subjects),
@@ -108,7 +109,7 @@ def _hooks_of_gradients(model: nn.Module) -> Iterator[None]:
     marks = {module.row_mark for module in model.modules() if isinstance(module, ValueTable)}
     held = []
     for parameter in model.parameters():
-        hooks = parameter._post_accumulate_grad_hooks
+        hooks = hooks_after_accumulation(parameter)
         if hooks and parameter not in marks:
             held.append((hooks, dict(hooks)))
             hooks.clear()

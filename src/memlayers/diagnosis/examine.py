@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from memlayers.diagnosis.report import Finding, Report
 from memlayers.diagnosis.stepping import Training, check_model_groups, check_step, check_training
 from memlayers.diagnosis.subjects import Subject, find_subjects, has_lost_owner
 from memlayers.diagnosis.watch import Watches
+from memlayers.torch_private import without_compiled_graphs
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -50,7 +50,7 @@ def doctor(
     optimizers = _as_optimizers(optimizer)
     subjects = find_subjects(model)
     training = Training(optimizers)
-    with model_aside(model, subjects), _eagerly(), torch.inference_mode(False), torch.enable_grad():
+    with model_aside(model, subjects), without_compiled_graphs(), torch.inference_mode(False), torch.enable_grad():
         _seed()
         model.train()
         nudged = {subject for subject in subjects if _open_gate(subject)}
@@ -198,10 +198,3 @@ def _without_lost_tables(subjects: Sequence[Subject]) -> Iterator[None]:
     finally:
         for table in lost:
             table.weight.requires_grad_(True)
-
-
-def _eagerly() -> contextlib.AbstractContextManager[Any]:
-    """Hooks that come after the first call are not in a compiled graph."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from memlayers.models.mixin import MemoryMixin
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory
+from memlayers.torch_private import is_wrapper_subclass
 
 VALUES = 16  # values of a tensor that are kept
 _ATTRIBUTE = "_memory_base"  # of the model; a copy, pickled or not, keeps it
@@ -144,7 +144,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
 def _values(tensors: list[Tensor]) -> list[str]:
     samples = []
     for tensor in tensors:
-        if tensor.is_meta or tensor.is_complex() or is_traceable_wrapper_subclass(tensor):
+        if tensor.is_meta or tensor.is_complex() or is_wrapper_subclass(tensor):
             samples.append(torch.empty(0, dtype=torch.bfloat16, device="cpu"))
             continue
         count = min(VALUES, tensor.numel())

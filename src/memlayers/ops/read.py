@@ -19,6 +19,7 @@ from torch import Tensor
 from memlayers.ops import cpu, gpu, without_autocast
 from memlayers.ops.record import MARK, record_
 from memlayers.ops.row_sum import Part, dense_sum, kernel_part
+from memlayers.torch_private import dot_in_bags
 
 # Elements of gathered rows held at once where rows must be gathered at all: 16 MB in float32.
 _CHUNK_ELEMENTS = 2**22
@@ -149,12 +150,12 @@ def dot_reference(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Ten
     num_tokens, topk = slots_TK.shape
     if slots_TK.numel() == 0:
         return outputs_TV.new_empty(num_tokens, topk)
-    if table_SV.dtype == dtype and table_SV.is_contiguous():
-        # The kernel behind embedding_bag's own backward; a bmm over gathered rows takes four times as long on a CPU.
+    kernel = dot_in_bags()
+    if kernel is not None and table_SV.dtype == dtype and table_SV.is_contiguous():
         bag_T = torch.arange(num_tokens, device=slots_TK.device)
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            outputs_TV, table_SV, slots_TK.flatten(), bag_T * topk, bag_T.repeat_interleave(topk), 0
-        ).view(num_tokens, topk)
+        return kernel(outputs_TV, table_SV, slots_TK.flatten(), bag_T * topk, bag_T.repeat_interleave(topk), 0).view(
+            num_tokens, topk
+        )
     d_TK = outputs_TV.new_empty(num_tokens, topk)
     with without_autocast(table_SV):
         for tokens in _chunks(slots_TK, table_SV):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.ops.row_sum import Part, SummedRows, dense_sum, row_norm, sum_parts
+from memlayers.torch_private import after_backward, current_backward, version
 
 _numbers = itertools.count(1)
 # The way from the number in a handle to its object. It keeps nothing alive.
@@ -79,7 +80,7 @@ class RowGradient:
         self._parts: list[Part] = []
         self._is_merged = False  # whether the first part is the sum of many
         self._uncommitted: dict[int, list[Part]] = {}
-        self._seen: tuple[Tensor | None, int] = (None, 0)
+        self._seen: tuple[Tensor | None, object] = (None, 0)
         # Weakly: torch keeps the hook where Python's collector cannot see the cycle.
         commit = weakref.WeakMethod(self._commit)
 
@@ -97,7 +98,7 @@ class RowGradient:
         if self._was_cleared():
             self._forget()
             self._mark.grad = torch.full_like(self._mark, MARK)
-            self._seen = (self._mark.grad, self._mark.grad._version)
+            self._seen = (self._mark.grad, version(self._mark.grad))
         self._add(Part(slots_TK, weights_TK, grad_TV))
 
     @property
@@ -164,20 +165,20 @@ class RowGradient:
     # How it is recorded.
 
     def _append(self, part: Part) -> None:
-        backward_pass = torch._C._current_graph_task_id()
+        backward_pass = current_backward()
         if backward_pass not in self._uncommitted:
             if self._was_cleared():
                 self._parts, self._is_merged = [], False
             self._uncommitted[backward_pass] = []
             # After the pass, whatever it did not commit was computed on the side.
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_of_pass, backward_pass))
+            after_backward(partial(self._end_of_pass, backward_pass))
         self._uncommitted[backward_pass].append(part)
 
     def _commit(self, mark: Tensor) -> None:
-        for part in self._uncommitted.pop(torch._C._current_graph_task_id(), []):
+        for part in self._uncommitted.pop(current_backward(), []):
             self._add(part)
         assert mark.grad is not None
-        self._seen = (mark.grad, mark.grad._version)
+        self._seen = (mark.grad, version(mark.grad))
 
     def _end_of_pass(self, backward_pass: int) -> None:
         self._uncommitted.pop(backward_pass, None)
@@ -194,7 +195,7 @@ class RowGradient:
 
     def _was_written(self, grad: Tensor) -> bool:
         """Whether somebody wrote to it: a clipping, which leaves it above zero, or zero_grad(set_to_none=False)."""
-        return self._seen[0] is not grad or self._seen[1] != grad._version
+        return self._seen[0] is not grad or self._seen[1] != version(grad)
 
     def _forget(self) -> None:
         self._parts, self._is_merged, self._uncommitted = [], False, {}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memlayers.ops import cpu, gpu, without_autocast
 from memlayers.ops.select import halves, select_pairs
+from memlayers.torch_private import multiplies_fast
 
 
 @torch.library.custom_op("memlayers::search", mutates_args=())
@@ -127,11 +128,8 @@ def search_backward_on_gpu(
 
 def _in_fast_dtype(values: Tensor) -> Tensor:
     """16-bit products are a hundred times slower than float32 where the processor has none."""
-    if values.dtype == torch.bfloat16:
-        is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        is_fast = values.dtype != torch.float16 or torch.cpu._is_amx_fp16_supported()
-    return values if is_fast else values.float()
+    is_slow = values.dtype in (torch.bfloat16, torch.float16) and not multiplies_fast(values.dtype)
+    return values.float() if is_slow else values
 
 
 def _kernels(query_THQ: Tensor, weight_2HNC: Tensor) -> ModuleType | None:

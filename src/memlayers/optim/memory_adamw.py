@@ -22,8 +22,8 @@ from memlayers.optim.row_optimizer import (
 from memlayers.query import HeadRMSNorm, MaskedBatchNorm
 from memlayers.values import ValueTable
 
-# Gains and biases of norms are not decayed, whatever their shape.
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, MaskedBatchNorm, HeadRMSNorm)
+# Norms whose gains and biases may have more than one dimension; they are not decayed either.
+_NORMS = (nn.LayerNorm, nn.RMSNorm, MaskedBatchNorm, HeadRMSNorm)
 
 
 class MemoryAdamW(torch.optim.Optimizer):

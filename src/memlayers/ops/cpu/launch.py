@@ -12,11 +12,11 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
 from memlayers.ops import IMPORTED_IN
+from memlayers.torch_private import openmp_parallel
 
 # Fields that every kernel has, before its own: the next task, threads that have begun, what went wrong (0: nothing).
 NEXT_TASK, THREAD, ERROR, FIRST_FIELD = 0, 1, 2, 3
@@ -38,11 +38,8 @@ def launch(kernel, threads: int, *fields: int) -> int:
 @functools.cache
 def team() -> Callable[[int, int, int], None]:
     """What runs function(argument) once on each of so many threads and waits: (function, argument, threads)."""
-    try:
-        # Looked up through the library's own dependencies: the very runtime that PyTorch's loops use.
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        parallel = library.GOMP_parallel
-    except (OSError, AttributeError):
+    parallel = openmp_parallel()
+    if parallel is None:
         return python_threads
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None

@@ -1,0 +1,149 @@
+"""Every private name of PyTorch that this package calls: why, and what happens in a version that lacks it.
+
+Each name is looked up when it is needed, so importing the package never fails. Where a public name gives the same
+answer, only slower, that is the fallback; where none does, training stops with a `RuntimeError`, since a gradient that
+is counted twice, or not at all, is worse.
+
+Not here: the methods of `nn.Module` and `torch.optim.Optimizer` that subclasses have always overridden (`_apply`,
+`_save_to_state_dict`, `_load_from_state_dict`, the flag `_step_supports_amp_scaling`), and the dictionaries of a module
+(`_parameters`, `_buffers`, `_modules`).
+"""
+
+import ctypes
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def current_backward() -> int:
+    """The number of the backward pass that this thread runs a part of; -1 outside of any.
+
+    Name: `torch._C._current_graph_task_id`. It tells a recomputation (gradient checkpointing) from a forward pass, and
+    keeps the row gradients of nested passes apart. Without it: raises `RuntimeError`, for nothing public tells either.
+    """
+    try:
+        current = torch._C._current_graph_task_id
+    except AttributeError:
+        raise RuntimeError(
+            f"torch {torch.__version__} does not say which backward pass runs (torch._C._current_graph_task_id), "
+            f"without which a memory cannot be trained; use a version from 2.8 to 2.13"
+        ) from None
+    return current()
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Called in a backward pass: calls `callback` when that pass is over.
+
+    Name: `Variable._execution_engine.queue_callback`. It frees the row gradients that a pass computed on the side.
+    Without it: does nothing; they stay until the next step or `zero_grad`, uncounted.
+    """
+    engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if hasattr(engine, "queue_callback"):
+        engine.queue_callback(callback)
+
+
+def version(tensor: Tensor) -> object:
+    """What differs from an earlier answer if the tensor was written to in between.
+
+    Name: `Tensor._version`. It shows that somebody cleared or clipped a gradient without waiting for the device.
+    Without it: always differs, so that callers look at the values.
+    """
+    return getattr(tensor, "_version", object())
+
+
+def preserved_versions(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """In it, writing to the tensors does not count as a change of what autograd has saved.
+
+    Name: `torch.autograd._unsafe_preserve_version_counter`. The caller puts the contents back. Without it: the backward
+    of a forward pass that was made before raises torch's error of a tensor modified in place.
+    """
+    preserve = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
+    return nullcontext() if preserve is None else preserve(tuple(tensors))
+
+
+def hooks_after_accumulation(parameter: Tensor) -> dict[Any, Any]:
+    """The hooks of `register_post_accumulate_grad_hook`, a dictionary to be emptied and filled again.
+
+    Name: `Tensor._post_accumulate_grad_hooks`. Without it: an empty one; the hooks cannot be set aside.
+    """
+    return getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to the calls of the module.
+
+    Names: `Module._forward_hooks`, `Module._forward_pre_hooks`. Without them: True, so that the module is called.
+    """
+    return bool(getattr(module, "_forward_hooks", True) or getattr(module, "_forward_pre_hooks", True))
+
+
+def has_global_forward_hooks() -> bool:
+    """Whether somebody listens to the calls of all modules.
+
+    Names: `_global_forward_hooks` and `_global_forward_pre_hooks` of `torch.nn.modules.module`. Without them: True.
+    """
+    home = nn.modules.module
+    return bool(getattr(home, "_global_forward_hooks", True) or getattr(home, "_global_forward_pre_hooks", True))
+
+
+def is_wrapper_subclass(tensor: Tensor) -> bool:
+    """Whether the tensor wraps others and has no elements of its own, as a quantised weight.
+
+    Name: `torch.utils._python_dispatch.is_traceable_wrapper_subclass`. Without it: whether the class has the method
+    that such classes must have.
+    """
+    from torch.utils import _python_dispatch
+
+    known = getattr(_python_dispatch, "is_traceable_wrapper_subclass", None)
+    return hasattr(tensor, "__tensor_flatten__") if known is None else known(tensor)
+
+
+def without_compiled_graphs() -> AbstractContextManager[Any]:
+    """In it, what is compiled runs as it was written, so that hooks set after its first call are called.
+
+    Name: `torch._dynamo`, whose import takes seconds: where it is not imported, nothing is compiled. Without it: asks
+    `torch.compiler`, always.
+    """
+    if importlib.util.find_spec("torch._dynamo") is not None and "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for products of a dtype of 16 bits.
+
+    Names: `_is_avx512_bf16_supported`, `_is_amx_tile_supported` and `_is_amx_fp16_supported` of `torch.cpu`. Where it
+    has none, such products are a hundred times slower than in float32. Without them: False, which is right, if slower.
+    """
+    names = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    return any(getattr(torch.cpu, name, bool)() for name in names.get(dtype, ()))
+
+
+def dot_in_bags() -> Callable[..., Tensor] | None:
+    """The kernel behind `embedding_bag`'s own gradient of its weights.
+
+    Name: `torch.ops.aten._embedding_bag_per_sample_weights_backward`. On a CPU it takes a quarter of the time of a
+    product of gathered rows. Without it: None; the caller multiplies gathered rows.
+    """
+    return getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
+
+
+def openmp_parallel() -> Any:
+    """The C function `GOMP_parallel(function, argument, threads, flags)` of the OpenMP runtime that PyTorch runs on.
+
+    Name: the file `lib/libtorch_cpu.so`, through which the runtime is found: a second one would have threads of its
+    own, spinning against the first's. Without it (macOS, Windows): None; kernels then run on threads of Python's.
+    """
+    try:
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
