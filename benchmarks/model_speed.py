@@ -34,7 +34,7 @@ from memlayers.lm.build import pick_device
 from memlayers.models import add_memory, causal_lm
 from memlayers.optim import MemoryAdamW
 from memlayers.parameters import count_parameters
-from memlayers.values import ValueTable
+from memlayers.values import value_tables
 
 WITH, WITHOUT = "with a memory", "without"
 
@@ -90,9 +90,8 @@ def main(
     gc.collect()
     for model in models.values():
         model.zero_grad()
-        for module in model.modules():
-            if isinstance(module, ValueTable):
-                module.release()
+        for table in value_tables(model):
+            table.release()
         model.eval().to(torch.bfloat16 if where.type == "cuda" else torch.float32)
     prompt_1T = ids_BT[:1, : min(16, context // 2)]
     new_tokens = min(new_tokens, context - prompt_1T.shape[1])

@@ -15,12 +15,12 @@ from jsonargparse import auto_cli
 
 from memlayers import MemoryLayer
 from memlayers.hardware import hardware, versions
+from memlayers.layer import memory_layers
 from memlayers.lm.build import build_model, pick_device, resolve_precision
 from memlayers.lm.data import DOCUMENT, Split
 from memlayers.lm.evaluate import measure_speed
 from memlayers.lm.presets import preset
 from memlayers.minimal import MinimalMemory
-from memlayers.models import memory_layers
 from memlayers.parameters import count_parameters
 
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from memlayers import RowAdam, ValueTable
+from memlayers.values import modules_of, value_tables
 
 
 def table_and_optimizer(slots=20, dim=3, **settings):
@@ -355,3 +356,34 @@ def test_without_gradients_a_table_in_row_mode_is_read_without_its_handle():
     table.read(slots, weights).sum().backward()
     assert not table.row_gradient.is_empty
     optimizer.step()
+
+
+class Kept(nn.Module):
+    """A module as PEFT's `modules_to_save` leaves it: the original, and the copies that are called."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module)})
+
+
+def test_value_tables_are_found_once_and_in_order():
+    first, second = ValueTable(4, 2), ValueTable(4, 2)
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Identity(), first), "b": second, "c": nn.Sequential(second, first)})
+    found = value_tables(model)
+    assert [found.index(first), found.index(second)] == [0, 1]
+    assert len(found) == 2
+    assert value_tables(first) == [first]
+    assert value_tables(nn.Linear(2, 2)) == []
+
+
+def test_of_a_table_that_peft_has_copied_the_copy_is_found():
+    table = ValueTable(4, 2)
+    kept = Kept(table)
+    copied = kept.modules_to_save["default"]
+    assert value_tables(kept) == [copied]
+    # Unless it stands elsewhere, too, where it is called.
+    assert modules_of(nn.ModuleDict({"kept": kept, "whole": table}), ValueTable) == {
+        "kept.modules_to_save.default": copied,
+        "whole": table,
+    }

@@ -78,12 +78,12 @@ def captured_decoding(model: nn.Module, *, tokens: int = 1) -> Iterator[None]:
 
     Raises `ValueError` unless `tokens` is an integer from 1 to 16.
     """
-    from memlayers.layer import MemoryLayer
+    from memlayers.layer import memory_layers
 
     if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MOST_CAPTURED:
         raise ValueError(f"tokens must be an integer from 1 to {MOST_CAPTURED}, got {tokens!r}")
     captures = Captures(tokens)
-    layers = [module for module in model.modules() if isinstance(module, MemoryLayer)]
+    layers = memory_layers(model).values()
     before = [vars(layer).get("captures") for layer in layers]
     try:
         for layer in layers:

@@ -15,7 +15,7 @@ from memlayers.config import MemoryConfig
 from memlayers.inference import try_infer
 from memlayers.keys import FlatKeys, ProductKeys
 from memlayers.query import QueryNetwork
-from memlayers.values import ValueTable
+from memlayers.values import ValueTable, modules_of
 
 
 class MemoryLayer(nn.Module):
@@ -147,6 +147,11 @@ class MemoryLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"slots={self.config.slots}, heads={self.config.heads}, topk={self.config.topk}"
+
+
+def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:
+    """The memories of a model by their names in it, in the order in which a token meets them."""
+    return modules_of(model, MemoryLayer)
 
 
 def layer_class(name: str) -> type[MemoryLayer]:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from memlayers.layer import MemoryLayer
+from memlayers.layer import memory_layers
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -10,7 +10,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
     A table that several memories share counts once; an output projection of a memory counts as rest.
     """
-    memories = [layer for layer in model.modules() if isinstance(layer, MemoryLayer)]
+    memories = memory_layers(model).values()
     parts = {
         "query": {parameter for layer in memories for parameter in layer.query.parameters()},
         "keys": {parameter for layer in memories for parameter in layer.keys.parameters()},

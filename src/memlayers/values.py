@@ -4,13 +4,15 @@ Letters: S slots, V width, K rows read a token, ... any leading shape.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from memlayers.ops.read import read, read_row_mode
 from memlayers.ops.record import RowGradient
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
 
 
 def _mark(device: torch.device, *, requires_grad: bool = True) -> nn.Parameter:
@@ -113,3 +115,21 @@ class ValueTable(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         if prefix + "row_mark" in missing_keys:
             missing_keys.remove(prefix + "row_mark")
+
+
+def value_tables(model: nn.Module) -> list[ValueTable]:
+    """The value tables of a model, each once, in its order."""
+    return list(modules_of(model, ValueTable).values())
+
+
+def modules_of(model: nn.Module, kind: type[_Kind]) -> dict[str, _Kind]:
+    """The modules of a class by their first name in the model, in its order.
+
+    PEFT's ``modules_to_save`` keeps the original of a module beside the copy that it trains and calls: that one is left
+    out.
+    """
+    found: dict[_Kind, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kind) and "original_module" not in name.split("."):
+            found.setdefault(module, name)
+    return {name: module for module, name in found.items()}

@@ -20,7 +20,7 @@ from memlayers.optim import MemoryAdamW
 from memlayers.optim.row_optimizer import RowOptimizer
 from memlayers.torch_private import hooks_after_accumulation, preserved_versions
 from memlayers.usage import UsageMeter
-from memlayers.values import ValueTable
+from memlayers.values import value_tables
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def _buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _gradients(model: nn.Module) -> Iterator[None]:
-    tables = [module for module in model.modules() if isinstance(module, ValueTable)]
+    tables = value_tables(model)
     held = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
     with ExitStack() as stack:
         for table in tables:
@@ -106,7 +106,7 @@ def _gradients(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _hooks_of_gradients(model: nn.Module) -> Iterator[None]:
     """No optimizer that steps in the backward pass does so; what commits the gradients of rows stays."""
-    marks = {module.row_mark for module in model.modules() if isinstance(module, ValueTable)}
+    marks = {table.row_mark for table in value_tables(model)}
     held = []
     for parameter in model.parameters():
         hooks = hooks_after_accumulation(parameter)

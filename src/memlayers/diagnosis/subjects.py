@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from memlayers.layer import MemoryLayer
-from memlayers.values import ValueTable
+from memlayers.layer import MemoryLayer, memory_layers
+from memlayers.values import ValueTable, value_tables
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,11 @@ class Subject:
     @property
     def tables(self) -> list[ValueTable]:
         """Its table first, then others that a subclass may have."""
-        others = [
-            module
-            for name, module in self.layer.named_modules()
-            if isinstance(module, ValueTable) and "original_module" not in name.split(".")
-        ]
-        return list(dict.fromkeys([self.table, *others]))
+        return list(dict.fromkeys([self.table, *value_tables(self.layer)]))
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Its parameters by their name in it, the gate too; not the companions of tables in row mode."""
-        marks = {module.row_mark for module in self.layer.modules() if isinstance(module, ValueTable)}
+        marks = {table.row_mark for table in value_tables(self.layer)}
         for name, parameter in self.layer.named_parameters():
             if parameter not in marks:
                 yield name.replace("_orig_mod.", ""), parameter
@@ -55,19 +50,17 @@ def find_subjects(model: nn.Module) -> list[Subject]:
     """The memories of `model`, in its order. Raises `ValueError` if it has none."""
     modules = dict(model.named_modules())
     subjects = []
-    for name, layer in modules.items():
-        # PEFT's `modules_to_save` keeps the original beside the copy that it trains, and calls the copy alone.
-        if isinstance(layer, MemoryLayer) and "original_module" not in name.split("."):
-            table = next(module for module in layer.values.modules() if isinstance(module, ValueTable))
-            place = re.sub(r"(\._orig_mod|\.modules_to_save\.\w+)+$", "", name)
-            wrapper_name, _, last = place.rpartition(".")
-            wrapper = modules.get(wrapper_name) if last == "memory" else None
-            base = gate = None
-            if wrapper is not None:
-                # By its parts, not by its class (memlayers.models.wrappers), which would import transformers.
-                place, base, gate = wrapper_name, wrapper._modules.get("base"), wrapper._parameters.get("gate")
-            beside = (base,) if base is not None else tuple(_siblings(place, modules))
-            subjects.append(Subject(_shown(name), layer, table, gate, beside, base is not None))
+    for name, layer in memory_layers(model).items():
+        place = re.sub(r"(\._orig_mod|\.modules_to_save\.\w+)+$", "", name)
+        wrapper_name, _, last = place.rpartition(".")
+        wrapper = modules.get(wrapper_name) if last == "memory" else None
+        base = gate = None
+        if wrapper is not None:
+            # By its parts, not by its class (memlayers.models.wrappers), which would import transformers.
+            place, base, gate = wrapper_name, wrapper._modules.get("base"), wrapper._parameters.get("gate")
+        beside = (base,) if base is not None else tuple(_siblings(place, modules))
+        table, *_ = value_tables(layer.values)
+        subjects.append(Subject(_shown(name), layer, table, gate, beside, base is not None))
     if not subjects:
         raise ValueError(
             f"model must have at least one memory (MemoryLayer), got a {type(model).__name__} without: it was not "
@@ -81,7 +74,7 @@ def _siblings(name: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
     pattern = re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
     for other, module in modules.items():
         is_there = other != name and re.fullmatch(pattern, other) is not None
-        if is_there and not any(isinstance(part, MemoryLayer) for part in module.modules()):
+        if is_there and not memory_layers(module):
             yield module
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memlayers.layer import memory_layers
 from memlayers.lm.data import Split
-from memlayers.models import memory_layers
 from memlayers.usage import UsageMeter
 
 if TYPE_CHECKING:

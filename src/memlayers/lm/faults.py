@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.checks import CommandFailed
-from memlayers.values import ValueTable
+from memlayers.values import ValueTable, value_tables
 
 ELEMENTS_AT_ONCE = 1 << 24
 
@@ -18,7 +18,7 @@ class TrainingFault(CommandFailed):
 
 def bad_parameter(model: nn.Module, *, buffers: bool = True) -> str | None:
     """The first parameter (or buffer) of the model that is not finite, and where; None if all are."""
-    tables = {table.weight for table in model.modules() if isinstance(table, ValueTable)}
+    tables = {table.weight for table in value_tables(model)}
     for name, tensor in [*model.named_parameters(), *(model.named_buffers() if buffers else ())]:
         if (found := _bad_elements(name, tensor, is_table=tensor in tables)) is not None:
             return found
@@ -50,8 +50,7 @@ def bad_gradient(model: nn.Module) -> str | None:
 
 def rows_are_finite(model: nn.Module) -> bool:
     """Whether all recorded row gradients are."""
-    tables = [module for module in model.modules() if isinstance(module, ValueTable)]
-    gradients = [table.row_gradient.is_finite() for table in tables if table.row_gradient is not None]
+    gradients = [table.row_gradient.is_finite() for table in value_tables(model) if table.row_gradient is not None]
     return bool(torch.stack(gradients).all()) if gradients else True
 
 

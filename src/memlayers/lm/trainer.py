@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
+from memlayers.layer import memory_layers
 from memlayers.lm.build import batch_loss, build_optimizer
 from memlayers.lm.checkpoint import Checkpoint, Checkpoints
 from memlayers.lm.config import RunConfig
@@ -29,7 +30,6 @@ from memlayers.lm.evaluate import ComputePrecision, Evaluation, evaluate
 from memlayers.lm.faults import TrainingFault, bad_gradient, bad_output, bad_parameter, bad_state, rows_are_finite
 from memlayers.lm.metrics import MetricsFile
 from memlayers.lm.run import RunFolder, without_bars
-from memlayers.models import memory_layers
 from memlayers.usage import UsageMeter
 
 if TYPE_CHECKING:

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from memlayers.models.add import add_memory, memory_layers, remove_memory
+from memlayers.layer import memory_layers
+from memlayers.models.add import add_memory, remove_memory
 from memlayers.models.carriers import causal_lm
 from memlayers.models.classes import register
 from memlayers.models.loading import load_memory

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from memlayers.config import MemoryConfig
-from memlayers.layer import MemoryLayer
+from memlayers.layer import MemoryLayer, memory_layers
 from memlayers.models.classes import config_with_memory, with_memory
 from memlayers.models.identity import forget_base, identity_of, record_base, recorded_base
 from memlayers.models.install import build_memories, install, put_beside, set_module
@@ -168,11 +168,6 @@ def _detach(model: nn.Module, originals: dict[str, nn.Module]) -> None:
         _exchange_config(model, plain)
         model.__class__ = model.plain_class  # type: ignore[assignment]
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-
-
-def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:
-    """The memories of `model` by their name in it, in the order in which a token meets them."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MemoryLayer)}
 
 
 def _exchange_config(model: PreTrainedModel, config: Any) -> None:

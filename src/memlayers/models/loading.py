@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from memlayers.layer import MemoryLayer
-from memlayers.models.add import attach, memory_layers
+from memlayers.layer import MemoryLayer, memory_layers
+from memlayers.models.add import attach
 from memlayers.models.added import (
     added_memories,
     added_tensors,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlayers.layer import MemoryLayer
+from memlayers.layer import MemoryLayer, memory_layers
 
 
 def install_hooks(model: nn.Module, memories: Sequence[str]) -> None:
@@ -149,7 +149,7 @@ def _carry_mask_through_checkpoint(module: nn.Module) -> None:
     checkpoint = module.__dict__.get("_gradient_checkpointing_func")
     if checkpoint is None or (isinstance(checkpoint, partial) and checkpoint.func is checkpoint_with_mask):
         return
-    memories = tuple(part for part in module.modules() if isinstance(part, MemoryLayer))
+    memories = tuple(memory_layers(module).values())
     module.__dict__["_gradient_checkpointing_func"] = partial(checkpoint_with_mask, checkpoint, memories)
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memlayers.layer import MemoryLayer
+from memlayers.layer import memory_layers
 from memlayers.models.trainable import adapter_parameters, memory_parameters
 from memlayers.models.unwrapping import unwrap
 from memlayers.optim.memory_adamw import MemoryAdamW
-from memlayers.optim.row_optimizer import RowOptimizer, find_tables
+from memlayers.optim.row_optimizer import RowOptimizer
 from memlayers.sizes import nominal_bytes, size_text
+from memlayers.values import value_tables
 
 _COLUMNS = ("", "parameters", "trainable", "weights", "gradients", "optimizer")
 
@@ -78,7 +79,7 @@ def memory_summary(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     parts = _parts(inner)
     while isinstance(around := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):  # of accelerate
         optimizer = around
-    tables = find_tables(inner)
+    tables = value_tables(inner)
     in_row_mode = {table.weight for table in tables if table.row_gradient is not None}
     summaries = {}
     for name, parameters in parts.items():
@@ -100,7 +101,7 @@ def memory_summary(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
 
 def _parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Each parameter in one part, in the order of the model."""
-    memories = [module for module in model.modules() if isinstance(module, MemoryLayer)]
+    memories = memory_layers(model).values()
     if not memories:
         raise ValueError(f"model must have memories (add_memory), got a {type(model).__name__} without")
     place: dict[nn.Parameter, str] = dict.fromkeys(memory_parameters(model), "gate and output")

@@ -5,9 +5,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from memlayers.layer import MemoryLayer
+from memlayers.layer import memory_layers
 from memlayers.models.unwrapping import unwrap
 from memlayers.models.wrappers import ParallelMemory
+from memlayers.values import modules_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,11 +52,10 @@ def trainable_base(model: nn.Module) -> list[str]:
 def memory_parameters(model: nn.Module) -> set[nn.Parameter]:
     """All parameters of memories, and their gates; without those of adapters inside of them."""
     found: set[nn.Parameter] = set()
-    for module in model.modules():
-        if isinstance(module, MemoryLayer):
-            found |= set(module.parameters()) - adapter_parameters(module)
-        elif isinstance(module, ParallelMemory):
-            found.add(module.gate)
+    for memory in memory_layers(model).values():
+        found |= set(memory.parameters()) - adapter_parameters(memory)
+    for wrapper in modules_of(model, ParallelMemory).values():
+        found.add(wrapper.gate)
     return found
 
 

@@ -15,12 +15,11 @@ from memlayers.optim.row_optimizer import (
     check_eps,
     check_moments,
     check_row_settings,
-    find_tables,
     refuse_grad_scaler,
     restore_row_state,
 )
 from memlayers.query import HeadRMSNorm, MaskedBatchNorm
-from memlayers.values import ValueTable
+from memlayers.values import ValueTable, value_tables
 
 # Norms whose gains and biases may have more than one dimension; they are not decayed either.
 _NORMS = (nn.LayerNorm, nn.RMSNorm, MaskedBatchNorm, HeadRMSNorm)
@@ -62,7 +61,7 @@ class MemoryAdamW(torch.optim.Optimizer):
         check_eps(eps)
         check_at_least_0("weight_decay", weight_decay)
         groups = dense_groups(model, weight_decay)
-        tables = [table for table in find_tables(model) if table.weight.requires_grad]
+        tables = [table for table in value_tables(model) if table.weight.requires_grad]
         check_row_settings(lr=value_lr, max_grad_norm=value_max_grad_norm, rounding=value_rounding, prefix="value_")
         check_moments("value_moments", value_moments)
         if not groups and not tables:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.ops.row_sum import row_norm
-from memlayers.values import ValueTable
+from memlayers.values import ValueTable, value_tables
 
 Rounding = Literal["nearest", "stochastic"]
 Moments = Literal["float32", "bfloat16"]
@@ -45,7 +45,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         rounding: Rounding,
         **settings: Any,
     ):
-        tables = find_tables(tables) if isinstance(tables, nn.Module) else list(tables)
+        tables = value_tables(tables) if isinstance(tables, nn.Module) else list(tables)
         if not tables:
             raise ValueError("tables must hold at least one ValueTable, got none")
         for table in tables:
@@ -153,11 +153,6 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a row optimizer owns its tables and cannot be copied or pickled; use state_dict()")
-
-
-def find_tables(module: nn.Module) -> list[ValueTable]:
-    """All value tables of a module, each once."""
-    return [table for table in module.modules() if isinstance(table, ValueTable)]
 
 
 def state_dtype(weight: Tensor) -> torch.dtype:

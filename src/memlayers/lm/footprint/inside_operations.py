@@ -16,8 +16,7 @@ from memlayers.ops.read import dot_reference, read_reference
 from memlayers.ops.row_step import adam, step_
 from memlayers.ops.row_sum import Part, dense_sum
 from memlayers.ops.search import search_backward_reference, search_reference
-from memlayers.optim.row_optimizer import find_tables
-from memlayers.values import ValueTable
+from memlayers.values import ValueTable, value_tables
 
 _SEARCH_BLOCK = 8 * 2**20  # half scores that the kernel of a CPU holds at once
 _ENTRY = 28  # bytes of an entry in the kernel that sorts them: two arrays of keys, a weight, an address
@@ -39,7 +38,7 @@ class InsideOperations:
     """
 
     def __init__(self, model: nn.Module, device: str):
-        self._tables = [table for table in find_tables(model) if table.row_gradient is not None]
+        self._tables = [table for table in value_tables(model) if table.row_gradient is not None]
         self._parts: dict[ValueTable, list[Part]] = {table: [] for table in self._tables}
         self._merged: set[ValueTable] = set()
         kernels = {"cpu": self._cpu_kernels, "cuda": self._gpu_kernels}
