@@ -9,8 +9,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +90,36 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+@contextmanager
+def replaced_together(folder: str | os.PathLike[str], *, stale: str = "") -> Iterator[Path]:
+    """A folder to write into, whose files replace those of the same name in `folder` once all are on the disk.
+
+    If files were written whose names match the pattern `stale`, others of such names in `folder` go. An error inside
+    leaves the files of `folder` as they were. No file is ever half-written; ``config.json`` comes last, so a new folder
+    that has one is complete.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"the folder to save to must be none or a folder, got the file {str(target)!r}")
+    target.mkdir(parents=True, exist_ok=True)
+    # Inside, so on the same file system: moves are atomic.
+    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield aside
+        names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == "config.json", name))
+        for name in names:
+            flush(aside / name)
+        for name in names:
+            os.replace(aside / name, target / name)
+        if any(re.fullmatch(stale, name) for name in names):
+            for path in target.iterdir():
+                if path.name not in names and re.fullmatch(stale, path.name):
+                    path.unlink()
+        flush(target)
+    finally:
+        shutil.rmtree(aside)
 
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without them answer

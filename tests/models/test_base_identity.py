@@ -125,7 +125,7 @@ def test_copies_keep_what_was_recorded(with_memory):
     assert recorded is not None
     assert recorded_base(copy.deepcopy(with_memory)) == recorded
     assert recorded_base(pickle.loads(pickle.dumps(with_memory))) == recorded
-    assert not any("_memory_base" in name for name in with_memory.state_dict())
+    assert not any("base_identity" in name for name in with_memory.state_dict())
 
 
 def test_remove_memory_forgets_it(plain, memory_config):

@@ -6,8 +6,8 @@ import torch
 import transformers.modeling_utils
 from transformers import AutoModelForCausalLM
 
+from memlayers.files import replaced_together
 from memlayers.models import memory_layers
-from memlayers.models.files import written_aside
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -82,7 +82,7 @@ def test_config_json_comes_last(tmp_path, monkeypatch):
     moved = []
     replace = transformers.modeling_utils.os.replace
     monkeypatch.setattr("os.replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
-    with written_aside(tmp_path / "new") as aside:
+    with replaced_together(tmp_path / "new") as aside:
         for name in ("config.json", "a", "z"):
             (aside / name).write_text(name)
     assert moved == ["a", "z", "config.json"]

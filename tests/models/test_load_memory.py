@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 from memlayers import MemoryConfig, MemoryLayer, MemoryPlus, load_memory, save_memory
 from memlayers.files import file_sha256, read_sealed, write_sealed
 from memlayers.models import MemoryGPT2LMHeadModel, add_memory, causal_lm, memory_layers, remove_memory
-from memlayers.models import loading as loading_module
+from memlayers.models import classes as classes_module
+from memlayers.models import storage as storage_module
 
 IDS = torch.arange(24).view(2, 12)
 # peft asks models for a property under its old name.
@@ -320,7 +321,7 @@ def test_a_repository_of_the_hub(memory_config, tmp_path, monkeypatch):
         asked.append((name, options))
         return str(tmp_path / "memory" / file) if name == "some-team/memory" else None
 
-    monkeypatch.setattr(loading_module, "cached_file", cached_file)
+    monkeypatch.setattr(classes_module, "cached_file", cached_file)
     kind = type(model)
     loaded = kind.from_pretrained("some-team/memory", revision="v2")
     assert torch.equal(logits(loaded), logits(model))
@@ -484,8 +485,8 @@ def test_a_failure_on_the_way_leaves_the_model(folder, monkeypatch):
             raise ValueError("the disk is gone")
         return fill(*args)
 
-    fill = loading_module._fill
-    monkeypatch.setattr(loading_module, "_fill", fail_late)
+    fill = storage_module._fill
+    monkeypatch.setattr(storage_module, "_fill", fail_late)
     refused(folder, "the disk is gone")
     assert len(calls) == 4
     monkeypatch.undo()
@@ -557,7 +558,7 @@ def test_another_process_loads_without_memlayers_and_holds_no_table_twice(memory
 def test_tables_are_read_in_pieces(memory_config, tmp_path, monkeypatch):
     model = saved(tmp_path, base_model(), memory_config)
     for chunk in (1, 200, 10_000):
-        monkeypatch.setattr(loading_module, "CHUNK", chunk)
+        monkeypatch.setattr(storage_module, "CHUNK", chunk)
         assert torch.equal(logits(load_memory(base_model(), tmp_path)), logits(model))
 
 

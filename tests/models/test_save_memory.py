@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import stat
 from pathlib import Path
@@ -13,7 +14,8 @@ import memlayers
 from memlayers import MemoryConfig, MemoryLayer, RowAdam, load_memory, save_memory
 from memlayers.files import file_sha256, read_sealed
 from memlayers.models import MemoryPlacement, add_memory, causal_lm, freeze_base, memory_layers
-from memlayers.models import saving as saving_module
+from memlayers.models import storage as storage_module
+from memlayers.models.wrappers import find_wrappers
 
 IDS = torch.arange(24).view(2, 12)
 FILES = {"README.md", "config.json", "memory.safetensors", "memory_config.json", "modeling_memlayers.py"}
@@ -151,8 +153,8 @@ def test_a_save_that_fails_leaves_the_earlier_one(family, with_memory, tmp_path,
         written.append(file)
         save_file(tensors, file, **options)
 
-    save_file = saving_module.save_file
-    monkeypatch.setattr(saving_module, "save_file", fail_late)
+    save_file = storage_module.save_file
+    monkeypatch.setattr(storage_module, "save_file", fail_late)
     for memory in memory_layers(with_memory).values():
         nn.init.zeros_(memory.keys.weight)
     with pytest.raises(OSError, match="No space left"):
@@ -164,19 +166,23 @@ def test_a_save_that_fails_leaves_the_earlier_one(family, with_memory, tmp_path,
     assert files_of(tmp_path / "new") == {}
 
 
+def base_is_at(model, name_or_path):
+    for _, wrapper in find_wrappers(model):
+        wrapper.base_identity = dataclasses.replace(wrapper.base_identity, name_or_path=name_or_path)
+
+
 def test_the_card(with_memory, tmp_path, monkeypatch):
     save_memory(with_memory, tmp_path / "local")
     text = (tmp_path / "local" / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: memlayers\ntags:\n")
     assert "| slots of a table | 36 of width 16 |\n| tables | 1, shared |" in text
-    base = with_memory.__dict__["_memory_base"]
-    with_memory.__dict__["_memory_base"] = type(base)(**{**vars(base), "name_or_path": "some-team/some-model"})
+    base_is_at(with_memory, "some-team/some-model")
     save_memory(with_memory, tmp_path / "hub")
     text = (tmp_path / "hub" / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: memlayers\nbase_model: some-team/some-model\ntags:\n")
     assert 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")' in text
     # A folder of ours is none that others have: they bring the base along.
-    with_memory.__dict__["_memory_base"] = type(base)(**{**vars(base), "name_or_path": str(tmp_path / "base")})
+    base_is_at(with_memory, str(tmp_path / "base"))
     save_memory(with_memory, tmp_path / "path")
     text = (tmp_path / "path" / "README.md").read_text()
     assert 'load_memory(model, "path/to/this/folder")' in text

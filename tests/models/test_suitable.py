@@ -111,14 +111,14 @@ def test_ties_that_a_constructor_declared_survive(tmp_path):
 
 
 def test_a_failure_at_the_end_leaves_the_model_as_it_was(monkeypatch):
-    from memlayers.models import mixin
+    from memlayers.models import classes
 
     def fail(self):
         raise MemoryError
 
     model = llama()
     before, config, modules = logits(model), model.config, dict(model.named_modules())
-    monkeypatch.setattr(mixin.MemoryMixin, "declare_memories", fail)
+    monkeypatch.setattr(classes.MemoryMixin, "declare_memories", fail)
     with pytest.raises(MemoryError):
         add_memory(model, MEMORY, [2], mode="parallel")
     monkeypatch.undo()

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from memlayers.checks import require_int
 from memlayers.diagnosis.alarms import MemoryWarning, Monitor
 from memlayers.diagnosis.subjects import find_subjects
-from memlayers.models.callback import checkpoint_of, holds_adapters_alone
+from memlayers.models.checkpoints import checkpoint_of, holds_adapters_alone
 
 
 class MemoryAlarms(TrainerCallback):

@@ -3,22 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 from memlayers.layer import memory_layers
-from memlayers.models.add import add_memory, remove_memory
+from memlayers.models import classes
+from memlayers.models.add import add_memory, freeze_base, load_memory, remove_memory, save_memory
 from memlayers.models.carriers import causal_lm
-from memlayers.models.classes import register
-from memlayers.models.loading import load_memory
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.presets import memory_preset
-from memlayers.models.saving import save_memory
 from memlayers.models.summary import MemorySummary, memory_summary
 from memlayers.models.targets import default_layer
-from memlayers.models.trainable import freeze_base
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, ReplacingMemory
 
 if TYPE_CHECKING:
-    from memlayers.models.callback import SaveMemory
+    from memlayers.models.checkpoints import SaveMemory
 
-register()
+classes.register()
 
 __all__ = [
     "MemoryPlacement",
@@ -41,11 +38,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SaveMemory":  # what Trainer needs comes with it
-        from memlayers.models.callback import SaveMemory
+    if name == "SaveMemory":  # imported late: the Trainer that comes with it takes seconds
+        from memlayers.models.checkpoints import SaveMemory
 
         return SaveMemory
-    # MemoryLlamaForCausalLM and the like.
-    from memlayers.models import classes
-
-    return getattr(classes, name)
+    return getattr(classes, name)  # MemoryLlamaForCausalLM and the like

@@ -1,24 +1,28 @@
-"""add_memory and remove_memory: memories in an existing model, and the model as it was."""
+"""What people do with memories: add them to a model, remove, save and load them, and freeze the model around them."""
 
-import copy
-from typing import Any, TypeVar
+import os
+from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from memlayers.config import MemoryConfig
-from memlayers.layer import MemoryLayer, memory_layers
-from memlayers.models.classes import config_with_memory, with_memory
-from memlayers.models.identity import forget_base, identity_of, record_base, recorded_base
-from memlayers.models.install import build_memories, install, put_beside, set_module
-from memlayers.models.masks import remove_hooks
-from memlayers.models.mixin import MemoryMixin
-from memlayers.models.placement import MemoryPlacement
-from memlayers.models.suitable import require_suitable
-from memlayers.models.targets import Layers, choose, names_of
-from memlayers.models.trainable import adapter_parameters
-from memlayers.models.unwrapping import unwrap
-from memlayers.models.wrappers import Mode, find_wrappers
+from memlayers.layer import MemoryLayer
+from memlayers.models.classes import add_memories, load_memories, remove_memories
+from memlayers.models.folder import local_folder, read_description
+from memlayers.models.identity import identity_of, recorded_base
+from memlayers.models.install import build_memories, match_device_and_dtype
+from memlayers.models.modules import (
+    adapter_parameters,
+    memory_parameters,
+    placed_memories,
+    require_no_memory,
+    unwrap,
+)
+from memlayers.models.placement import MemoryPlacement, Mode
+from memlayers.models.storage import savable_base, write_memory
+from memlayers.models.targets import Layers, choose, names_of, require_suitable
+from memlayers.models.wrappers import find_wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,8 +65,7 @@ def add_memory(
             that has memories already. The model is then as it was.
     """
     inner = unwrap(model)
-    if memories := memory_layers(inner):
-        raise ValueError(f"model must have no memory yet, got one with {', '.join(memories)}")
+    require_no_memory(inner)
     if not (isinstance(kind, type) and issubclass(kind, MemoryLayer)):
         raise ValueError(f"kind must be MemoryLayer or a class derived from it, got {kind!r}")
     placement = MemoryPlacement(
@@ -73,45 +76,10 @@ def add_memory(
     names = names_of(inner, placement)
     for name in names:
         require_suitable(inner, name, placement)
-    attach(inner, placement, names, build_memories(inner, placement, names, kind=kind), keep_original=keep_original)
+    memories = build_memories(inner, placement, names, kind=kind)
+    base = identity_of(inner, without=names if mode == "replace" else [])
+    add_memories(inner, placement, names, memories, base, keep_original=keep_original)
     return model
-
-
-def attach(
-    model: nn.Module,
-    placement: MemoryPlacement,
-    names: list[str],
-    memories: list[MemoryLayer],
-    *,
-    keep_original: bool = False,
-) -> None:
-    """Puts finished memories into a model that was unwrapped. What fails leaves the model as it was."""
-    base = identity_of(model, without=names if placement.mode == "replace" else [])
-    originals = {name: model.get_submodule(name) for name in names}
-    try:
-        install(model, placement, names, memories, keep_original=keep_original)
-        record_base(model, base)
-        if isinstance(model, PreTrainedModel):
-            _declare(model, placement)
-    except BaseException:
-        _detach(model, originals)
-        raise
-
-
-def _declare(model: PreTrainedModel, placement: MemoryPlacement) -> None:
-    """Gives a model of `transformers` the class and the configuration that know of its memories."""
-    plain: Any = type(model)
-    memory_class = with_memory(plain)
-    # All that it says, also what is in no file; configurations of parts stay those that the parts have.
-    config: Any = copy.copy(model.config)
-    config.__class__ = config_with_memory(config.__class__)
-    config.set_placement(placement)
-    config.set_model_class(memory_class.__name__, memory_class.auto_class_name)
-    model.__class__ = memory_class
-    _exchange_config(model, config)
-    assert isinstance(model, MemoryMixin)
-    model.declare_memories()
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def remove_memory(model: Model) -> Model:
@@ -144,35 +112,105 @@ def remove_memory(model: Model) -> Model:
             )
     for wrapper in wrappers.values():
         if wrapper.mode == "replace" and wrapper.original is not None:
-            put_beside(wrapper.original, wrapper.memory)
+            match_device_and_dtype(wrapper.original, wrapper.memory)
             wrapper.original.train(wrapper.training)
-    _detach(inner, {name: original for name, original in originals.items() if original is not None})
+    base = recorded_base(inner)
+    kept = {name: original for name, original in originals.items() if original is not None}
+    remove_memories(inner, kept, "" if base is None else base.name_or_path)
     return model
 
 
-def _detach(model: nn.Module, originals: dict[str, nn.Module]) -> None:
-    """Puts the modules of the base back, and the class and the configuration that the model had."""
-    recorded = recorded_base(model)
-    if isinstance(model, MemoryMixin):
-        model.undeclare_memories()
-    remove_hooks(model)
-    forget_base(model)
-    for name, original in originals.items():
-        set_module(model, name, original)
-    if isinstance(model, MemoryMixin):
-        plain: Any = model.config.without_memory()
-        if plain.architectures == [type(model).__name__]:
-            plain.architectures = [model.plain_class.__name__]
-        # Not where base and memory came from, which is no base.
-        model.name_or_path = plain._name_or_path = "" if recorded is None else recorded.name_or_path
-        _exchange_config(model, plain)
-        model.__class__ = model.plain_class  # type: ignore[assignment]
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+def save_memory(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+    """Saves what `add_memory` added, and what base model it belongs to; the base itself is not in the files.
+
+    For `load_memory`; for a model of `transformers` also for `from_pretrained`, which then takes the base from where it
+    came from. The folder can be uploaded as it is. Files are written aside, flushed and moved into place: a save that
+    fails leaves those of an earlier one as they were.
+
+    Args:
+        model: one with memories; one that `torch.compile`, PEFT or `DistributedDataParallel` is around, too. What PEFT
+            has added is not saved with it: save adapters by themselves, to another folder.
+        folder: made if it is not there; memories that are in it are replaced.
+        max_shard_size: of a file, in bytes or as "5GB". A tensor that is larger gets a file of its own.
+
+    Raises:
+        ValueError: a model without memories, or one whose base was trained along and would be lost; a folder with a
+            whole model in it. Nothing is written then.
+    """
+    _check_size(max_shard_size)
+    inner = unwrap(model)
+    placed = placed_memories(inner)
+    write_memory(inner, placed, savable_base(inner, placed), Path(folder), max_shard_size)
 
 
-def _exchange_config(model: PreTrainedModel, config: Any) -> None:
-    # One object is shared by the model and its parts. It is not changed: the caller may build other models from it.
-    before = model.config
-    for module in model.modules():
-        if getattr(module, "config", None) is before:
-            module.config = config
+def load_memory(model: Model, folder: str | os.PathLike[str], *, check_base: bool = True) -> Model:
+    """Puts the memories that `save_memory` saved into their base model, in place.
+
+    The model then gives the outputs of the one that was saved, bit for bit in the same precision. Its class changes as
+    with `add_memory`. Weights go straight to their device: no table is held twice.
+
+    Args:
+        model: the base, without memories; one that `torch.compile` or PEFT is around, too.
+        folder: what `save_memory` wrote; or the name of a repository of the Hub, which is fetched.
+        check_base: compare a few values of every tensor of `model` with those of the base that was saved with. False:
+            take any base into which the memories fit.
+
+    Returns:
+        `model` itself. Memories stand on the device, in the dtype and in the mode (train or eval) of their module.
+
+    Raises:
+        ValueError: a folder that `save_memory` did not write, or a file of it that is missing or damaged; another base;
+            a model that has memories already. The model is then as it was.
+    """
+    inner = unwrap(model)
+    require_no_memory(inner)
+    path = local_folder(folder)
+    load_memories(inner, path, read_description(path), check_base=check_base)
+    return model
+
+
+def freeze_base(model: Model) -> Model:
+    """Freezes, in place, every parameter that is neither of a memory (its gate included) nor of an adapter of PEFT.
+
+    Those of memories require gradients afterwards, whatever froze them: `peft.get_peft_model` freezes all that is not
+    its own. Adapters stay as they are. So both orders work: `add_memory` on a PEFT model, or `get_peft_model` on a
+    model with memories, and then `freeze_base`. PEFT's ``modules_to_save`` is not needed; it would keep a second copy
+    of the table. Build the optimizer afterwards. Biases that PEFT trains outside of its adapters (``bias="all"``) are
+    frozen, too: they are the base's. Modes stay: in ``model.train()`` the base's dropout is on, and running statistics
+    of its BatchNorms move.
+
+    Raises:
+        ValueError: a model without memories, or with a memory that ``modules_to_save`` has copied. The model is then as
+            it was.
+    """
+    inner = unwrap(model)
+    memories = memory_parameters(inner)
+    if not memories:
+        raise ValueError(f"model must have memories (add_memory), got a {type(inner).__name__} without")
+    adapters = adapter_parameters(inner)
+    if copied := [name for name, parameter in inner.named_parameters() if parameter in memories & adapters]:
+        raise ValueError(
+            f"model must have no memory that PEFT has copied, got {copied[0]}: leave memories out of modules_to_save"
+        )
+    for parameter in inner.parameters():
+        if parameter not in adapters:
+            parameter.requires_grad_(parameter in memories)
+    return model
+
+
+def trainable_base(model: nn.Module) -> list[str]:
+    """The parameters that `freeze_base` would freeze and that are not, by name."""
+    inner = unwrap(model)
+    spared = memory_parameters(inner) | adapter_parameters(inner)
+    return [name for name, parameter in inner.named_parameters() if parameter.requires_grad and parameter not in spared]
+
+
+def _check_size(size: object) -> None:
+    is_size = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+    if isinstance(size, str):
+        number, unit = size.strip()[:-2], size.strip()[-2:].upper()
+        is_size = (
+            unit in ("KB", "MB", "GB", "TB") and number.strip().replace(".", "", 1).isdecimal() and float(number) > 0
+        )
+    if not is_size:
+        raise ValueError(f"max_shard_size must be a number of bytes of at least 1 or a text as '5GB', got {size!r}")

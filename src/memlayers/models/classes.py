@@ -1,4 +1,4 @@
-"""The registered models: `transformers` models some of whose modules are a memory, or carry one beside them.
+"""Models of `transformers` with memories: classes of their own, and all that this library must know of `transformers`.
 
 A GPT-2 whose ``block.mlp`` was swapped is still saved as a GPT-2: `from_pretrained` then builds plain feed-forward
 networks, finds no weights for them, and leaves them random with no more than a line in a log. Classes and a model type
@@ -6,18 +6,48 @@ of their own make the memory part of what is saved; a reader without memlayers f
 
 Every model class of `transformers` has its counterpart, made when it is first asked for: ``MemoryGPT2LMHeadModel`` and
 ``MemoryGPT2Config`` are attributes of this module, and so on for any other class.
+
+In this order: the configuration (`MemoryConfigMixin`), the model (`MemoryMixin`), the classes made of both
+(`with_memory`), and how a model that is there changes its class (`add_memories`, `remove_memories`, `load_memories`).
 """
 
+import copy
 import functools
-from typing import Any, cast
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
+import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import is_tokenizers_available
+from transformers.utils import cached_file, is_tokenizers_available
 
-from memlayers.models.configs import MemoryConfigMixin
-from memlayers.models.mixin import MemoryMixin
+from memlayers.files import replaced_together
+from memlayers.layer import MemoryLayer
+from memlayers.models.folder import (
+    CARD,
+    MEMORY_CONFIG_NAME,
+    REMOTE_MODULE,
+    WEIGHTS,
+    Description,
+    holds_memory_alone,
+    is_damaged_memory,
+    keeps_card,
+    local_folder,
+    read_description,
+    write_placement,
+)
+from memlayers.models.identity import BaseIdentity
+from memlayers.models.install import build_memories, put_in, take_out
+from memlayers.models.placement import MemoryPlacement
+from memlayers.models.storage import read_memory
+from memlayers.models.targets import names_of
+from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
+from memlayers.values import ValueTable
 
 PREFIX = "Memory"
 
@@ -40,6 +70,300 @@ REGISTERED = (
 # Where several Auto classes know a class, one of these.
 _FIRST_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
+# Options of `from_pretrained` that say where a folder is,
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# and those that a configuration has a field for, but that are no changes of it.
+OPTIONS_OF_MODELS = ("dtype", "torch_dtype", "quantization_config", "attn_implementation", "generation_config")
+
+
+class MemoryConfigMixin(PreTrainedConfig):
+    """Adds the section ``memory``, `MemoryPlacement.to_dict`, to a configuration class."""
+
+    plain_class: ClassVar[type[PreTrainedConfig]]  # the class without the section
+
+    # None only because `transformers` builds every configuration from nothing for its defaults; no model takes it.
+    memory: dict[str, Any] | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuild, (self.plain_class, True), self.__getstate__()
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.memory is not None:
+            self.set_placement(self.placement)
+
+    @property
+    def placement(self) -> MemoryPlacement:
+        """The section ``memory``. Raises `ValueError` if it is missing or says what is not allowed."""
+        return MemoryPlacement.from_dict(self.memory)
+
+    def set_placement(self, placement: MemoryPlacement) -> None:
+        """Fills in the section ``memory``. Raises `ValueError` if a model of these sizes cannot carry them."""
+        sizes: Any = self.get_text_config()
+        if hasattr(sizes, "num_hidden_layers") and hasattr(sizes, "hidden_size"):
+            placement.check_fits(num_blocks=sizes.num_hidden_layers, hidden_size=sizes.hidden_size)
+        self.memory = placement.to_dict()
+        if getattr(self, "auto_map", None) is None:
+            self.auto_map = {"AutoConfig": f"{REMOTE_MODULE}.{type(self).__name__}"}
+
+    def without_memory(self) -> PreTrainedConfig:
+        """The plain configuration, another object; configurations of parts are the same objects."""
+        plain: Any = copy.copy(self)
+        plain.__class__ = self.plain_class
+        for field in ("memory", "auto_map"):
+            plain.__dict__.pop(field, None)
+        return plain
+
+    def set_model_class(self, name: str, auto_class: str | None) -> None:
+        """The class of model that this configures, for loading with ``trust_remote_code=True``."""
+        self.auto_map = {"AutoConfig": f"{REMOTE_MODULE}.{type(self).__name__}"}
+        if auto_class is not None:
+            self.auto_map[auto_class] = f"{REMOTE_MODULE}.{name}"
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in `transformers.PreTrainedConfig`, with ``memory_config.json`` and the module that `auto_map` names."""
+        placement = self.placement
+        with replaced_together(save_directory) as aside:
+            super().save_pretrained(aside, *args, **kwargs)
+            write_placement(aside, placement, self.auto_map)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: the saved folder always points to the installed library, its files are not copied there.
+
+        `transformers` calls this after a load with ``trust_remote_code=True``, so that the next save copies the source
+        file of the class beside the weights.
+        """
+
+
+class MemoryMixin(PreTrainedModel):
+    """Comes before a model class of `transformers` among its bases; ``config.memory`` says where the memories are.
+
+    Each method answers one thing that `transformers` does to a model of which modules were merely swapped:
+
+    - it is saved as the plain class and reloads as one, with random feed-forward networks (`post_init`,
+      ``config.memory``);
+    - the block's own model redraws every linear layer it finds (`initialize_weights`);
+    - a table in two places cannot be saved (``_tied_weights_keys``), and with untied embeddings no tie is honoured at
+      all (`get_expanded_tied_weights_keys`);
+    - a save that is cut off leaves a broken file in place of a good one (`save_pretrained`).
+    """
+
+    config: MemoryConfigMixin
+
+    plain_class: ClassVar[type[PreTrainedModel]]  # the class without memories
+    auto_class_name: ClassVar[str | None]  # the Auto class that knows it; None: a class from outside of transformers
+    is_registered: ClassVar[bool]  # whether it is known there as soon as `memlayers.models` was imported
+
+    def __init__(self, config: MemoryConfigMixin, *inputs: Any, **kwargs: Any):
+        if not isinstance(config, MemoryConfigMixin):
+            raise ValueError(f"config must be one with the section memory, got a {type(config).__name__}")
+        config.set_placement(config.placement)  # checks it, before anything is built
+        config.set_model_class(type(self).__name__, self.auto_class_name)
+        super().__init__(config, *inputs, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made on demand, and for a plain class from anywhere: pickle finds it through that one.
+        return rebuild, (self.plain_class, False), self.__getstate__()
+
+    def post_init(self) -> None:
+        # The end of the plain class's constructor: blocks exist, the outer model is not initialised or tied yet.
+        placement = self.config.placement
+        names = names_of(self, placement)
+        _mark_built(put_in(self, placement, names, build_memories(self, placement, names)))
+        self.declare_memories()
+        super().post_init()
+
+    def declare_memories(self) -> None:
+        """Tells `transformers` of shared tables, and of the loss of the plain class."""
+        # Of the class, or of the model itself, as some constructors set them.
+        self._tied_weights_keys = {**(self._tied_weights_keys or {}), **self._tied_tables()}
+        if self.loss_type is None and self.auto_class_name == "AutoModelForCausalLM":
+            # Chosen by the class's name, which GPT-2's does not settle; without it every first loss logs a warning.
+            self.loss_type = "ForCausalLM"
+
+    def undeclare_memories(self) -> None:
+        """The inverse of `declare_memories`, while the memories are still there."""
+        tables = self._tied_tables()
+        tied = {name: source for name, source in (self._tied_weights_keys or {}).items() if name not in tables}
+        self.__dict__.pop("_tied_weights_keys", None)
+        if tied != (type(self)._tied_weights_keys or {}):
+            self._tied_weights_keys = tied
+
+    def _tied_tables(self) -> dict[str, str]:
+        """The names under which a shared table appears again, each with the first one."""
+        first: dict[ValueTable, str] = {}
+        tied = {}
+        for name, module in self.named_modules(remove_duplicate=False):
+            if isinstance(module, ValueTable):
+                source = first.setdefault(module, f"{name}.weight")
+                if source != f"{name}.weight":
+                    tied[f"{name}.weight"] = source
+        return tied
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # The plain rule returns nothing when tie_word_embeddings is off (Llama): a shared table is tied all the same.
+        return {**super().get_expanded_tied_weights_keys(all_submodels=all_submodels), **self._tied_tables()}
+
+    def mark_tied_weights_as_initialized(self, *loading_info: Any) -> None:
+        # A shared table is one parameter under two names. Marking the tied name marks the other, too, which is then no
+        # longer counted as missing: a file without the table would leave it on the meta device, and say nothing.
+        missing = [set(info.missing_keys) for info in loading_info]
+        super().mark_tied_weights_as_initialized(*loading_info)
+        for info, before in zip(loading_info, missing, strict=True):
+            sources = set(self._tied_tables().values()) & before
+            info.missing_keys |= {name for name in sources if self.get_parameter(name).is_meta}
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        # The blocks belong to the base model, a plain one, whose rule draws every linear layer from N(0, 0.02), those
+        # of a memory, too. So memories are initialised here and marked, and the plain rule passes them by.
+        for _, wrapper in find_wrappers(self):
+            _reset_what_was_not_loaded(wrapper)
+        super().initialize_weights()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As `transformers.PreTrainedModel.save_pretrained`, except that a save that fails leaves the folder as it was.
+
+        Files are written aside, flushed and moved into place; for this the folder's file system needs room for a second
+        copy. A distributed checkpoint, to which several processes write, goes straight to the folder. A model of a
+        class from outside of `transformers` is loaded by its own class: ``type(model).from_pretrained(folder)``.
+        """
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        if not is_main_process or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        # Weights of an earlier save under other names (one file, or shards) would be found first on loading; those of a
+        # memory alone belong to a description that is replaced.
+        variant = re.escape(f".{kwargs['variant']}") if kwargs.get("variant") else ""
+        stale = rf"model{variant}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{variant}\.json|{WEIGHTS}"
+        if not keeps_card(Path(save_directory)):  # of a memory alone, which was here before
+            stale += "|" + re.escape(CARD)
+        # Old names of weights are translated for the plain type of model, on loading, and back on saving; not for ours.
+        kwargs.setdefault("save_original_format", False)
+        with replaced_together(save_directory, stale=stale) as aside:
+            super().save_pretrained(aside, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As `transformers.PreTrainedModel.from_pretrained`; from a folder with a memory alone, into its base.
+
+        The base comes from where it was loaded when the memory was added, with the options of this call: ``dtype``,
+        ``device_map`` and the like. What says where a folder is (``revision``, ``subfolder``) is about the memory.
+
+        Raises:
+            ValueError: the base is not to be found, or is another one; what `load_memory` raises.
+        """
+        name = pretrained_model_name_or_path
+        hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+        folder = None if name is None or kwargs.get("gguf_file") else _memory_alone(name, **hub)
+        if folder is None:
+            return super().from_pretrained(name, *args, config=config, **kwargs)
+        options = {
+            key: value for key, value in kwargs.items() if key not in ("revision", "subfolder", "adapter_kwargs")
+        }
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(folder if config is None else config)  # type: ignore[union-attr]
+            for key in [key for key in options if hasattr(config, key) and key not in OPTIONS_OF_MODELS]:
+                setattr(config, key, options.pop(key))
+        description = read_description(folder)
+        loaded = _load_base(folder, description, cls.plain_class, config, **options)
+        model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # with output_loading_info
+        load_memories(model, folder, description)
+        # What is trained on this model (an adapter of PEFT) begins with base and memory; the base alone is recorded.
+        place = Path(name, hub.get("subfolder", "")) if os.path.isdir(name) else name
+        model.name_or_path = model.config._name_or_path = str(place)
+        return (model, *info) if info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+        """Does nothing, as in `MemoryConfigMixin.register_for_auto_class`."""
+
+
+def _reset_what_was_not_loaded(wrapper: MemoryWrapper) -> None:
+    """Initialises a memory and its gate as their `reset_parameters` do, but for what came from a checkpoint."""
+    memory: Any = wrapper.memory
+    if getattr(memory, "_is_hf_initialized", False):
+        return
+    tensors = {**dict(memory.named_parameters()), **dict(memory.named_buffers())}
+    if isinstance(wrapper, ParallelMemory):
+        tensors["gate"] = wrapper.gate
+    loaded = {name: tensor for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
+    if len(loaded) < len(tensors):
+        kept = {name: tensor.clone() for name, tensor in loaded.items()}
+        memory.reset_parameters()
+        if isinstance(wrapper, ParallelMemory):
+            wrapper.reset_parameters()
+        for name, tensor in kept.items():
+            loaded[name].copy_(tensor)
+    _mark_initialised(wrapper)
+
+
+def _mark_built(wrappers: Sequence[MemoryWrapper]) -> None:
+    """Marks what its constructor has initialised; on the meta device weights are yet to be loaded or drawn."""
+    for wrapper in wrappers:
+        if not next(wrapper.memory.parameters()).is_meta:
+            _mark_initialised(wrapper)
+
+
+def _mark_initialised(wrapper: MemoryWrapper) -> None:
+    # For `transformers`, which draws the weights of every module without this mark.
+    parts: Any = (wrapper, *wrapper.memory.modules())
+    for module in parts:
+        module._is_hf_initialized = True
+
+
+def _memory_alone(name: str | os.PathLike[str], *, subfolder: str = "", **hub: Any) -> Path | None:
+    """The folder, fetched if it is on the Hub, if `name` is a memory without its base; None if it is anything else."""
+    found: Any
+    if os.path.isdir(name):
+        found = Path(name) / subfolder / MEMORY_CONFIG_NAME
+        if found.parent.is_dir() and is_damaged_memory(found.parent):
+            return found.parent  # and `read_description` says what is wrong with it
+    else:
+        found = cached_file(
+            name,
+            MEMORY_CONFIG_NAME,
+            subfolder=subfolder,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub,
+        )
+    if found is None or not holds_memory_alone(Path(found)):
+        return None
+    return local_folder(name, subfolder=subfolder, **hub)
+
+
+def _load_base(folder: Path, description: Description, plain_class: Any, config: Any, **options: Any) -> Any:
+    """The base that the memory in `folder` belongs to, from where it was loaded when the memory was added.
+
+    `config` says what the memory's ``config.json`` says, and `options` is what `from_pretrained` takes. Raises
+    `ValueError` if nobody knows where the base is, or it is not there.
+    """
+    name = description.base.name_or_path
+    advice = f"build the base, a {plain_class.__name__}, and call load_memory(model, {str(folder)!r})"
+    if not name:
+        raise ValueError(
+            f"base of {folder / MEMORY_CONFIG_NAME} must have a name_or_path for from_pretrained, got ''; {advice}"
+        )
+    plain: Any = copy.deepcopy(config)
+    if isinstance(plain, MemoryConfigMixin):
+        plain = plain.without_memory()
+    hub = {key: options[key] for key in ("cache_dir", "local_files_only", "token") if key in options}
+    try:
+        # A base that is stored quantised is loaded as such.
+        stored, _ = PreTrainedConfig.get_config_dict(name, **hub)
+        if "quantization_config" in stored:
+            plain.quantization_config = stored["quantization_config"]
+        return plain_class.from_pretrained(name, config=plain, **options)
+    except OSError as error:
+        raise ValueError(
+            f"base {name!r}, which this memory was added to, cannot be loaded: {error}; {advice}"
+        ) from error
+
 
 def rebuild(plain: Any, is_config: bool) -> Any:
     """An empty model or configuration of the class that `plain` has with memories: for pickle."""
@@ -58,6 +382,7 @@ def with_memory(plain: type[Any]) -> type[MemoryMixin]:
         "__annotations__": {"config": config_class},
         "plain_class": plain,
         "auto_class_name": auto,
+        "is_registered": plain.__name__ in REGISTERED,
     }
     made: type[Any] = type(f"{PREFIX}{plain.__name__}", (MemoryMixin, plain), namespace)
     if auto is not None:
@@ -106,3 +431,84 @@ def register() -> None:
         # Its module has classes for images, too, which import tokenizers; without them it is made when it is asked for.
         if name != "Gemma3ForCausalLM" or is_tokenizers_available():
             with_memory(getattr(transformers, name))
+
+
+def add_memories(
+    model: nn.Module,
+    placement: MemoryPlacement,
+    names: Sequence[str],
+    memories: Sequence[MemoryLayer],
+    base: BaseIdentity,
+    *,
+    keep_original: bool = False,
+) -> list[MemoryWrapper]:
+    """Puts finished memories into a model, which was unwrapped, and makes it say that it has them.
+
+    `base` is the identity of the model before. Returns what stands in the model now. What fails leaves the model as it
+    was.
+    """
+    originals = {name: model.get_submodule(name) for name in names}
+    try:
+        wrappers = put_in(model, placement, names, memories, keep_original=keep_original)
+        _mark_built(wrappers)
+        for wrapper in wrappers:
+            wrapper.base_identity = base
+        if isinstance(model, PreTrainedModel):
+            _change_class(model, placement)
+    except BaseException:
+        remove_memories(model, originals, base.name_or_path)
+        raise
+    return wrappers
+
+
+def _change_class(model: PreTrainedModel, placement: MemoryPlacement) -> None:
+    """Gives a model of `transformers` the class and the configuration that know of its memories."""
+    plain: Any = type(model)
+    memory_class = with_memory(plain)
+    # All that it says, also what is in no file; configurations of parts stay those that the parts have.
+    config: Any = copy.copy(model.config)
+    config.__class__ = config_with_memory(config.__class__)
+    config.set_placement(placement)
+    config.set_model_class(memory_class.__name__, memory_class.auto_class_name)
+    model.__class__ = memory_class
+    _exchange_config(model, config)
+    assert isinstance(model, MemoryMixin)
+    model.declare_memories()
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def remove_memories(model: nn.Module, originals: Mapping[str, nn.Module], name_or_path: str) -> None:
+    """Puts the modules of the base back, and the class and the configuration that the model had.
+
+    `name_or_path` is where the base came from, if it is known.
+    """
+    if not isinstance(model, MemoryMixin):
+        take_out(model, originals)
+        return
+    model.undeclare_memories()
+    take_out(model, originals)
+    plain: Any = model.config.without_memory()
+    if plain.architectures == [type(model).__name__]:
+        plain.architectures = [model.plain_class.__name__]
+    # Not where base and memory came from, which is no base.
+    model.name_or_path = plain._name_or_path = name_or_path
+    _exchange_config(model, plain)
+    model.__class__ = model.plain_class  # type: ignore[assignment]
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def load_memories(model: nn.Module, folder: Path, description: Description, *, check_base: bool = True) -> None:
+    """Adds the memories in `folder` to their base, which was unwrapped. Raises the `ValueError` of `load_memory`."""
+    stored = read_memory(model, folder, description, check_base=check_base)
+    wrappers = add_memories(model, stored.placement, stored.names, stored.memories, stored.base)
+    for wrapper, gate in zip(wrappers, stored.gates, strict=False):
+        assert isinstance(wrapper, ParallelMemory)
+        wrapper.gate.data.copy_(gate)
+
+
+def _exchange_config(model: PreTrainedModel, config: Any) -> None:
+    # One object is shared by the model and its parts. It is not changed: the caller may build other models from it.
+    before = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = config

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlayers.models.mixin import MemoryMixin
-from memlayers.models.wrappers import MemoryWrapper, ParallelMemory
+from memlayers.models.modules import base_name
+from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
 from memlayers.torch_private import is_wrapper_subclass
 
 VALUES = 16  # values of a tensor that are kept
-_ATTRIBUTE = "_memory_base"  # of the model; a copy, pickled or not, keeps it
 
 
 class TensorIdentity(NamedTuple):
@@ -69,11 +68,10 @@ def identity_of(model: nn.Module, without: Collection[str] = ()) -> BaseIdentity
     """
     named = dict(_base_tensors(model, "", {base_name(name) for name in without}))
     dtypes = (tensor.dtype for tensor in named.values() if tensor.is_floating_point())
-    plain: Any = type(model)
+    # A model with memories has a class of its own, and may have come from a folder that is no base.
+    plain: Any = getattr(type(model), "plain_class", type(model))
     name, model_type = "", None
-    if isinstance(model, MemoryMixin):  # which may have come from a folder that is no base
-        plain = model.plain_class
-    elif isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel) and plain is type(model):
         name = str(model.name_or_path or "")
         if os.path.isdir(name):  # a relative path means something else elsewhere
             name = os.path.abspath(name)
@@ -96,24 +94,12 @@ def base_buffers(model: nn.Module) -> set[str]:
     return {name for name, tensor in _base_tensors(model, "", ()) if not isinstance(tensor, nn.Parameter)}
 
 
-def base_name(name: str) -> str:
-    """The name that a module has where none is compiled."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def record_base(model: nn.Module, identity: BaseIdentity) -> None:
-    """Keeps `identity` with the model, for `recorded_base`."""
-    setattr(model, _ATTRIBUTE, identity)
-
-
 def recorded_base(model: nn.Module) -> BaseIdentity | None:
-    """What `record_base` kept; None for a model that was loaded whole, which keeps nothing."""
-    return getattr(model, _ATTRIBUTE, None)
-
-
-def forget_base(model: nn.Module) -> None:
-    """The inverse of `record_base`."""
-    model.__dict__.pop(_ATTRIBUTE, None)
+    """The base that memories were added to; None for a model without memories, or one that was loaded whole."""
+    for _, wrapper in find_wrappers(model):
+        if isinstance(wrapper.base_identity, BaseIdentity):
+            return wrapper.base_identity
+    return None
 
 
 def _base_tensors(module: nn.Module, prefix: str, without: Collection[str]) -> Iterator[tuple[str, Tensor]]:

@@ -1,14 +1,13 @@
-"""How memories get into the modules of a model, and out again: what all kinds of models have in common."""
+"""How memories get into the modules of a model and out again: what all kinds of models have in common."""
 
-import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memlayers.layer import MemoryLayer, layer_class
-from memlayers.models.masks import install_hooks
+from memlayers.models.masks import install_hooks, remove_hooks
+from memlayers.models.modules import tensor_like
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, ReplacingMemory
 
@@ -36,15 +35,20 @@ def build_memories(
     return memories
 
 
-def install(
+def put_in(
     model: nn.Module,
     placement: MemoryPlacement,
     names: Sequence[str],
     memories: Sequence[MemoryLayer],
     *,
     keep_original: bool = False,
-) -> None:
-    """Puts `memories` in or beside the modules of `names`, and hands masks over to them. Raises nothing."""
+) -> list[MemoryWrapper]:
+    """Puts `memories` in or beside the modules of `names`, and hands masks over to them from now on.
+
+    Returns what stands in the model now, in the order of `names`. An error, as by `setattr` of a module that is not
+    to be changed, leaves some memories in the model: `take_out` undoes that.
+    """
+    wrappers: list[MemoryWrapper] = []
     for name, memory in zip(names, memories, strict=True):
         original = model.get_submodule(name)
         wrapper: MemoryWrapper
@@ -52,21 +56,22 @@ def install(
             wrapper = ParallelMemory(original, memory)
         else:
             wrapper = ReplacingMemory(memory, original if keep_original else None)
-        if not next(memory.parameters()).is_meta:
-            _mark_initialised(wrapper)  # by its constructor; on the meta device weights are yet to be loaded or drawn
         wrapper.training = original.training
         memory.train(original.training)
-        set_module(model, name, wrapper)
+        _set_module(model, name, wrapper)
+        wrappers.append(wrapper)
     install_hooks(model, [f"{name}.memory" for name in names])
+    return wrappers
 
 
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` in the place of the one that is there."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+def take_out(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
+    """The inverse of `put_in`: the modules `originals` stand under their names again, and no masks are handed over."""
+    remove_hooks(model)
+    for name, original in originals.items():
+        _set_module(model, name, original)
 
 
-def put_beside(original: nn.Module, memory: MemoryLayer) -> None:
+def match_device_and_dtype(original: nn.Module, memory: MemoryLayer) -> None:
     """Gives a module the device of the memory that was built like it, and its dtype if that is another one now."""
     like = next(memory.query.parameters())
     if like.is_meta:  # offloaded: its place says nothing
@@ -77,36 +82,6 @@ def put_beside(original: nn.Module, memory: MemoryLayer) -> None:
         original.to(like.dtype)
 
 
-def reset_what_was_not_loaded(wrapper: MemoryWrapper) -> None:
-    """Initialises a memory and its gate as their `reset_parameters` do, but for what came from a checkpoint."""
-    memory: Any = wrapper.memory
-    if getattr(memory, "_is_hf_initialized", False):
-        return
-    tensors = {**dict(memory.named_parameters()), **dict(memory.named_buffers())}
-    if isinstance(wrapper, ParallelMemory):
-        tensors["gate"] = wrapper.gate
-    loaded = {name: tensor for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
-    if len(loaded) < len(tensors):
-        kept = {name: tensor.clone() for name, tensor in loaded.items()}
-        memory.reset_parameters()
-        if isinstance(wrapper, ParallelMemory):
-            wrapper.reset_parameters()
-        for name, tensor in kept.items():
-            loaded[name].copy_(tensor)
-    _mark_initialised(wrapper)
-
-
-def _mark_initialised(wrapper: MemoryWrapper) -> None:
-    # For `transformers`, which draws the weights of every module without this mark.
-    parts: Any = (wrapper, *wrapper.memory.modules())
-    for module in parts:
-        module._is_hf_initialized = True
-
-
-def tensor_like(model: nn.Module, name: str) -> Tensor:
-    """A tensor on the device and in the dtype that a memory at the module `name` takes."""
-    module = model.get_submodule(name)
-    for tensor in itertools.chain(module.parameters(), model.parameters()):
-        if tensor.is_floating_point():  # quantised weights are not
-            return tensor
-    return torch.empty(())
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

@@ -4,13 +4,15 @@
 model's ``config.json`` and alone in ``memory_config.json``.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from memlayers.checks import require_choice
 from memlayers.config import MemoryConfig
-from memlayers.models.wrappers import Mode
+
+Mode = Literal["replace", "parallel"]
 
 _KEYS = ("config", "kind", "layers", "mode", "share_values")
 
@@ -63,6 +65,15 @@ class MemoryPlacement:
             raise ValueError(f"layers must be within 1..{num_blocks}, the blocks of this model, got {last}")
         if self.config.dim != hidden_size:
             raise ValueError(f"config.dim must be {hidden_size}, the hidden size of this model, got {self.config.dim}")
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether `layers` are numbers of blocks, not names of modules."""
+        return isinstance(self.layers[0], int)
+
+    def at(self, names: Sequence[str]) -> "MemoryPlacement":
+        """The same in a model whose modules have these names; block numbers stay."""
+        return self if self.is_numbered else dataclasses.replace(self, layers=names)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives an equal placement back."""

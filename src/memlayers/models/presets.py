@@ -9,8 +9,8 @@ from memlayers.checks import require_choice
 from memlayers.config import MemoryConfig
 from memlayers.layer import MemoryLayer
 from memlayers.memory_plus import MemoryPlus
+from memlayers.models.modules import unwrap
 from memlayers.models.targets import Layers, default_layer, hidden_size, num_blocks
-from memlayers.models.unwrapping import unwrap
 
 PRESETS = ("paper", "memory_plus", "retrofit")
 _STRIDE = 8  # blocks between two memories of "memory_plus"

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.layer import memory_layers
-from memlayers.models.trainable import adapter_parameters, memory_parameters
-from memlayers.models.unwrapping import unwrap
+from memlayers.models.modules import adapter_parameters, memory_parameters, unwrap
 from memlayers.optim.memory_adamw import MemoryAdamW
 from memlayers.optim.row_optimizer import RowOptimizer
 from memlayers.sizes import nominal_bytes, size_text

@@ -4,14 +4,13 @@ Either takes the module's place under its name, so the model around it goes on c
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from memlayers.layer import MemoryLayer
-
-Mode = Literal["replace", "parallel"]
+from memlayers.models.placement import Mode
 
 
 class MemoryWrapper(nn.Module):
@@ -19,6 +18,7 @@ class MemoryWrapper(nn.Module):
 
     mode: ClassVar[Mode]
     memory: MemoryLayer
+    base_identity: object = None  # the `BaseIdentity` of the model that the memory was added to, if it is known
 
     @property
     def original(self) -> nn.Module | None:

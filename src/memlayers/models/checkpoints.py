@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from memlayers.models.loading import refill_memory
-from memlayers.models.memory_folder import lacks_memory
-from memlayers.models.saving import check_savable, save_memory
-from memlayers.models.trainable import trainable_base
+from memlayers.models.add import save_memory, trainable_base
+from memlayers.models.folder import lacks_memory
+from memlayers.models.modules import placed_memories, unwrap
+from memlayers.models.storage import refill_memory, savable_base
 
 MEMORY_FOLDER = "memory"  # in a checkpoint
 
@@ -29,7 +29,8 @@ class SaveMemory(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        check_savable(model)
+        inner = unwrap(model)
+        savable_base(inner, placed_memories(inner))
         if trained := trainable_base(model):
             raise ValueError(
                 f"model must have a frozen base for SaveMemory, which saves the memories alone, got {len(trained)} "
@@ -67,4 +68,4 @@ def _fill(model: nn.Module, checkpoint: Path) -> None:
             f"checkpoint must hold the memories in {str(folder)!r}, which is not there: resume from a checkpoint in "
             f"output_dir that was written with SaveMemory, or load_memory into the base and train anew"
         )
-    refill_memory(model, folder)
+    refill_memory(unwrap(model), folder)

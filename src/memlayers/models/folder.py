@@ -1,0 +1,273 @@
+"""The format on disk: what a folder holds beside the weights of a whole model, and what one with a memory alone holds.
+
+``memory_config.json`` describes the memories. `save_pretrained` writes a `MemoryPlacement` to it; for a memory without
+its base it is a sealed file, which also says what the base is and what the files of weights must be. ``README.md`` is
+the card of such a folder, for people and for the Hub.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from memlayers.files import file_sha256, read_sealed, write_sealed
+from memlayers.models.identity import BaseIdentity
+from memlayers.models.placement import MemoryPlacement
+from memlayers.version import __version__
+
+MEMORY_CONFIG_NAME = "memory_config.json"
+FORMAT = 1
+KEYS = ("format", "memlayers", "memory", "names", "base", "files")  # of the description
+WEIGHTS = r"memory(-\d+-of-\d+)?\.safetensors"
+WHOLE_MODEL = r"(pytorch_)?model([-.].*)?\.(safetensors|bin)"  # weights of a whole model
+REMOTE_MODULE = "modeling_memlayers"
+# `auto_map` in config.json points here: with trust_remote_code=True the Auto classes find the registered classes in a
+# process that never imported memlayers. It holds no code of its own, so old folders get the installed library's fixes.
+REMOTE_CODE = '''"""The classes of this model, for `trust_remote_code=True`. Needs `pip install "memlayers[lm]"`."""
+
+from memlayers.models.classes import {names}  # noqa: F401
+'''
+
+CARD = "README.md"
+# A card with this line is replaced by the next save, any other is left alone.
+_OURS = "<!-- Written by memlayers. Remove this line, and the next save keeps your changes. -->"
+
+_TEXT = """\
+---
+library_name: memlayers
+{base_model}tags:
+- memory-layer
+- product-key-memory
+---
+{ours}
+
+# A memory for {title}
+
+{modules}, trained beside a base model that is not in here. Needs `pip install "memlayers[lm]"`.
+
+```python
+{load}
+```
+
+| | |
+|---|---|
+| kind | {kind} |
+| mode | {mode} |
+| at | {names} |
+| slots of a table | {slots:,} of width {width} |
+| tables | {tables} |
+| read for a token, by a memory | {read} slots ({heads} heads, {topk} each) |
+| parameters | {parameters:,} |
+| base | {base} |
+"""
+
+_MODES = {"replace": "in place of each module", "parallel": "beside each module, behind a gate"}
+
+
+def write_placement(folder: Path, placement: MemoryPlacement, auto_map: Mapping[str, str]) -> None:
+    """Writes ``memory_config.json`` of a whole model, and the module that `auto_map` points to."""
+    text = json.dumps(placement.to_dict(), indent=2) + "\n"
+    (folder / MEMORY_CONFIG_NAME).write_text(text, encoding="utf-8")
+    classes = ", ".join(sorted({place.rpartition(".")[2] for place in auto_map.values()}))
+    (folder / f"{REMOTE_MODULE}.py").write_text(REMOTE_CODE.format(names=classes), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``memory_config.json`` of a memory alone says."""
+
+    placement: MemoryPlacement
+    names: list[str]  # of the modules in whose places the memories are
+    base: BaseIdentity
+    files: dict[str, dict[str, Any]]  # of weights: the size and the SHA-256 of each
+
+
+def write_description(folder: Path, description: Description) -> None:
+    """Writes ``memory_config.json`` of a memory alone, for `read_description`."""
+    content = {
+        "format": FORMAT,
+        "memlayers": __version__,
+        "memory": description.placement.to_dict(),
+        "names": description.names,
+        "base": description.base.to_dict(),
+        "files": description.files,
+    }
+    write_sealed(folder / MEMORY_CONFIG_NAME, content)
+
+
+def local_folder(folder: str | os.PathLike[str], *, subfolder: str = "", **hub: Any) -> Path:
+    """`folder` itself if there is one, or else the files of a memory in a repository of the Hub, fetched.
+
+    Raises `ValueError` for what is neither.
+    """
+    path = Path(folder)
+    if path.is_dir():
+        return path / subfolder
+    if path.exists() or not (isinstance(folder, str) and is_hub_id(folder)):
+        what = "a file" if path.exists() else "nothing"
+        raise ValueError(f"folder must be a folder or a repository of the Hub, got {str(folder)!r}, which is {what}")
+    inside = f"{subfolder}/" if subfolder else ""
+    patterns = [f"{inside}{MEMORY_CONFIG_NAME}", f"{inside}memory*.safetensors"]
+    try:
+        return Path(huggingface_hub.snapshot_download(folder, allow_patterns=patterns, **hub)) / subfolder
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"folder must be a folder or a repository of the Hub, got {folder!r}: there is no such folder, and from "
+            f"the Hub comes {type(error).__name__}: {error}"
+        ) from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a repository of the Hub may have this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def holds_memory_alone(config: Path) -> bool:
+    """Whether the file `config` is the description of a memory without its base."""
+    content = _content(config)
+    return isinstance(content, dict) and "base" in content
+
+
+def is_damaged_memory(folder: Path) -> bool:
+    """Whether `folder` must have been a memory without its base, and its description is lost or no longer one."""
+    if is_whole_model(folder):
+        return False
+    config = folder / MEMORY_CONFIG_NAME
+    return (config.is_file() and _content(config) is None) or any(
+        re.fullmatch(WEIGHTS, path.name) for path in folder.iterdir()
+    )
+
+
+def lacks_memory(folder: Path) -> bool:
+    """Whether nobody ever wrote a memory to `folder`."""
+    return not folder.is_dir() or not any(folder.iterdir())
+
+
+def _content(config: Path) -> Any:
+    try:
+        return json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def read_description(folder: Path) -> Description:
+    """The inverse of `write_description`. Raises `ValueError` for what `save_memory` did not write, or not as it is."""
+    config = folder / MEMORY_CONFIG_NAME
+    whole = is_whole_model(folder)
+    if not config.is_file():
+        hint = "; it holds a whole model: use from_pretrained" if whole else ""
+        raise ValueError(
+            f"folder must hold a memory that save_memory wrote, got {str(folder)!r} without {MEMORY_CONFIG_NAME}{hint}"
+        )
+    if whole and not holds_memory_alone(config):
+        raise ValueError(
+            f"folder must hold a memory that save_memory wrote, got {str(folder)!r} with a whole model that "
+            f"save_pretrained wrote: use from_pretrained"
+        )
+    content = read_sealed(config)
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"format of {config} must be {FORMAT}, got {content.get('format')!r} of memlayers "
+            f"{content.get('memlayers')}: a newer memlayers can load it"
+        )
+    if missing := [key for key in KEYS if key not in content]:
+        raise ValueError(f"{config} must have the keys {', '.join(KEYS)}; {', '.join(missing)} is missing")
+    placement, base = MemoryPlacement.from_dict(content["memory"]), BaseIdentity.from_dict(content["base"])
+    return Description(placement, content["names"], base, content["files"])
+
+
+def is_whole_model(folder: Path) -> bool:
+    """Whether `folder` holds the weights of a whole model."""
+    return any(re.fullmatch(WHOLE_MODEL, path.name) and path.is_file() for path in folder.iterdir())
+
+
+def check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raises `ValueError` for a file that is missing, or is not what was written."""
+    for name, written in files.items():
+        if not re.fullmatch(WEIGHTS, name):
+            raise ValueError(f"files of {folder / MEMORY_CONFIG_NAME} must be named memory*.safetensors, got {name!r}")
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; the memory needs {', '.join(files)}")
+        if (size := file.stat().st_size) != written["size"]:
+            raise ValueError(f"{file} is damaged: it must have {written['size']:,} bytes, got {size:,}")
+    for name, written in files.items():  # sizes first: they cost nothing
+        if (digest := file_sha256(folder / name)) != written["sha256"]:
+            raise ValueError(f"{folder / name} is damaged: its SHA-256 must be {written['sha256']}, got {digest}")
+
+
+def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, tuple[Path, list[int]]]:
+    """Each tensor in the files: which it is in, and its shape. Raises `ValueError` for a file that says nothing."""
+    found = {}
+    for name in files:
+        try:
+            with safe_open(folder / name, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (no dictionary)
+                    found[key] = (folder / name, list(opened.get_slice(key).get_shape()))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} must be a file of safetensors ({error})") from None
+    return found
+
+
+def keeps_card(folder: Path) -> bool:
+    """Whether `folder` has a card that somebody else wrote."""
+    card = folder / CARD
+    return card.exists() and _OURS not in card.read_text(encoding="utf-8", errors="replace")
+
+
+def card(description: Description, parameters: int, *, auto_class: str | None, is_registered: bool) -> str:
+    """The text of the card of a memory with so many parameters.
+
+    `auto_class` is the class of `transformers` that loads base and memory at once; with `is_registered`, it can do so
+    as soon as `memlayers.models` was imported.
+    """
+    placement, names, base = description.placement, description.names, description.base
+    config, count = placement.config, len(names)
+    is_public = is_hub_id(base.name_or_path) and not Path(base.name_or_path).exists()
+    return _TEXT.format(
+        base_model=f"base_model: {base.name_or_path}\n" if is_public else "",
+        ours=_OURS,
+        title=base.name_or_path if is_public else f"a {base.class_name}",
+        modules="A memory layer" if count == 1 else f"{count} memory layers",
+        load=_loading(base, auto_class if is_public else None, is_registered),
+        kind=placement.kind,
+        mode=f"{placement.mode}, {_MODES[placement.mode]}",
+        names=", ".join(f"`{name}`" for name in names),
+        slots=config.slots,
+        width=config.width,
+        tables="1, shared" if placement.share_values and count > 1 else count,
+        read=config.heads * config.topk,
+        heads=config.heads,
+        topk=config.topk,
+        parameters=parameters,
+        # The path of a folder means nothing to others.
+        base=base if is_public else f"a {base.class_name} in {base.dtype}",
+    )
+
+
+def _loading(base: BaseIdentity, auto_class: str | None, is_registered: bool) -> str:
+    if auto_class is not None:
+        first = ""
+        trust = ", trust_remote_code=True"
+        if is_registered:
+            first, trust = "import memlayers.models  # or trust_remote_code=True below\n", ""
+        return (
+            f"{first}from transformers import {auto_class}\n\n"
+            f'model = {auto_class}.from_pretrained("path/to/this/folder"{trust})'
+        )
+    return (
+        f"from memlayers import load_memory\n\n"
+        f"model = ...  # the base, a {base.class_name} with the weights that this was trained with\n"
+        f'load_memory(model, "path/to/this/folder")'
+    )

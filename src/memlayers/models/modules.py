@@ -1,0 +1,150 @@
+"""What is in a model: the model inside of what was put around it, its memories, their parameters and tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+
+from memlayers.layer import MemoryLayer, memory_layers
+from memlayers.models.placement import MemoryPlacement
+from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
+from memlayers.values import modules_of
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """`model` without the modules that `torch.compile`, `DistributedDataParallel` and PEFT put around it."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = inner
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif hasattr(model, "peft_config") and callable(get_base_model := getattr(model, "get_base_model", None)):
+            model = get_base_model()
+        else:
+            return model
+
+
+def base_name(name: str) -> str:
+    """The name that a module has where none is compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def tensor_like(model: nn.Module, name: str) -> Tensor:
+    """A tensor on the device and in the dtype that a memory at the module `name` takes."""
+    for tensor in chain(model.get_submodule(name).parameters(), model.parameters()):
+        if tensor.is_floating_point():  # quantised weights are not
+            return tensor
+    return torch.empty(())
+
+
+def require_no_memory(model: nn.Module) -> None:
+    """Raises `ValueError` for a model that has memories already."""
+    if memories := memory_layers(model):
+        raise ValueError(f"model must have no memory yet, got one with {', '.join(memories)}")
+
+
+@dataclass(frozen=True)
+class PlacedMemories:
+    """The memories of a model: where they are, what they are, and all tensors that came into the model with them."""
+
+    wrappers: dict[str, MemoryWrapper]  # by the names of the modules in whose places they are, none of them compiled
+    placement: MemoryPlacement  # what `add_memory` was called with
+    tensors: dict[str, Tensor]  # `memory_tensors` and the gates, by the names that files have
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.wrappers)
+
+
+def placed_memories(model: nn.Module) -> PlacedMemories:
+    """What `add_memory` put into `model`, which was unwrapped.
+
+    Raises `ValueError` for a model without memories, for memories that something was put around, and for memories that
+    differ in more than their weights.
+    """
+    wrappers = {base_name(name): wrapper for name, wrapper in find_wrappers(model)}
+    if not wrappers:
+        raise ValueError(f"model must have memories that add_memory put there, got a {type(model).__name__} without")
+    memories: dict[str, MemoryLayer] = {}
+    for name, wrapper in wrappers.items():
+        memory = unwrap(wrapper.memory)  # compiled or not
+        if not isinstance(memory, MemoryLayer):
+            raise ValueError(
+                f"model must have a MemoryLayer at {name}.memory, got a {type(memory).__name__}: merge or unload the "
+                f"adapters of memories first, and leave memories out of an adapter's modules_to_save"
+            )
+        memories[name] = memory
+    placement = _placement(model, wrappers, memories)
+    tensors = memory_tensors(memories)
+    for name, wrapper in wrappers.items():
+        if isinstance(wrapper, ParallelMemory):
+            tensors[f"{name}.gate"] = wrapper.gate
+    return PlacedMemories(wrappers, placement, tensors)
+
+
+def _placement(
+    model: nn.Module, wrappers: Mapping[str, MemoryWrapper], memories: Mapping[str, MemoryLayer]
+) -> MemoryPlacement:
+    first, mode = next(iter(memories.values())), next(iter(wrappers.values())).mode
+    for name, memory in memories.items():
+        if (type(memory), memory.config, wrappers[name].mode) != (type(first), first.config, mode):
+            raise ValueError(
+                f"model must have memories of one kind, configuration and mode, as add_memory makes them, got another "
+                f"one at {name}"
+            )
+    tables = len({id(memory.values) for memory in memories.values()})
+    if tables not in (1, len(memories)):
+        raise ValueError(f"model must have memories that share one table or none, got {tables} for {len(memories)}")
+    # What cannot be seen: which numbers the blocks had, and whether a single memory was to share its table.
+    declared = getattr(getattr(model, "config", None), "placement", None)
+    declared = declared if isinstance(declared, MemoryPlacement) else None
+    return MemoryPlacement(
+        config=first.config,
+        kind=type(first).__name__,
+        layers=declared.layers if declared and declared.is_numbered else list(memories),
+        mode=mode,
+        share_values=declared.share_values if declared and len(memories) == 1 else tables < len(memories),
+    )
+
+
+def memory_tensors(memories: Mapping[str, MemoryLayer]) -> dict[str, Tensor]:
+    """Parameters and buffers of memories, by module; what several memories share is there once, under its first name.
+
+    Buffers that are in no state_dict are there, too: a memory that is built without storage cannot compute them anew.
+    """
+    seen: set[int] = set()
+    found = {}
+    for at, memory in memories.items():
+        for name, tensor in chain(memory.named_parameters(), memory.named_buffers()):
+            # The mark of a table in row mode is the optimizer's.
+            if name.rpartition(".")[2] != "row_mark" and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[f"{at}.memory.{name}"] = tensor
+    return found
+
+
+def memory_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """All parameters of memories, and their gates; without those of adapters inside of them."""
+    found: set[nn.Parameter] = set()
+    for memory in memory_layers(model).values():
+        found |= set(memory.parameters()) - adapter_parameters(memory)
+    for wrapper in modules_of(model, ParallelMemory).values():
+        found.add(wrapper.gate)
+    return found
+
+
+def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """All parameters that PEFT has put into modules of `model`."""
+    found: set[nn.Parameter] = set()
+    for module in model.modules():
+        # Each of its layers says under which names it keeps what it adds; a dotted one is inside of a part.
+        for name in getattr(module, "adapter_layer_names", ()):
+            part = attrgetter(name)(module)
+            if isinstance(part, nn.Parameter):
+                found.add(part)
+            elif isinstance(part, nn.Module):
+                found.update(part.parameters())
+    return found

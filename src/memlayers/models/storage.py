@@ -1,0 +1,271 @@
+"""Memory <-> folder: the tensors of memories and the files that hold them, and the base that they belong to.
+
+`write_memory` and `read_memory` are inverse to each other; `refill_memory` reads into memories that are in a model
+already.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from memlayers.files import file_sha256, replaced_together
+from memlayers.layer import MemoryLayer
+from memlayers.models.folder import (
+    CARD,
+    WEIGHTS,
+    Description,
+    card,
+    check_files,
+    is_whole_model,
+    keeps_card,
+    read_description,
+    stored_tensors,
+    write_description,
+)
+from memlayers.models.identity import BaseIdentity, base_buffers, identity_of, recorded_base
+from memlayers.models.install import build_memories
+from memlayers.models.modules import PlacedMemories, base_name, memory_tensors, placed_memories, tensor_like
+from memlayers.models.placement import MemoryPlacement
+from memlayers.models.targets import names_of
+from memlayers.models.wrappers import find_wrappers
+
+CHUNK = 2**25  # bytes of a file that are read at once
+
+
+def write_memory(
+    model: nn.Module, placed: PlacedMemories, base: BaseIdentity, folder: Path, max_shard_size: int | str
+) -> None:
+    """Writes the memories `placed` of `model` and their description to `folder`: all of it, or nothing.
+
+    For a model of a class that an Auto class knows, also the configuration that names this class. Raises `ValueError`
+    for a folder with a whole model.
+    """
+    if folder.is_dir() and is_whole_model(folder):
+        raise ValueError(f"folder must not hold a whole model, got {str(folder)!r}: name a folder of its own")
+    kind: Any = type(model)
+    auto_class = getattr(kind, "auto_class_name", None)
+    with replaced_together(folder, stale=WEIGHTS) as aside:
+        files = _write_weights(aside, placed.tensors, max_shard_size, mode=folder.stat().st_mode & 0o666)
+        if auto_class is not None:
+            _write_model_config(model, aside)
+        description = Description(placed.placement, placed.names, base, files)
+        write_description(aside, description)
+        if not keeps_card(folder):
+            parameters = sum(tensor.numel() for tensor in placed.tensors.values() if isinstance(tensor, nn.Parameter))
+            is_registered = getattr(kind, "is_registered", False)
+            text = card(description, parameters, auto_class=auto_class, is_registered=is_registered)
+            (aside / CARD).write_text(text, encoding="utf-8")
+
+
+def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
+    """The identity of the base of `model`. Raises the `ValueError` of `save_memory` for a model that it cannot save."""
+    tensors, kind = placed.tensors, placed.placement.kind
+    if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise ValueError(f"model must hold the weights of its memories, got {meta[0]} on the meta device")
+    # What can be built again: the same as memories that were just made, neither more (adapters) nor less.
+    memories = _empty_memories(model, placed.placement, [name for name, _ in find_wrappers(model)])
+    fresh = memory_tensors(dict(zip(placed.wrappers, memories, strict=True)))
+    for name in placed.wrappers:
+        expected = {key for key in fresh if key.startswith(f"{name}.")}
+        found = {key for key in tensors if key.startswith(f"{name}.")} - {f"{name}.gate"}
+        if expected != found:
+            raise ValueError(
+                f"{name}.memory must hold what a new {kind} holds, differs in {min(expected ^ found)}: merge or unload "
+                f"adapters in memories first"
+            )
+    return _base_of(model)
+
+
+def _base_of(model: nn.Module) -> BaseIdentity:
+    """The identity of the base. Raises `ValueError` if it is no longer what `add_memory` was given."""
+    now, before = identity_of(model), recorded_base(model)
+    if before is None:
+        return now
+    if differing := before.differing(now):
+        advice = "save a base that was trained along with save_pretrained, or freeze it"
+        if set(differing) <= base_buffers(model):
+            modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in differing))
+            advice = (
+                f"running statistics move in train(), frozen or not; put {modules} in eval() before training (and "
+                f"after every train() of the model), or save the whole model with save_pretrained"
+            )
+        raise ValueError(
+            f"model must have the base that its memories were added to: {len(differing)} of {len(before.tensors)} "
+            f"tensors of it have changed since, the first is {differing[0]!r}. save_memory keeps the memories only: "
+            f"{advice}"
+        )
+    # As they were, before any rounding since; what was not there yet (meta), as it is now.
+    tensors = {name: known if known.values else now.tensors[name] for name, known in before.tensors.items()}
+    return BaseIdentity(**{**vars(before), "tensors": tensors})
+
+
+def _write_weights(aside: Path, tensors: dict[str, Tensor], size: int | str, *, mode: int) -> dict[str, Any]:
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="memory{suffix}.safetensors", max_shard_size=size
+    )
+    files = {}
+    for name, keys in split.filename_to_tensors.items():
+        # Only what is on another device is copied, a file's worth at a time.
+        shard = {key: tensors[key].detach().cpu().contiguous() for key in keys}
+        save_file(shard, aside / name, metadata={"format": "pt"})
+        del shard
+        (aside / name).chmod(mode)  # safetensors keeps its files from others
+        files[name] = {"size": (aside / name).stat().st_size, "sha256": file_sha256(aside / name)}
+    return files
+
+
+def _write_model_config(model: Any, aside: Path) -> None:
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    # How the base was loaded; the next one may load it otherwise.
+    config.__dict__.pop("quantization_config", None)
+    config.save_pretrained(aside)
+
+
+@dataclass(frozen=True)
+class StoredMemories:
+    """Memories from a folder, for a model that they are not in yet."""
+
+    placement: MemoryPlacement
+    names: list[str]  # of the modules that they are for, in this model
+    memories: list[MemoryLayer]
+    gates: list[Tensor]  # in "parallel" mode, of each memory
+    base: BaseIdentity  # of the model
+
+
+def read_memory(model: nn.Module, folder: Path, description: Description, *, check_base: bool) -> StoredMemories:
+    """What `write_memory` wrote, each memory on the device of its module; `model`, its base, stays as it is.
+
+    Weights go straight to their device: no table is held twice. Raises the `ValueError` of `load_memory`.
+    """
+    check_files(folder, description.files)
+    names = _names_in(model, description)
+    base = identity_of(model, names if description.placement.mode == "replace" else [])
+    if check_base and (differing := description.base.differing(base)):
+        raise ValueError(
+            f"model must be the base that the memory in {str(folder)!r} was trained with, {description.base}; got "
+            f"{base}: {len(differing)} of {len(description.base.tensors)} tensors differ, the first is "
+            f"{differing[0]!r}. check_base=False loads it all the same"
+        )
+    placement = description.placement.at(names)
+    by_name = dict(zip(description.names, _empty_memories(model, placement, names), strict=True))
+    gates = [f"{name}.gate" for name in by_name] if placement.mode == "parallel" else []
+    stored = stored_tensors(folder, description.files)
+    shapes = {name: list(tensor.shape) for name, tensor in memory_tensors(by_name).items()}
+    _check_shapes(folder, stored, {**shapes, **{gate: [placement.config.dim] for gate in gates}})
+    for name, memory in zip(names, by_name.values(), strict=True):
+        like = tensor_like(model, name)
+        if like.is_meta:
+            raise ValueError(f"model must hold its weights, got {name} on the meta device")
+        _allocate(memory, like.device)
+    for key, tensor in memory_tensors(by_name).items():
+        _fill(tensor, stored[key][0], key)
+    read_gates = [_read(stored[gate][0], gate) for gate in gates]
+    return StoredMemories(placement, names, list(by_name.values()), read_gates, base)
+
+
+def refill_memory(model: nn.Module, folder: Path) -> None:
+    """Gives the memories of `model`, which was unwrapped, the values in `folder`; tensors stay the objects they are.
+
+    Raises `ValueError` as `load_memory` does, and for memories that are not as those that were saved. The model is then
+    as it was.
+    """
+    description = read_description(folder)
+    placed = placed_memories(model)
+    if placed.names != description.names or placed.placement != description.placement:
+        raise ValueError(
+            f"model must have the memories that are saved in {str(folder)!r}, at {', '.join(description.names)} "
+            f"with {description.placement.to_dict()}; got them at {', '.join(placed.names)} with "
+            f"{placed.placement.to_dict()}"
+        )
+    check_files(folder, description.files)
+    if differing := description.base.differing(identity_of(model)):
+        raise ValueError(
+            f"model must have the base that the memory in {str(folder)!r} was trained with, {len(differing)} tensors "
+            f"differ, the first is {differing[0]!r}"
+        )
+    stored = stored_tensors(folder, description.files)
+    _check_shapes(folder, stored, {name: list(tensor.shape) for name, tensor in placed.tensors.items()})
+    for key, tensor in placed.tensors.items():
+        _fill(tensor, stored[key][0], key)
+
+
+def _names_in(model: nn.Module, description: Description) -> list[str]:
+    """The names that the described modules have in `model`. Raises `ValueError` where memories do not fit."""
+    real: dict[str, str] = {}
+    for name, _ in model.named_modules():
+        real.setdefault(base_name(name), name)
+    found = names_of(model, description.placement.at([real.get(name, name) for name in description.names]))
+    if (places := [base_name(name) for name in found]) != description.names:
+        raise ValueError(
+            f"model must have its blocks' feed-forward networks at {', '.join(description.names)}, got {places}"
+        )
+    return found
+
+
+def _empty_memories(model: nn.Module, placement: MemoryPlacement, names: Sequence[str]) -> list[MemoryLayer]:
+    """The memories of `placement` without storage, on the meta device: shapes and dtypes only.
+
+    Raises `ValueError` for a kind that is not known, and for one that holds what is in no file.
+    """
+    memories = build_memories(model, placement, names, device="meta")
+    for part in (part for memory in memories for part in memory.modules()):
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise ValueError(
+                    f"kind must keep all tensors as parameters or buffers to be saved and loaded, got "
+                    f"{placement.kind} with the tensor {name!r} in its {type(part).__name__}: use register_buffer"
+                )
+    return memories
+
+
+def _check_shapes(folder: Path, stored: Mapping[str, tuple[Path, list[int]]], shapes: Mapping[str, list[int]]) -> None:
+    if missing := [name for name in shapes if name not in stored]:
+        raise ValueError(f"files of {str(folder)!r} must have {len(shapes)} tensors, {missing[0]!r} is missing")
+    if unknown := [name for name in stored if name not in shapes]:
+        raise ValueError(f"files of {str(folder)!r} must have the tensors of the memory alone, got {unknown[0]!r}")
+    for name, (file, shape) in stored.items():
+        if shape != shapes[name]:
+            raise ValueError(f"{name!r} in {file} must be of shape {shapes[name]}, got {shape}")
+
+
+def _allocate(memory: MemoryLayer, device: torch.device) -> None:
+    """Storage for what has none; a shared table has it already when its second memory comes."""
+    made: dict[int, Tensor] = {}
+    for module in memory.modules():
+        tensors: Any
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty_like(tensor, device=device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                tensors[name] = made[id(tensor)]
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, file: Path, name: str) -> None:
+    if tensor.ndim == 0:
+        tensor.copy_(_read(file, name))
+        return
+    rows = max(1, CHUNK // max(1, tensor[:1].numel() * tensor.element_size()))
+    for start in range(0, len(tensor), rows):
+        # Opened anew each time: what was read of a file counts as memory of this process for as long as it is open.
+        with safe_open(file, framework="pt") as opened:
+            tensor[start : start + rows].copy_(opened.get_slice(name)[start : start + rows])
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
