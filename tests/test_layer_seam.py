@@ -21,8 +21,7 @@ from memlayers import (
     UsageMeter,
     ValueTable,
 )
-from memlayers.inference import try_infer
-from memlayers.layer import layer_class
+from memlayers.layer import layer_class, try_infer
 from memlayers.query import QueryNetwork
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "your-own-layer.md"

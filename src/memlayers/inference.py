@@ -1,100 +1,55 @@
-"""When a memory layer is run as one operation (`memlayers.ops.infer`), and that operation as one CUDA graph.
+"""captured_decoding: the memory layers of a model as CUDA graphs, for one token at a time.
 
 Letters: T tokens, D model width, V value width.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memlayers.keys import ProductKeys
+from memlayers.checks import require_int
+from memlayers.layer import MemoryLayer, memory_layers
 from memlayers.ops import gpu
 from memlayers.ops.infer import infer
-from memlayers.query import MaskedBatchNorm, QueryNetwork
-from memlayers.torch_private import has_forward_hooks, has_global_forward_hooks
-from memlayers.values import ValueTable
-
-if TYPE_CHECKING:
-    from memlayers.layer import MemoryLayer
-
-# What the operation does the work of. A module of another class, a wrapped or a reparametrised one included, is called.
-_PARTS = (QueryNetwork, nn.Linear, MaskedBatchNorm, ProductKeys, ValueTable)
-
-# The dtypes of x by device; a CPU's kernel knows one.
-_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 _CAPTURED_ON = ("cuda",)
 MOST_CAPTURED = 16  # tokens: what `memlayers.ops.gpu.infer` has kernels for
 
 
-def try_infer(layer: "MemoryLayer", x_TD: Tensor) -> Tensor | None:
-    """y [T, V] in float32, without gradients, of the paper's layer with nobody who listens to its parts.
-
-    x and the weights are of one dtype: float32, on a GPU also 16 bits; the table's is its own. A subclass has it, too,
-    where it differs in `combine` alone. None otherwise: then the parts are to be called.
-    """
-    device, dtype = x_TD.device.type, x_TD.dtype
-    if torch.is_grad_enabled() or layer.training or dtype not in _DTYPES.get(device, ()):
-        return None
-    if has_global_forward_hooks() or torch.is_autocast_enabled(device):
-        return None
-    query, keys, values = layer.query, layer.keys, layer.values
-    norm, projections = query.norm, query.projections
-    projection = projections[0]
-    for part, kind in zip((query, projection, norm, keys, values), _PARTS, strict=True):
-        # Hooks, or a forward of its own: `accelerate` gives modules one where it moves their weights.
-        if type(part) is not kind or has_forward_hooks(part) or "forward" in part.__dict__:
-            return None
-    if len(projections) > 1 or norm.training or not layer.reads_plainly():
-        return None
-    stats = norm.running_mean, norm.running_var, norm.weight, norm.bias
-    arguments = (projection.weight, projection.bias, *stats, norm.eps, keys.weight, keys.topk, values.weight)
-    for tensor in arguments:
-        # A tensor of another class (a quantised weight, say) knows what to do with the operations of a module only.
-        if isinstance(tensor, Tensor) and type(tensor) not in (Tensor, nn.Parameter):
-            return None
-    if projection.weight.dtype != dtype or keys.weight.dtype != dtype:
-        return None
-    if not torch.compiler.is_compiling() and (captures := vars(layer).get("captures")) is not None:
-        return captures.infer(layer, x_TD, arguments)
-    return infer(x_TD, *arguments)
-
-
 @contextmanager
 def captured_decoding(model: nn.Module, *, tokens: int = 1) -> Iterator[None]:
-    """In it, the memory layers of `model` answer calls of at most `tokens` tokens by replaying a CUDA graph.
+    """In its block, the memory layers of a model answer calls of few tokens by replaying a CUDA graph.
 
         with torch.inference_mode(), captured_decoding(model):
             model.generate(**prompt)
 
     For one token at a time, starting the kernels takes longer than their work. A layer that runs as one operation on a
-    GPU (`try_infer`) is captured at its first such call, for each number of tokens and dtype, and again where a weight
-    has been replaced by another tensor; weights that change in place need nothing. Nothing is captured on a CPU, under
-    `torch.compile`, or inside a capture of somebody else's: there the call is as usual. Call the model on one stream at
-    a time. At the end, graphs and their memory are given back.
+    GPU (`memlayers.layer.try_infer`) is captured at its first such call, for each number of tokens and dtype, and again
+    when a weight has been replaced by another tensor; a weight that changes in place needs nothing. On a CPU, under
+    `torch.compile` and inside a capture of somebody else's nothing is captured: there the call runs as usual. The end
+    of the block frees the graphs and their memory.
 
-    Raises `ValueError` unless `tokens` is an integer from 1 to 16.
+    Args:
+        model: what holds the memories. Call it on one stream at a time.
+        tokens: the most tokens of a call that is captured, 1 to 16.
+
+    Raises:
+        ValueError: another number of tokens.
     """
-    from memlayers.layer import memory_layers
-
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MOST_CAPTURED:
-        raise ValueError(f"tokens must be an integer from 1 to {MOST_CAPTURED}, got {tokens!r}")
+    require_int("tokens", tokens, least=1, most=MOST_CAPTURED)
     captures = Captures(tokens)
     layers = memory_layers(model).values()
-    before = [vars(layer).get("captures") for layer in layers]
+    before = [layer.captures for layer in layers]
     try:
         for layer in layers:
-            vars(layer)["captures"] = captures
+            layer.captures = captures
         yield
     finally:
         for layer, outer in zip(layers, before, strict=True):
-            if outer is None:
-                vars(layer).pop("captures", None)
-            else:
-                vars(layer)["captures"] = outer
+            layer.captures = outer
 
 
 class Captures:
@@ -107,7 +62,7 @@ class Captures:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pool: Any = None
 
-    def infer(self, layer: "MemoryLayer", x_TD: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+    def __call__(self, layer: MemoryLayer, x_TD: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         """`memlayers.ops.infer.infer`, by a graph where there can be one."""
         if x_TD.device.type not in _CAPTURED_ON or not 1 <= len(x_TD) <= self.tokens:
             return infer(x_TD, *arguments)

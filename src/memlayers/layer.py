@@ -4,7 +4,7 @@ Letters: T tokens, D model width, H heads, Q query width of a head, K neighbours
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlayers.config import MemoryConfig
-from memlayers.inference import try_infer
 from memlayers.keys import FlatKeys, ProductKeys
-from memlayers.query import QueryNetwork
+from memlayers.ops.infer import infer
+from memlayers.query import MaskedBatchNorm, QueryNetwork
+from memlayers.torch_private import has_forward_hooks, has_global_forward_hooks
 from memlayers.values import ValueTable, modules_of
+
+# What `infer` does the work of. A module of another class, a wrapped or a reparametrised one included, is called.
+_PARTS = (QueryNetwork, nn.Linear, MaskedBatchNorm, ProductKeys, ValueTable)
+
+# The dtypes of x that `infer` has kernels for; elsewhere it would save nothing.
+_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 
 class MemoryLayer(nn.Module):
@@ -64,6 +71,8 @@ class MemoryLayer(nn.Module):
         # The real tokens of the call in progress, [B, T]: set by a model around its call, for blocks that call
         # `self.mlp(hidden)` and so cannot pass a mask.
         self.mask: Tensor | None = None
+        # What runs `infer` by CUDA graphs: set by `memlayers.inference.captured_decoding` for the length of its block.
+        self.captures: Callable[[MemoryLayer, Tensor, tuple[Any, ...]], Tensor] | None = None
 
     def make_keys(self, **where: Any) -> ProductKeys | FlatKeys:
         """What is called with the query and returns `Hits`; `where` is the device and the dtype."""
@@ -102,17 +111,16 @@ class MemoryLayer(nn.Module):
         x_TD = x.reshape(-1, config.dim)
         if mask_T is not None:  # selected, not multiplied: whatever padding holds, NaN included, must not come through
             x_TD = torch.where(mask_T[:, None], x_TD, 0)
-        if (y_TV := try_infer(self, x_TD)) is not None:
-            if mask_T is not None:
-                y_TV = torch.where(mask_T[:, None], y_TV, 0)
-            return self.combine(y_TV.to(x.dtype), x_TD).view(x.shape)
-        query_THQ = self.query(F.dropout(x_TD, config.input_dropout, self.training), mask_T)
-        scores_THK, slots_THK = self.keys(F.dropout(query_THQ, config.query_dropout, self.training))
-        weights_THK = self.weigh(scores_THK)
-        if mask_T is not None:  # padding reads nothing, so that it trains no row
-            weights_THK = torch.where(mask_T[:, None, None], weights_THK, 0)
-        y_TV = self.read(x_TD, slots_THK, weights_THK)
-        y_TV = F.dropout(y_TV, config.value_dropout, self.training)
+        if (y_TV := try_infer(self, x_TD)) is None:
+            query_THQ = self.query(F.dropout(x_TD, config.input_dropout, self.training), mask_T)
+            scores_THK, slots_THK = self.keys(F.dropout(query_THQ, config.query_dropout, self.training))
+            weights_THK = self.weigh(scores_THK)
+            if mask_T is not None:  # padding reads nothing, so that it trains no row
+                weights_THK = torch.where(mask_T[:, None, None], weights_THK, 0)
+            y_TV = self.read(x_TD, slots_THK, weights_THK)
+            y_TV = F.dropout(y_TV, config.value_dropout, self.training)
+        elif mask_T is not None:
+            y_TV = torch.where(mask_T[:, None], y_TV, 0)
         return self.combine(y_TV.to(x.dtype), x_TD).view(x.shape)
 
     def weigh(self, scores_THK: Tensor) -> Tensor:
@@ -147,6 +155,41 @@ class MemoryLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"slots={self.config.slots}, heads={self.config.heads}, topk={self.config.topk}"
+
+
+def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
+    """y [T, V] in float32 by `memlayers.ops.infer`, the whole layer up to `combine` as one operation.
+
+    Returns None where that would not be what the parts compute, or not be faster; the caller then runs the parts. It is
+    where gradients may be wanted, where a part or `weigh` or `read` is not the paper's, where somebody listens to the
+    calls of the parts, or where a part keeps its weights elsewhere. x and the weights must be of one dtype, float32 or
+    on a GPU also 16 bits; the table may be of another.
+    """
+    device, dtype = x_TD.device.type, x_TD.dtype
+    if torch.is_grad_enabled() or layer.training or dtype not in _DTYPES.get(device, ()):
+        return None
+    if has_global_forward_hooks() or torch.is_autocast_enabled(device):
+        return None
+    query, keys, values = layer.query, layer.keys, layer.values
+    norm, projections = query.norm, query.projections
+    projection = projections[0]
+    for part, kind in zip((query, projection, norm, keys, values), _PARTS, strict=True):
+        # A forward of its own: `accelerate` gives modules one where it keeps their weights on another device.
+        if type(part) is not kind or has_forward_hooks(part) or "forward" in part.__dict__:
+            return None
+    if len(projections) > 1 or norm.training or not layer.reads_plainly():
+        return None
+    stats = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    arguments = (projection.weight, projection.bias, *stats, norm.eps, keys.weight, keys.topk, values.weight)
+    for tensor in arguments:
+        # A tensor of another class (a quantised weight, say) knows what to do with the operations of a module only.
+        if isinstance(tensor, Tensor) and type(tensor) not in (Tensor, nn.Parameter):
+            return None
+    if projection.weight.dtype != dtype or keys.weight.dtype != dtype:
+        return None
+    if layer.captures is not None and not torch.compiler.is_compiling():
+        return layer.captures(layer, x_TD, arguments)
+    return infer(x_TD, *arguments)
 
 
 def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from memlayers import MemoryConfig, MemoryLayer, UsageMeter, ValueTable
-from memlayers.inference import try_infer
+from memlayers import MemoryConfig, MemoryLayer, ValueTable
+from memlayers.layer import try_infer
 from memlayers.ops.infer import infer
 
 CONFIGS = {
@@ -34,30 +34,6 @@ def test_it_is_the_layer(name, tokens, threads):
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x[:, None]), expected[:, None], rtol=1e-4, atol=1e-5)
-
-
-def test_whoever_listens_or_needs_more_gets_the_parts():
-    layer = trained(CONFIGS["small"])
-    x = torch.randn(2, 64)
-    assert try_infer(layer, x) is None  # gradients may be wanted
-    with torch.no_grad():
-        assert try_infer(layer, x.double()) is None
-        with UsageMeter(layer) as meter:
-            assert try_infer(layer, x) is None
-            layer(x)
-        assert meter.report().tokens == 2
-        assert try_infer(layer, x) is not None
-        with torch.autocast("cpu", torch.bfloat16):
-            assert try_infer(layer, x) is None
-        with layer.values.register_forward_pre_hook(lambda *_: None):
-            assert try_infer(layer, x) is None
-        layer.train()
-        assert try_infer(layer, x) is None
-    for change in ({"query_norm": "rms"}, {"keys": "flat"}, {"query_hidden": (9,)}):
-        other = MemoryLayer(MemoryConfig(dim=64, heads=3, topk=5, num_subkeys=12, query_dim=14, **change)).eval()
-        with torch.no_grad():
-            assert try_infer(other, x) is None
-            assert other(x).isfinite().all()
 
 
 def test_padding_reads_nothing():
@@ -98,15 +74,6 @@ def test_compiled_it_is_one_graph():
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
-def test_batch_norm_in_training_learns_on():
-    layer = trained(CONFIGS["small"])
-    layer.query.norm.train()
-    before = layer.query.norm.running_mean.clone()
-    with torch.no_grad():
-        layer(torch.randn(9, 64))
-    assert not torch.equal(layer.query.norm.running_mean, before)
-
-
 @pytest.mark.parametrize("tokens", [2, 9])
 def test_what_the_kernel_does_not_take_is_left_to_the_reference(tokens):
     layer = trained(CONFIGS["small"])
@@ -131,12 +98,3 @@ def test_a_table_or_keys_of_the_wrong_size_are_an_error(tokens):
         layer.values, layer.keys.topk = table, 13
         with pytest.raises(ValueError, match="topk must be in .* got 13 and 12"):
             layer(torch.randn(tokens, 64))
-
-
-def test_hooks_on_all_modules_are_called():
-    layer = trained(CONFIGS["small"])
-    seen = []
-    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
-    with torch.no_grad(), handle:
-        layer(torch.randn(2, 64))
-    assert {"ProductKeys", "ValueTable", "QueryNetwork"} <= set(seen)
