@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from kill_and_resume import small_run, write_text
 
+from kill_and_resume import small_run, write_text
 from memlayers.hardware import hardware, versions
 from memlayers.lm.data import encode as encoding
 from memlayers.lm.data import open_corpus, prepare

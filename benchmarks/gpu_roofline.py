@@ -179,7 +179,7 @@ def as_for_many_tokens() -> None:
 
 def count() -> dict[str, dict[str, Counted]]:
     """By case and kernel, in this process."""
-    from memlayers.bench.interpreted import checked
+    from kernel_tools.interpreted import checked
 
     as_for_many_tokens()
     counted = {}
@@ -259,7 +259,7 @@ def bytes_in_flight(kernel: Any) -> int:
 
 def line_of(case: Case, counted: dict[str, Counted]) -> str:
     """A line of Markdown: the sum of its kernels, and the main one's use of an SM."""
-    from memlayers.bench.compiled import SM_90, compile_launch, recorded
+    from kernel_tools.compiled import SM_90, compile_launch, recorded
 
     few = case.must_move(FEW, counted_rows(case))
     if abs(counted[case.main].distinct / few - 1) > 0.02:

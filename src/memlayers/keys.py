@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memlayers.ops import without_autocast
-from memlayers.ops.read import accumulation_dtype, dot
+from memlayers.ops import wide_dtype, widened, without_autocast
+from memlayers.ops.read import dot
 from memlayers.ops.search import search
 from memlayers.ops.select import best
 
@@ -108,7 +108,7 @@ class NormalisedKeys(ProductKeys):
 
     def factors(self, query_THQ: Tensor) -> tuple[Tensor, Tensor]:
         """Unit queries over the temperature, which is positive: the order of scores is that of cosines; unit keys."""
-        dtype = accumulation_dtype(query_THQ.dtype)
+        dtype = wide_dtype(query_THQ.dtype)
         query_THQ = self._unit(query_THQ.to(dtype)) * torch.exp(-self.log_temperature.to(dtype))[:, None]
         return query_THQ, self._unit(self.weight.to(dtype)) / math.sqrt(2)
 
@@ -161,7 +161,7 @@ class FlatKeys(nn.Module):
     def _search(self, query_THQ: Tensor) -> Tensor:
         # Searched as exactly as scored, whatever a surrounding autocast says.
         with without_autocast(query_THQ):
-            return self._search_blocks(query_THQ if query_THQ.dtype == torch.float64 else query_THQ.float())
+            return self._search_blocks(widened(query_THQ))
 
     def _search_blocks(self, query_THQ: Tensor) -> Tensor:
         heads, slots, _ = self.weight.shape

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlayers.config import MemoryConfig
-from memlayers.ops import without_autocast
+from memlayers.ops import wide_dtype, widened, without_autocast
 from memlayers.torch_private import current_backward
 
 
@@ -71,7 +71,7 @@ class MaskedBatchNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, query_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(heads, query_dim, device=device, dtype=dtype))
-        stats = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        stats = wide_dtype(self.weight.dtype)
         self.register_buffer("running_mean", torch.empty(heads, query_dim, device=device, dtype=stats))
         self.register_buffer("running_var", torch.empty(heads, query_dim, device=device, dtype=stats))
         self.reset_parameters()
@@ -160,7 +160,7 @@ class HeadRMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, query_THQ: Tensor, mask_T: Tensor | None = None) -> Tensor:
-        wide_THQ = query_THQ if query_THQ.dtype == torch.float64 else query_THQ.float()
+        wide_THQ = widened(query_THQ)
         scale = torch.rsqrt(wide_THQ.square().mean(-1, keepdim=True) + self.eps)
         return (wide_THQ * scale * self.weight).to(query_THQ.dtype)
 

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-    pytest.skip("memlayers.bench.compiled needs Triton 3.6 or later", allow_module_level=True)
+    pytest.skip("kernel_tools needs Triton 3.6 or later", allow_module_level=True)
 
-from memlayers.bench.compiled import GFX942, SM_80, SM_90, Compiled, Launch, compile_launch, parse_sass, recorded
+from kernel_tools.compiled import GFX942, SM_80, SM_90, Compiled, Launch, compile_launch, parse_sass, recorded
 from memlayers.ops import gpu
 from memlayers.ops.gpu.launch import launch
 from memlayers.ops.infer import infer_on_gpu

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from memlayers.ops.read import accumulation_dtype, dot, dot_reference, read, sum_rows
+from memlayers.ops.precision import wide_dtype
+from memlayers.ops.read import dot, dot_reference, read, sum_rows
 
 SIZES = [(11, 5, 3, 7), (4, 1, 1, 1), (50, 17, 13, 31), (3, 0, 2, 5)]  # S, T, K, V
 
@@ -101,6 +102,6 @@ def test_operations_keep_torch_s_rules(size):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_no_rows_at_all(dtype):
     table, slots, weights = inputs((3, 2, 0, 5), dtype, torch.float32)
-    assert torch.equal(read(table, slots, weights), torch.zeros(2, 5, dtype=accumulation_dtype(dtype)))
+    assert torch.equal(read(table, slots, weights), torch.zeros(2, 5, dtype=wide_dtype(dtype)))
     assert dot(table, slots, torch.randn(2, 5)).shape == (2, 0)
     assert dot_reference(table, slots, torch.randn(2, 5)).shape == (2, 0)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlayers.ops import cpu, gpu
-from memlayers.ops.read import accumulation_dtype, read
+from memlayers.ops.precision import wide_dtype
+from memlayers.ops.read import read
 from memlayers.ops.search import search
 
 # Not a `torch.library.custom_op`, whose wrappers cost more than the arithmetic of one token.
@@ -66,7 +67,7 @@ def infer_on_gpu(x_TD: Tensor, *arguments) -> Tensor:
 
 def _fake(x_TD, *arguments) -> Tensor:
     table_SV = arguments[-1]
-    return x_TD.new_empty(x_TD.shape[0], table_SV.shape[1], dtype=accumulation_dtype(table_SV.dtype))
+    return x_TD.new_empty(x_TD.shape[0], table_SV.shape[1], dtype=wide_dtype(table_SV.dtype))
 
 
 _library.impl("infer", infer_reference, "CompositeExplicitAutograd")

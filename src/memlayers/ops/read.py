@@ -16,18 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops import cpu, gpu, without_autocast
+from memlayers.ops import cpu, gpu
+from memlayers.ops.precision import wide_dtype, without_autocast
 from memlayers.ops.record import MARK, record_
 from memlayers.ops.row_sum import Part, dense_sum, kernel_part
 from memlayers.torch_private import dot_in_bags
 
 # Elements of gathered rows held at once where rows must be gathered at all: 16 MB in float32.
 _CHUNK_ELEMENTS = 2**22
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("memlayers::read", mutates_args=())
@@ -131,7 +127,7 @@ def _kernels(table_SV: Tensor) -> ModuleType | None:
 
 def read_reference(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """`read` in PyTorch's own operations."""
-    dtype = accumulation_dtype(table_SV.dtype)
+    dtype = wide_dtype(table_SV.dtype)
     if slots_TK.numel() == 0:
         return table_SV.new_zeros(slots_TK.shape[0], table_SV.shape[1], dtype=dtype)
     if table_SV.dtype == dtype:
@@ -145,7 +141,7 @@ def read_reference(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Te
 
 def dot_reference(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
     """`dot` in PyTorch's own operations."""
-    dtype = accumulation_dtype(table_SV.dtype)
+    dtype = wide_dtype(table_SV.dtype)
     outputs_TV = outputs_TV.to(dtype).contiguous()
     num_tokens, topk = slots_TK.shape
     if slots_TK.numel() == 0:
@@ -170,15 +166,15 @@ def _chunks(slots_TK: Tensor, table_SV: Tensor) -> list[slice]:
 
 
 def _empty_outputs(table_SV, slots_TK, weights_TK, *_):
-    return table_SV.new_empty(slots_TK.shape[0], table_SV.shape[1], dtype=accumulation_dtype(table_SV.dtype))
+    return table_SV.new_empty(slots_TK.shape[0], table_SV.shape[1], dtype=wide_dtype(table_SV.dtype))
 
 
 def _empty_weights(table_SV, slots_TK, outputs_TV):
-    return table_SV.new_empty(slots_TK.shape, dtype=accumulation_dtype(table_SV.dtype))
+    return table_SV.new_empty(slots_TK.shape, dtype=wide_dtype(table_SV.dtype))
 
 
 def _empty_rows(slots_TK, weights_TK, outputs_TV, num_slots):
-    return outputs_TV.new_empty(num_slots, outputs_TV.shape[1], dtype=accumulation_dtype(outputs_TV.dtype))
+    return outputs_TV.new_empty(num_slots, outputs_TV.shape[1], dtype=wide_dtype(outputs_TV.dtype))
 
 
 def _save_read(ctx, inputs, output):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from memlayers.ops import cpu, gpu
+from memlayers.ops.precision import wide_dtype
 from memlayers.ops.rounding import round_to_bfloat16
 from memlayers.ops.row_sum import Part, kernel_part, sum_parts
 
@@ -184,7 +185,7 @@ def step_(
     parts = _checked_parts(rule, table_SV, states, factors, seed)
     if not parts:
         return
-    dtype = torch.float64 if table_SV.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(table_SV.dtype)
     rows = sum_parts(parts, len(table_SV))
     if table_SV.device.type == "cpu":  # where a shape that depends on the data costs nothing
         rows = rows.compact()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlayers.ops import cpu, gpu
+from memlayers.ops.precision import wide_dtype
 
 # Elements of summed rows that an update handles at a time: 4 MB in float32, so that its passes run in cache.
 _CHUNK_ELEMENTS = 2**20
@@ -75,13 +76,13 @@ def row_norm(slots: Sequence[Tensor], weights: Sequence[Tensor], grads: Sequence
 
 @row_norm.register_fake
 def _(slots, weights, grads, num_slots):
-    return grads[0].new_empty((), dtype=_sum_dtype(grads))
+    return grads[0].new_empty((), dtype=wide_dtype(*(grad.dtype for grad in grads)))
 
 
 @row_norm.register_kernel("cpu")
 def _(slots, weights, grads, num_slots):
     kernels = cpu.kernels("rows")
-    if kernels is None or _sum_dtype(grads) == torch.float64:
+    if kernels is None or wide_dtype(*(grad.dtype for grad in grads)) == torch.float64:
         return _norm(slots, weights, grads, num_slots)
     parts = zip(slots, weights, grads, strict=True)
     entries = kernels.SortedEntries([kernel_part(Part(*part)) for part in parts], num_slots)
@@ -94,7 +95,7 @@ def row_norm_on_gpu(
 ) -> Tensor:
     """By the kernel; the reference for float64 gradients."""
     kernels = gpu.kernels("rows")
-    if kernels is None or _sum_dtype(grads) == torch.float64:
+    if kernels is None or wide_dtype(*(grad.dtype for grad in grads)) == torch.float64:
         return _norm(slots, weights, grads, num_slots)
     parts = [Part(*part) for part in zip(slots, weights, grads, strict=True)]
     return kernels.square_sum(kernels.SortedEntries(parts, num_slots)).sqrt()
@@ -153,7 +154,7 @@ class _Entries:
     def __init__(self, parts: list[Part], num_slots: int):
         for part in parts:
             check_part(part)
-        dtype = _sum_dtype([part.grad_TV for part in parts])
+        dtype = wide_dtype(*(part.grad_TV.dtype for part in parts))
         self.num_slots = num_slots
         weight_M = _joined([part.weights_TK.flatten().to(dtype) for part in parts])
         slots_M = _joined([part.slots_TK.flatten().long() for part in parts])
@@ -200,10 +201,6 @@ def _check_range(slots_M: Tensor, weight_M: Tensor, num_slots: int) -> None:
     low, high = torch.where(weight_M == 0, 0, slots_M).aminmax()
     if low < 0 or high >= num_slots:
         raise IndexError(f"slots must be in [0, {num_slots}), got {int(low)} to {int(high)}")
-
-
-def _sum_dtype(grads: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

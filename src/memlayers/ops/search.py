@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from memlayers.ops import cpu, gpu, without_autocast
+from memlayers.ops import cpu, gpu
+from memlayers.ops.precision import wide_dtype, without_autocast
 from memlayers.ops.select import halves, select_pairs
 from memlayers.torch_private import multiplies_fast
 
@@ -139,7 +140,7 @@ def _kernels(query_THQ: Tensor, weight_2HNC: Tensor) -> ModuleType | None:
 @search.register_fake
 def _(query_THQ, weight_2HNC, topk):
     shape = (*query_THQ.shape[:2], topk)
-    dtype = torch.float64 if query_THQ.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(query_THQ.dtype)
     return query_THQ.new_empty(shape, dtype=dtype), query_THQ.new_empty(shape, dtype=torch.int64)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memlayers.ops import cpu, gpu
+from memlayers.ops.precision import wide_dtype, widened
 
 _LOW_WORD = 0xFFFFFFFF  # ties are broken by what is packed here, so it bounds the slots: 2**32
 
@@ -22,12 +23,12 @@ def select_pairs(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor, 
     first_N, second_N: [..., N], half scores. Returns (scores [..., K] descending, slots [..., K] int64, the slot of
     (i, j) being i * N + j). Equal sums go to the lower slot. Scores are differentiable, and at least float32.
     """
-    return select_reference(_at_least_float32(first_N), _at_least_float32(second_N), topk)
+    return select_reference(widened(first_N), widened(second_N), topk)
 
 
 @select_pairs.register_kernel("cpu")
 def _(first_N, second_N, topk):
-    first_N, second_N = _at_least_float32(first_N), _at_least_float32(second_N)
+    first_N, second_N = widened(first_N), widened(second_N)
     kernels = cpu.kernels("select") if first_N.dtype == second_N.dtype == torch.float32 else None
     if kernels is None:
         return select_reference(first_N, second_N, topk)
@@ -43,7 +44,7 @@ def select_on_gpu(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor,
     """By the kernel where it knows the dtypes and K."""
     kernels = gpu.kernels("select")
     if kernels is None or not kernels.takes(first_N, second_N, topk):
-        return select_reference(_at_least_float32(first_N), _at_least_float32(second_N), topk)
+        return select_reference(widened(first_N), widened(second_N), topk)
     leading, num_subkeys = first_N.shape[:-1], first_N.shape[-1]
     if first_N.ndim != 3:
         first_N, second_N = (half.reshape(1, -1, num_subkeys) for half in (first_N, second_N))
@@ -84,7 +85,7 @@ def halves(slots: Tensor, num_subkeys: int) -> tuple[Tensor, Tensor]:
 @select_pairs.register_fake
 def _(first_N, second_N, topk):
     shape = (*first_N.shape[:-1], topk)
-    dtype = torch.float64 if torch.float64 in (first_N.dtype, second_N.dtype) else torch.float32
+    dtype = wide_dtype(first_N.dtype, second_N.dtype)
     return first_N.new_empty(shape, dtype=dtype), first_N.new_empty(shape, dtype=torch.int64)
 
 
@@ -134,7 +135,3 @@ def best(scores_N: Tensor, ids_N: Tensor, topk: int) -> Tensor:
     ordered_N = bits_N ^ ((bits_N >> 31) & 0x7FFFFFFF)
     packed_N = (ordered_N.long() << 32) | (_LOW_WORD - ids_N)
     return _LOW_WORD - (packed_N.topk(topk, dim=-1).values & _LOW_WORD)
-
-
-def _at_least_float32(scores: Tensor) -> Tensor:
-    return scores if scores.dtype == torch.float64 else scores.float()

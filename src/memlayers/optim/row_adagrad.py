@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from memlayers.ops import wide_dtype
 from memlayers.ops.row_step import row_adagrad_
-from memlayers.optim.row_optimizer import Rounding, RowOptimizer, check_eps, state_dtype
+from memlayers.optim.row_optimizer import Rounding, RowOptimizer, check_eps
 from memlayers.values import ValueTable
 
 
@@ -42,7 +43,7 @@ class RowAdagrad(RowOptimizer):
     def new_state(self, weight_SV, group):
         """Sums of squares: [S, V], or [S] with ``per_row``."""
         shape = weight_SV.shape[:1] if group["per_row"] else weight_SV.shape
-        return {"square_sum": torch.zeros(shape, dtype=state_dtype(weight_SV), device=weight_SV.device)}
+        return {"square_sum": torch.zeros(shape, dtype=wide_dtype(weight_SV.dtype), device=weight_SV.device)}
 
     def update(self, weight_SV, state, factors, group, *, lr, scale, seed):
         row_adagrad_(weight_SV, state["square_sum"], *factors, lr=lr, eps=group["eps"], scale=scale, seed=seed)

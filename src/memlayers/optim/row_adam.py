@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from memlayers.ops import wide_dtype
 from memlayers.ops.row_step import row_adam_
 from memlayers.optim.row_optimizer import (
     Moments,
@@ -13,7 +14,6 @@ from memlayers.optim.row_optimizer import (
     check_betas,
     check_eps,
     check_moments,
-    state_dtype,
 )
 from memlayers.values import ValueTable
 
@@ -55,7 +55,7 @@ class RowAdam(RowOptimizer):
 
     def new_state(self, weight_SV, group):
         """Two moments [S, V], and counts of reads [S]."""
-        dtype = torch.bfloat16 if group["moments"] == "bfloat16" else state_dtype(weight_SV)
+        dtype = torch.bfloat16 if group["moments"] == "bfloat16" else wide_dtype(weight_SV.dtype)
         return {
             "exp_avg": torch.zeros_like(weight_SV, dtype=dtype),
             "exp_avg_sq": torch.zeros_like(weight_SV, dtype=dtype),

@@ -155,11 +155,6 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         raise TypeError("a row optimizer owns its tables and cannot be copied or pickled; use state_dict()")
 
 
-def state_dtype(weight: Tensor) -> torch.dtype:
-    """float64 for a float64 table, float32 for every narrower one."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def restore_row_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], tables: set[Tensor]) -> None:
     """Put the state of tables back as it was saved, where torch's `load_state_dict` cast it to the table's dtype."""
     for group in optimizer.param_groups:

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
 import triton
 import triton.language as tl
 
-from memlayers.bench.interpreted import UnsafeKernelError, checked
+from kernel_tools.interpreted import UnsafeKernelError, checked
 from memlayers.ops.gpu.launch import launch
 
 

@@ -10,7 +10,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
     pytest.skip("only what is interpreted can be checked", allow_module_level=True)
 
-from memlayers.bench.interpreted import checked
+from kernel_tools.interpreted import checked
 from memlayers.ops import gpu
 from memlayers.ops.infer import infer_on_gpu
 from memlayers.ops.read import dot_on_gpu, read_on_gpu, sum_rows_on_gpu

@@ -7,6 +7,7 @@ import os
 from types import ModuleType
 
 SWITCH = "MEMLAYERS_REFERENCE"
+IMPORTED_IN = os.getpid()  # threads do not survive a fork: how `launch` tells a forked process
 
 
 def kernels(operation: str) -> ModuleType | None:

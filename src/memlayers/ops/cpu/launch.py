@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from memlayers.ops import IMPORTED_IN
+from memlayers.ops.cpu import IMPORTED_IN
 from memlayers.torch_private import openmp_parallel
 
 # Fields that every kernel has, before its own: the next task, threads that have begun, what went wrong (0: nothing).

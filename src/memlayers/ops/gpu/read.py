@@ -12,9 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from memlayers.ops.gpu.launch import launch
-from memlayers.ops.gpu.tune import choose, is_on, size_class
-
-Blocks = tuple[int, int, int]  # see `read_blocks`
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WARP_BYTES = 512  # what one load instruction of a warp asks for, 16 bytes a thread
@@ -30,64 +27,43 @@ def takes(table_SV: Tensor) -> bool:
 
 def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """y [T, V], float32. A slot outside of the table makes its token NaN, unless its weight is 0."""
-    (tokens, topk), (num_slots, width) = slots_TK.shape, table_SV.shape
+    (tokens, topk), width = slots_TK.shape, table_SV.shape[1]
     y_TV = table_SV.new_empty(tokens, width, dtype=torch.float32)
-    operands = table_SV, slots_TK.contiguous(), weights_TK.contiguous(), y_TV
-
-    def run(blocks: Blocks) -> None:
-        columns, rows, warps = blocks
-        launch(
-            _read_kernel,
-            (tokens * triton.cdiv(width, columns),),
-            *operands,
-            num_slots,
-            TOPK=topk,
-            WIDTH=width,
-            STRIDE=table_SV.stride(0),
-            COLUMNS=columns,
-            ROWS=rows,
-            num_warps=warps,
-        )
-
-    blocks = read_blocks(tokens, topk, width, table_SV.element_size())
-    if is_on():
-        kind = "read", size_class(tokens), topk, width, table_SV.dtype
-        blocks = choose(kind, [blocks, *_others(*blocks)], run, table_SV.device)
-    run(blocks)
+    columns, rows, warps = read_blocks(tokens, topk, width, table_SV.element_size())
+    programs = tokens * triton.cdiv(width, columns)
+    _launch(_read_kernel, programs, table_SV, slots_TK, weights_TK, y_TV, COLUMNS=columns, ROWS=rows, num_warps=warps)
     return y_TV
 
 
 def dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
     """d [T, K], float32. A slot outside of the table has NaN."""
-    (tokens, topk), (num_slots, width) = slots_TK.shape, table_SV.shape
+    (tokens, topk), width = slots_TK.shape, table_SV.shape[1]
     d_TK = table_SV.new_empty(tokens, topk, dtype=torch.float32)
-    operands = table_SV, slots_TK.contiguous(), outputs_TV.contiguous(), d_TK
-
-    def run(blocks: Blocks) -> None:
-        columns, rows, warps = blocks
-        launch(
-            _dot_kernel,
-            (tokens * triton.cdiv(topk, rows),),
-            *operands,
-            num_slots,
-            TOPK=topk,
-            WIDTH=width,
-            STRIDE=table_SV.stride(0),
-            COLUMNS=columns,
-            ROWS=rows,
-            PART=min(columns, 16 // table_SV.element_size()),
-            num_warps=warps,
-        )
-
-    blocks = read_blocks(2**31, topk, width, table_SV.element_size())
-    if is_on():
-        kind = "dot", size_class(tokens), topk, width, table_SV.dtype
-        blocks = choose(kind, [blocks, *_others(*blocks)], run, table_SV.device)
-    run(blocks)
+    columns, rows, warps = read_blocks(2**31, topk, width, table_SV.element_size())
+    settings = {"COLUMNS": columns, "ROWS": rows, "PART": min(columns, 16 // table_SV.element_size())}
+    programs = tokens * triton.cdiv(topk, rows)
+    _launch(_dot_kernel, programs, table_SV, slots_TK, outputs_TV, d_TK, **settings, num_warps=warps)
     return d_TK
 
 
-def read_blocks(tokens: int, topk: int, width: int, itemsize: int) -> Blocks:
+def _launch(kernel, programs: int, table_SV: Tensor, slots_TK: Tensor, factor: Tensor, out: Tensor, **settings) -> None:
+    num_slots, width = table_SV.shape
+    launch(
+        kernel,
+        (programs,),
+        table_SV,
+        slots_TK.contiguous(),
+        factor.contiguous(),
+        out,
+        num_slots,
+        TOPK=slots_TK.shape[1],
+        WIDTH=width,
+        STRIDE=table_SV.stride(0),
+        **settings,
+    )
+
+
+def read_blocks(tokens: int, topk: int, width: int, itemsize: int) -> tuple[int, int, int]:
     """(columns of a program, rows that it loads at once, its warps)."""
     # One warp: whatever is summed stays in its registers, and no other is waited for.
     columns, warps = min(_WARP_BYTES // itemsize, triton.next_power_of_2(max(1, width))), 1
@@ -96,12 +72,6 @@ def read_blocks(tokens: int, topk: int, width: int, itemsize: int) -> Blocks:
         columns, warps = min(columns, _FEW_BYTES // itemsize), 8
     rows = _LOADS * warps * _WARP_BYTES // (columns * itemsize)
     return columns, min(rows, triton.next_power_of_2(max(1, topk))), warps
-
-
-def _others(columns: int, rows: int, warps: int) -> list[Blocks]:
-    """What else may be worth trying."""
-    others = (columns, 2 * rows, warps), (columns, 2 * rows, 2 * warps), (2 * columns, rows, 2 * warps)
-    return [*others, *([(columns, rows // 2, warps)] if rows > 1 else [])]
 
 
 @triton.jit

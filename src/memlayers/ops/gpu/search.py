@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memlayers.ops import without_autocast
 from memlayers.ops.gpu import select as selection
 from memlayers.ops.gpu.launch import launch
+from memlayers.ops.precision import without_autocast
 
 _BLOCK = 2**25  # half scores held at once, or gradients of half scores: 128 MB in float32
 _FEWEST_ROWS = 4096  # of a block, whatever they take: fewer would leave a GPU waiting for launches

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from memlayers.ops.gpu.launch import launch
-from memlayers.ops.gpu.tune import choose, is_on, size_class
 from memlayers.ops.select import check_halves
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -49,29 +48,21 @@ def select_into(
     rows = rows_a * rows_b
     is_aligned = all(size % 16 == 0 for size in (num_subkeys, *strides))
 
-    def run(settings: dict[str, int]) -> None:
-        launch(
-            _select,
-            (rows,),
-            first_ABN,
-            second_ABN,
-            scores_ABK,
-            slots_ABK,
-            *strides,
-            rows_b,
-            num_subkeys,
-            TOPK=topk,
-            SOFTMAX=softmax,
-            VECTOR=is_aligned,
-            **settings,
-        )
-
-    settings = blocks(rows, num_subkeys, topk)
-    if is_on():
-        others = [{**settings, "num_warps": warps} for warps in (1, 2, 4, 8) if warps != settings["num_warps"]]
-        kind = "select", size_class(rows), num_subkeys, topk, first_ABN.dtype
-        settings = choose(kind, [settings, *others], run, first_ABN.device)
-    run(settings)
+    launch(
+        _select,
+        (rows,),
+        first_ABN,
+        second_ABN,
+        scores_ABK,
+        slots_ABK,
+        *strides,
+        rows_b,
+        num_subkeys,
+        TOPK=topk,
+        SOFTMAX=softmax,
+        VECTOR=is_aligned,
+        **blocks(rows, num_subkeys, topk),
+    )
 
 
 def blocks(rows: int, num_subkeys: int, topk: int) -> dict[str, int]:
