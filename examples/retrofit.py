@@ -10,7 +10,7 @@ from jsonargparse import auto_cli
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from memlayers import add_memory, doctor, save_memory
-from memlayers.diagnosis.callback import MemoryAlarms
+from memlayers.diagnosis.trainer_callback import MemoryAlarms
 from memlayers.models import freeze_base, memory_preset, memory_summary
 from memlayers.optim import MemoryAdamW
 

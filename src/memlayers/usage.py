@@ -5,9 +5,8 @@ Letters: T tokens, H heads, K neighbours, S slots.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
+from memlayers.listening import Listener, input_of
 from memlayers.query import is_recomputation
 
 
@@ -52,7 +52,7 @@ class UsageReport:
         return dataclasses.asdict(self)
 
 
-class UsageMeter:
+class UsageMeter(Listener):
     """Streams the hits of one layer into exact totals; padding and recomputations are not counted.
 
         with UsageMeter(layer) as meter:
@@ -67,7 +67,6 @@ class UsageMeter:
 
     def __init__(self, layer: MemoryLayer):
         self.layer = layer
-        self._handles: list[RemovableHandle] = []
         # The real tokens of the call in progress, written in place: an attribute that is set in a compiled region that
         # is checkpointed makes its recomputation another one.
         self._real_T = torch.ones(self.MOST_TOKENS, dtype=torch.bool, device=layer.keys.weight.device)
@@ -82,33 +81,14 @@ class UsageMeter:
         self._top1_HS = torch.zeros(shape, dtype=torch.int32, device=device)
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
 
-    def attach(self) -> "UsageMeter":
-        """Start listening; does nothing when it listens already."""
-        if not self._handles:
-            self._handles = [
-                self.layer.register_forward_pre_hook(self._before_layer, with_kwargs=True),
-                self.layer.keys.register_forward_hook(self._after_search),
-            ]
-        return self
-
-    def detach(self) -> None:
-        """Stop listening; the totals stay."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def __enter__(self) -> "UsageMeter":
-        return self.attach()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.detach()
+    def register_hooks(self) -> Iterator[RemovableHandle]:
+        yield self.layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+        yield self.layer.keys.register_forward_hook(self._after_search)
 
     @torch.no_grad()
     def _before_layer(self, layer: MemoryLayer, args: tuple, kwargs: dict) -> None:
         mask_T = layer.token_mask(*args, **kwargs)
-        tokens = (args[0] if args else kwargs["x"]).shape[:-1].numel()
+        tokens = input_of(args, kwargs).shape[:-1].numel()
         if tokens > len(self._real_T):
             self._real_T = self._real_T.new_ones(tokens)
         if mask_T is None:

@@ -1,22 +1,23 @@
 """What is watched while a model trains: `Monitor` collects on the device, and is looked at now and then.
 
-Letters: T tokens, D model width, H heads, K neighbours, S slots, W tokens of the window, V value width, R rows,
+Letters: T tokens, D model width, H heads, K rows a head reads, S slots, W tokens of the window, V value width, R rows,
 P coordinates of a fingerprint.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from memlayers.diagnosis.aside import is_at_zero
 from memlayers.diagnosis.collapse import LEAST_TOKENS, first_of_alike, judge
-from memlayers.diagnosis.passing import far_off
-from memlayers.diagnosis.stepping import is_constant
-from memlayers.diagnosis.subjects import Subject
+from memlayers.diagnosis.groups import Training, is_at_zero, is_constant
+from memlayers.diagnosis.output import far_off
+from memlayers.diagnosis.subjects import Subject, has_lost_owner
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
+from memlayers.listening import Listener, input_of
 from memlayers.ops import without_autocast
 from memlayers.query import is_recomputation
 
@@ -28,19 +29,16 @@ class MemoryWarning(UserWarning):
     """Something went wrong with a memory in training. Make it an error to stop there."""
 
 
-class Monitor:
+class Monitor(Listener):
     """Listens to one memory in training mode. Nothing waits for the device but the methods that give an alarm.
 
     What hooks find out goes into tensors, in place: an attribute that is set in a compiled region that is checkpointed
     makes its recomputation another one.
     """
 
-    pauses_in_doctor = True
-
     def __init__(self, subject: Subject, *, window: int):
         config, device = subject.layer.config, subject.layer.keys.weight.device
         self.subject = subject
-        self._handles: list[RemovableHandle] = []
         self._slots_WHK = torch.full((window, config.heads, config.topk), -1, dtype=torch.int32, device=device)
         self._prints_WP = torch.zeros(window, FINGERPRINT, device=device)
         generator = torch.Generator().manual_seed(0)
@@ -52,21 +50,12 @@ class Monitor:
         self._closed_looks = 0  # one after the other that found the gate at zero
         self._before: tuple[Tensor, Tensor] | None = None  # rows before a step: their slots and their contents
 
-    def attach(self) -> None:
-        """Start listening."""
+    def register_hooks(self) -> Iterator[RemovableHandle]:
         layer = self.subject.layer
-        self._handles = [
-            layer.keys.register_forward_hook(self._after_search),
-            layer.register_forward_hook(self._after_layer, with_kwargs=True),
-        ]
-        if self.subject.is_parallel:
-            self._handles += [module.register_forward_hook(self._after_base) for module in self.subject.beside]
-
-    def detach(self) -> None:
-        """Stop listening."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        yield layer.keys.register_forward_hook(self._after_search)
+        yield layer.register_forward_hook(self._after_layer, with_kwargs=True)
+        for module in self.subject.beside if self.subject.is_parallel else ():
+            yield module.register_forward_hook(self._after_beside)
 
     # What is collected.
 
@@ -80,7 +69,7 @@ class Monitor:
     def _after_layer(self, layer: MemoryLayer, args: tuple, kwargs: dict, output: Tensor) -> None:
         if not layer.training or is_recomputation():
             return
-        x, mask_T = args[0] if args else kwargs["x"], layer.token_mask(*args, **kwargs)
+        x, mask_T = input_of(args, kwargs), layer.token_mask(*args, **kwargs)
         self._reached.fill_(1)
         self._add_squares(0, output, mask_T)
         self._add_squares(1, x, mask_T)
@@ -97,7 +86,7 @@ class Monitor:
         """Where in the window the tokens of this call belong."""
         return (torch.arange(tokens, device=self._tokens.device) + self._tokens) % len(self._slots_WHK)
 
-    def _after_base(self, base: nn.Module, args: tuple, output: Any) -> None:
+    def _after_beside(self, module: nn.Module, args: tuple, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
         if self.subject.layer.training and isinstance(first, Tensor) and not is_recomputation():
             self._add_squares(2, first, None)
@@ -118,7 +107,7 @@ class Monitor:
 
     def owner(self) -> tuple[str, str] | None:
         """Costs nothing: nothing is asked of the device."""
-        if self.subject.has_lost_owner:
+        if has_lost_owner(self.subject.table):
             return "owner", "its table has no owner: it is in row mode, and its row optimizer is gone"
         return None
 
@@ -171,8 +160,9 @@ class Monitor:
     @torch.no_grad()
     def note_rows(self, optimizer: Any = None) -> None:
         """Before a step of the optimizer: some rows that it should write, unless its schedule is at zero."""
-        gate = self.subject.gate
-        if any(is_at_zero(group) and not is_constant(group) for group in self._groups(optimizer)):
+        gate, weight = self.subject.gate, self.subject.table.weight
+        groups = [] if optimizer is None else Training([optimizer]).groups(weight)
+        if any(is_at_zero(group) and not is_constant(group) for group in groups):
             return
         if gate is not None and not bool(gate.any()):
             return  # nothing behind a closed gate has a gradient yet
@@ -180,23 +170,17 @@ class Monitor:
         recent_T = (last - torch.arange(min(RECENT_TOKENS, window), device=last.device)) % window
         slots_R = self._slots_WHK[recent_T].unique().long()
         slots_R = slots_R[slots_R >= 0]
-        slots_R = slots_R[:: max(1, len(slots_R) // RECENT_ROWS)].to(self.subject.table.weight.device)
+        slots_R = slots_R[:: max(1, len(slots_R) // RECENT_ROWS)].to(weight.device)
         if len(slots_R):
-            self._before = slots_R, self.subject.table.weight.detach()[slots_R]
-
-    def _groups(self, optimizer: Any) -> list[dict[str, Any]]:
-        """Those that hold its table."""
-        weight = self.subject.table.weight
-        groups = getattr(optimizer, "param_groups", [])
-        return [group for group in groups if any(weight is parameter for parameter in group["params"])]
+            self._before = slots_R, weight.detach()[slots_R]
 
     def written(self, optimizer: Any = None) -> tuple[str, str] | None:
         """After that step, unless it was skipped (a scaler does so where float16 has overflowed)."""
         before, self._before = self._before, None
         if before is None or getattr(optimizer, "step_was_skipped", False):
             return None
-        slots_R, rows_RV = before
-        if torch.equal(self.subject.table.weight.detach()[slots_R], rows_RV):
-            frozen = "" if self.subject.table.weight.requires_grad else ": its table is frozen"
+        (slots_R, rows_RV), weight = before, self.subject.table.weight
+        if torch.equal(weight.detach()[slots_R], rows_RV):
+            frozen = "" if weight.requires_grad else ": its table is frozen"
             return "written", f"a step of the optimizer wrote none of {len(slots_R):,} rows that were read{frozen}"
         return None

@@ -1,7 +1,8 @@
-"""Whether the slots that a memory reads are as many as the number of tokens allows.
+"""Are slots used: as many as the number of distinct tokens allows, or has the query collapsed?
 
 A few tokens cannot use a million slots, so figures are compared with those of as many reads drawn uniformly. Letters:
-T tokens, H heads, K neighbours, S slots, N sub-keys a codebook, n reads, P coordinates of a fingerprint.
+T tokens, D model width, H heads, K rows a head reads, S slots, N sub-keys a codebook, n reads, P coordinates of a
+fingerprint.
 """
 
 import math
@@ -9,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from memlayers.diagnosis.findings import NOT_REACHED, Answer, fails, passed, warns
+from memlayers.diagnosis.watch import Watch
 
 LEAST_TOKENS = 8  # fewer distinct tokens say nothing
 LEAST_SUBKEYS = 8  # with fewer, a head or a codebook with random keys alone may have a slot or two that win
@@ -36,6 +40,36 @@ _WORDS = {
     "top1": "their best slots are {:.1%} of what uniform ones would be",
     "overlap": "two tokens share {:.0%} of their slots",
 }
+
+
+def usage(watch: Watch) -> Answer:
+    """The slots that are read are as many as the number of distinct tokens allows."""
+    if not watch.tokens:
+        return NOT_REACHED
+    config, x_TD = watch.subject.layer.config, torch.cat(watch.inputs_TD)
+    is_alike = len({part.shape[1:] for part in watch.slots_THK}) == 1
+    if not is_alike or sum(map(len, watch.slots_THK)) != len(x_TD):
+        return Answer("skip", "the searches do not fit the tokens")
+    slots_THK = torch.cat(watch.slots_THK)[_distinct(x_TD)]
+    if len(slots_THK) < LEAST_TOKENS:
+        return Answer("skip", f"{len(slots_THK)} distinct tokens say nothing; give a batch of at least {LEAST_TOKENS}")
+    found = spread(slots_THK, config.slots)
+    read = (
+        f"{len(slots_THK):,} distinct tokens read {len(slots_THK.unique()):,} of {config.slots:,} slots "
+        f"({len(slots_THK[..., 0].unique()):,} as the best)"
+    )
+    said, has_collapsed = judge(slots_THK, config.slots, config.num_subkeys if config.keys == "product" else None)
+    if not said:
+        return passed(f"{read}: {found.usage:.0%} of what uniform reads would, {found.effective:.0%} by KL")
+    advice = "lower the learning rate of query and keys, or look for inputs that hardly differ"
+    if config.query_norm != "batch":
+        advice = (
+            "use query_norm='batch', which takes off what all inputs have in common (hidden states of pretrained "
+            f"models have much); or {advice.replace(' of query and keys', '')}"
+        )
+    if has_collapsed:
+        return fails(f"the query has collapsed: {read}; {'; '.join(said)}", advice)
+    return warns(f"reads are narrow: {read}; {'; '.join(said)}", advice)
 
 
 def spread(slots_THK: Tensor, num_slots: int) -> Spread:
@@ -144,3 +178,11 @@ def expected_effective(num_slots: int, reads: int) -> float:
         for count in range(2, most)
     )
     return math.exp(math.log(reads) - inner / mean)
+
+
+def _distinct(x_TD: Tensor) -> Tensor:
+    """The places of the first of each group of equal tokens."""
+    _, group_T = torch.unique(x_TD, dim=0, return_inverse=True)
+    order = torch.arange(len(x_TD), device=x_TD.device)
+    first = torch.full((int(group_T.max()) + 1,), len(x_TD), device=x_TD.device)
+    return first.scatter_reduce_(0, group_T, order, "amin")

@@ -1,24 +1,37 @@
 """doctor: one forward and backward pass and one step of the optimizers, looked at and then undone."""
 
-import contextlib
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memlayers.diagnosis.aside import model_aside
-from memlayers.diagnosis.passing import check_pass
-from memlayers.diagnosis.report import Finding, Report
-from memlayers.diagnosis.stepping import Training, check_model_groups, check_step, check_training
+from memlayers.diagnosis.collapse import usage
+from memlayers.diagnosis.findings import Answer, Finding, Report, not_checked
+from memlayers.diagnosis.gradients import frozen, gradients
+from memlayers.diagnosis.groups import Training, decay, groups, owner, parameters
+from memlayers.diagnosis.loss import check_loss, default_loss, has_labels
+from memlayers.diagnosis.neighbours import neighbours
+from memlayers.diagnosis.output import output
+from memlayers.diagnosis.reached import reached
 from memlayers.diagnosis.subjects import Subject, find_subjects, has_lost_owner
+from memlayers.diagnosis.untouched import Undo, untouched
 from memlayers.diagnosis.watch import Watches
+from memlayers.diagnosis.written import take_step, unread, written
 from memlayers.torch_private import without_compiled_graphs
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
-_OF_GRADIENTS = ("reached", "gradients", "written", "unread")
+_OF_PASS = {
+    "reached": reached,
+    "neighbours": neighbours,
+    "usage": usage,
+    "output": output,
+    "gradients": gradients,
+    "frozen": frozen,
+}
+_OF_LABELS = ("reached", "gradients", "written", "unread")
+_NO_LABEL, _NO_OPTIMIZER = not_checked("no label counts"), not_checked("no optimizer was given")
 
 
 def doctor(
@@ -40,41 +53,48 @@ def doctor(
         batch: a mapping for ``model(**batch)`` (a causal LM without ``labels`` gets ``input_ids`` for them), a tuple
             for ``model(*batch)``, or a tensor; the more tokens, the more it says about usage.
         optimizer: the one, or all, that will train the model. None: what concerns them is not checked.
-        loss: ``loss(model, batch)`` gives a scalar. None: ``.loss`` of the output, else a fixed random projection of
+        loss: ``loss(model, batch)`` returns a scalar. None: ``.loss`` of the output, else a fixed random projection of
             its first floating tensor.
 
     Raises:
         ValueError: a model without memories, or an optimizer that is none. What the model, the loss or an optimizer
             raises goes through.
     """
-    optimizers = _as_optimizers(optimizer)
+    training = Training(_as_optimizers(optimizer))
     subjects = find_subjects(model)
-    training = Training(optimizers)
-    with model_aside(model, subjects), without_compiled_graphs(), torch.inference_mode(False), torch.enable_grad():
+    with untouched(model, subjects), without_compiled_graphs(), torch.inference_mode(False), torch.enable_grad():
         _seed()
         model.train()
-        nudged = {subject for subject in subjects if _open_gate(subject)}
         watches = Watches(subjects)
-        with _without_lost_tables(subjects), watches.listening():
+        for watch in watches.of.values():
+            watch.gate_was_zero = _open_gate(watch.subject)
+        with Undo() as undo, watches:
+            for table in {table for subject in subjects for table in subject.tables if has_lost_owner(table)}:
+                # It would raise in backward: without a gradient of its own, the rest can be looked at.
+                undo.attribute(table.weight, "requires_grad", False)
             value = (loss or default_loss)(model, batch)
-            counts = loss is not None or _has_labels(model, batch)
-            findings = [_check_loss(value, counts=counts)]
+            counts = loss is not None or has_labels(model, batch)
+            answers: list[tuple[str, str | None, Answer]] = [("loss", None, check_loss(value, counts=counts))]
             if value.requires_grad:
                 value.backward()
-        findings.append(check_model_groups(model, subjects, training))
-        listed = [watches.of[subject.layer] for subject in subjects]
-        passed = {watch.subject: list(check_pass(watch, nudged=watch.subject in nudged)) for watch in listed}
-        stepped = check_step(subjects, listed, watches.reads, training)
-    for subject in subjects:
-        findings += [*passed[subject], *check_training(subject, training), *stepped[subject]]
+        of_pass = [[(check, ask(watch)) for check, ask in _OF_PASS.items()] for watch in watches.of.values()]
+        steps = take_step(subjects, watches.reads, training) if training.optimizers else None
+    answers.append(("parameters", None, parameters(model, subjects, training) if steps else _NO_OPTIMIZER))
+    for subject, watch, found in zip(subjects, watches.of.values(), of_pass, strict=True):
+        found.append(("owner", owner(subject, training)))
+        if steps is None:
+            found += [(check, _NO_OPTIMIZER) for check in ("groups", "decay", "written", "unread")]
+        else:
+            found += [
+                ("groups", groups(subject, training)),
+                ("decay", decay(subject, training)),
+                ("written", written(watch, steps[subject], training)),
+                ("unread", unread(watch, steps[subject])),
+            ]
+        answers += [(check, subject.name, answer) for check, answer in found]
     if not counts:
-        findings = [
-            Finding(one.check, one.memory, "skip", "not checked: no label counts")
-            if one.check in _OF_GRADIENTS
-            else one
-            for one in findings
-        ]
-    return Report(tuple(findings))
+        answers = [(check, name, _NO_LABEL if check in _OF_LABELS else answer) for check, name, answer in answers]
+    return Report(tuple(Finding(check, name, *answer) for check, name, answer in answers))
 
 
 def _seed() -> None:
@@ -84,84 +104,14 @@ def _seed() -> None:
         torch.cuda.manual_seed_all(0)
 
 
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that the model computes, or a fixed random projection of its first floating output."""
-    if isinstance(batch, Mapping):
-        output = model(**_with_labels(model, batch))
-    else:
-        output = model(*batch) if isinstance(batch, tuple | list) else model(batch)
-    value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(value, Tensor):
-        return value
-    first = next(_floating(output), None)
-    if first is None:
-        raise ValueError(f"loss must be given for a model that returns no floating tensor, got {type(output).__name__}")
-    # Not a mean of squares, which has no gradient behind a norm.
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(first.shape, generator=generator).to(first.device, torch.float32)
-    tokens = max(1, first.numel() // max(1, first.shape[-1] if first.ndim else 1))
-    return (first.float() * direction).sum() / tokens
-
-
-def _with_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    given = dict(batch)
-    if "input_ids" in given and "labels" not in given and _is_causal_lm(model):
-        given["labels"] = _labels(given["input_ids"], given.get("attention_mask"))
-    return given
-
-
-def _has_labels(model: nn.Module, batch: Any) -> bool:
-    """Whether any label counts, where there are some."""
-    labels = _with_labels(model, batch).get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
-        return True
-    if _is_causal_lm(model):  # the first of a sequence is predicted by nothing
-        labels = labels[..., 1:]
-    return bool((labels != -100).any())
-
-
-def _labels(input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    return input_ids if mask is None or mask.shape != input_ids.shape else input_ids.masked_fill(mask == 0, -100)
-
-
-def _is_causal_lm(model: nn.Module) -> bool:
-    """By the names of classes; also inside of what wraps it."""
-    names = {kind.__name__ for module in (model, *model.modules()) for kind in type(module).__mro__}
-    has_head = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-    forward = getattr(model, "_orig_mod", model).forward
-    parameters = inspect.signature(forward).parameters.values()
-    return has_head and any(entry.name == "labels" or entry.kind is entry.VAR_KEYWORD for entry in parameters)
-
-
-def _floating(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for part in output.values():
-            yield from _floating(part)
-    elif isinstance(output, tuple | list):
-        for part in output:
-            yield from _floating(part)
-
-
-def _check_loss(value: Any, *, counts: bool) -> Finding:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = f"shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"loss must be a tensor of one number, got {got}")
-    if not value.requires_grad:
-        return Finding(
-            "loss", None, "fail", "it depends on nothing that requires a gradient", "unfreeze what is trained"
-        )
-    number = float(value.detach())
-    if not counts:
-        return Finding(
-            "loss", None, "fail", f"it is {number:.4g}: no label counts (all are -100, or first of a sequence)",
-            "give a batch with labels",
-        )  # fmt: skip
-    if number - number != 0:
-        return Finding("loss", None, "fail", f"it is {number}", "look at the batch, and at the model's parameters")
-    return Finding("loss", None, "pass", f"{number:.4g}, finite")
+@torch.no_grad()
+def _open_gate(subject: Subject) -> bool:
+    """Opens a gate at zero, which hides everything behind it; returns whether it was."""
+    gate = subject.gate
+    if gate is None or bool(gate.any()):
+        return False
+    gate.fill_(1)
+    return True
 
 
 def _as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
@@ -174,27 +124,3 @@ def _as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
             raise ValueError(f"optimizer must be one torch.optim.Optimizer or several, got {type(one).__name__}")
         optimizers.append(one)
     return optimizers
-
-
-@torch.no_grad()
-def _open_gate(subject: Subject) -> bool:
-    """A gate at zero hides everything behind it; whether it was."""
-    gate = subject.gate
-    if gate is None or bool(gate.any()):
-        return False
-    gate.fill_(1)
-    return True
-
-
-@contextlib.contextmanager
-def _without_lost_tables(subjects: Sequence[Subject]) -> Iterator[None]:
-    """A table whose owner is gone raises in backward: it gets no gradient, so that the rest can be looked at."""
-    tables = {table: None for subject in subjects for table in subject.tables}
-    lost = [table for table in tables if has_lost_owner(table) and table.weight.requires_grad]
-    for table in lost:
-        table.weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for table in lost:
-            table.weight.requires_grad_(True)

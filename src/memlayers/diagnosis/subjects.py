@@ -22,11 +22,6 @@ class Subject:
     is_parallel: bool
 
     @property
-    def has_lost_owner(self) -> bool:
-        """Its table is in row mode, and the optimizer that would train it is gone."""
-        return has_lost_owner(self.table)
-
-    @property
     def tables(self) -> list[ValueTable]:
         """Its table first, then others that a subclass may have."""
         return list(dict.fromkeys([self.table, *value_tables(self.layer)]))

@@ -1,20 +1,21 @@
 """What one pass through a model, forward and backward, does to each memory.
 
-Letters: T tokens, D model width, H heads, K neighbours, V value width.
+Letters: T tokens, D model width, H heads, K rows a head reads, M = H * K rows a token reads.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from memlayers.diagnosis.subjects import Subject
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
+from memlayers.listening import Listener, input_of
 from memlayers.query import is_recomputation
 from memlayers.values import ValueTable
 
@@ -24,9 +25,15 @@ class Read:
     """One read of a table."""
 
     table: ValueTable
-    slots_TK: Tensor
-    weights_TK: Tensor
+    slots_TM: Tensor
+    weights_TM: Tensor
+    mask_T: Tensor | None  # the real tokens of the memory that is being called
     live_T: Tensor | None = None  # tokens whose output has a gradient, once one arrives
+
+    def real(self, x: Tensor) -> Tensor:
+        """The real tokens of a tensor [T, ...]."""
+        is_padded = self.mask_T is not None and len(self.mask_T) == len(x)
+        return x[self.mask_T] if is_padded else x
 
 
 @dataclass
@@ -51,12 +58,12 @@ class Watch:
     """What happened to one memory. Recomputations under gradient checkpointing count as gradients only."""
 
     subject: Subject
+    gate_was_zero: bool = False  # and was opened: a gate at zero hides everything behind it
     calls: int = 0
     inputs_TD: list[Tensor] = field(default_factory=list)  # of real tokens, as all that follows
     slots_THK: list[Tensor] = field(default_factory=list)  # what the search found
     weights_THK: list[Tensor] = field(default_factory=list)  # its weights, before a `read` of its own
     reads: list[Read] = field(default_factory=list)  # what arrived at its table, padding and all
-    masks_T: list[Tensor | None] = field(default_factory=list)  # of these reads
     output: Squares = field(default_factory=Squares)
     beside: list[Squares] = field(default_factory=list)  # of what `Subject.beside` names
     has_gradient: bool = False  # the loss depends on its output
@@ -73,35 +80,27 @@ class Watch:
         return type(self.subject.layer).read is not MemoryLayer.read
 
 
-class Watches:
-    """Watches all memories of a model while `listening`."""
+class Watches(Listener):
+    """Watches all memories of a model while attached."""
 
     def __init__(self, subjects: Sequence[Subject]):
         self.of = {subject.layer: Watch(subject) for subject in subjects}
         self.reads: list[Read] = []  # of all tables, recomputed ones too
         self._inside: list[tuple[Watch, Tensor, Tensor | None]] = []  # memories being called, innermost last
 
-    @contextmanager
-    def listening(self) -> Iterator["Watches"]:
-        with ExitStack() as stack:
-            for layer, watch in self.of.items():
-                handles = [
-                    layer.register_forward_pre_hook(self._before_layer, with_kwargs=True),
-                    layer.register_forward_hook(self._after_layer),
-                    layer.keys.register_forward_hook(self._after_search),
-                ]
-                for module in watch.subject.beside:
-                    watch.beside.append(Squares())
-                    handles.append(module.register_forward_hook(partial(_add_output, watch.beside[-1], layer)))
-                for handle in handles:
-                    stack.callback(handle.remove)
-            for table in {table: None for watch in self.of.values() for table in watch.subject.tables}:
-                stack.callback(table.register_forward_hook(self._after_read, with_kwargs=True).remove)
-            yield self
+    def register_hooks(self) -> Iterator[RemovableHandle]:
+        for layer, watch in self.of.items():
+            yield layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+            yield layer.register_forward_hook(self._after_layer)
+            yield layer.keys.register_forward_hook(self._after_search)
+            watch.beside = [Squares() for _ in watch.subject.beside]
+            for squares, module in zip(watch.beside, watch.subject.beside, strict=True):
+                yield module.register_forward_hook(partial(_after_beside, squares, layer))
+        for table in {table: None for watch in self.of.values() for table in watch.subject.tables}:
+            yield table.register_forward_hook(self._after_read, with_kwargs=True)
 
     def _before_layer(self, layer: MemoryLayer, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs["x"]
-        self._inside.append((self.of[layer], x, layer.token_mask(*args, **kwargs)))
+        self._inside.append((self.of[layer], input_of(args, kwargs), layer.token_mask(*args, **kwargs)))
 
     def _after_search(self, keys: nn.Module, args: tuple, hits: Hits) -> None:
         if self._inside and not is_recomputation():
@@ -114,16 +113,14 @@ class Watches:
 
     def _after_read(self, table: ValueTable, args: tuple, kwargs: dict, output: Tensor) -> None:
         given = dict(zip(("slots", "weights"), args, strict=False)) | kwargs
-        slots_TK, weights_TK = (given[name].detach().flatten(0, -2) for name in ("slots", "weights"))
-        read = Read(table, slots_TK, weights_TK)
+        slots_TM, weights_TM = (given[name].detach().flatten(0, -2) for name in ("slots", "weights"))
+        watch, _, mask_T = self._inside[-1] if self._inside else (None, None, None)
+        read = Read(table, slots_TM, weights_TM, mask_T)
         self.reads.append(read)
         if output.requires_grad:
             output.register_hook(partial(_gradient_of_read, read))
-        if self._inside and not is_recomputation():
-            watch, _, mask_T = self._inside[-1]
-            if table is watch.subject.table:
-                watch.reads.append(read)
-                watch.masks_T.append(mask_T)
+        if watch is not None and table is watch.subject.table and not is_recomputation():
+            watch.reads.append(read)
 
     def _after_layer(self, layer: MemoryLayer, args: tuple, output: Tensor) -> None:
         watch, x, mask_T = self._inside.pop()
@@ -144,7 +141,7 @@ def _gradient_of_output(watch: Watch, grad: Tensor) -> None:
     watch.has_gradient |= bool(grad.ne(0).any())
 
 
-def _add_output(squares: Squares, layer: MemoryLayer, module: nn.Module, args: tuple, output: Any) -> None:
+def _after_beside(squares: Squares, layer: MemoryLayer, module: nn.Module, args: tuple, output: Any) -> None:
     first = output[0] if isinstance(output, tuple) else output
     if isinstance(first, Tensor) and not is_recomputation():
         x_TD = first.detach().flatten(0, -2)
@@ -157,13 +154,13 @@ def _real(x: Tensor, mask_T: Tensor | None) -> Tensor:
     return x if mask_T is None else x[mask_T]
 
 
-def read_rows(reads: Sequence[Read], table: ValueTable, *, live: bool) -> Tensor:
+def read_slots(reads: Sequence[Read], table: ValueTable, *, live: bool = False) -> Tensor:
     """Slots of a table that were read with a weight, ascending; `live`: only by tokens whose output has a gradient."""
     found = [torch.empty(0, dtype=torch.int64, device=table.weight.device)]
     for read in reads:
         if read.table is table:
-            counts_TK = read.weights_TK != 0
+            counts_TM = read.weights_TM != 0
             if live:
-                counts_TK = counts_TK & read.live_T[:, None] if read.live_T is not None else torch.zeros_like(counts_TK)
-            found.append(read.slots_TK[counts_TK])
+                counts_TM = counts_TM & read.live_T[:, None] if read.live_T is not None else torch.zeros_like(counts_TM)
+            found.append(read.slots_TM[counts_TM])
     return torch.cat(found).unique()

@@ -1,10 +1,10 @@
-"""Report: what an examination found, one finding a check, to read or to act on."""
+"""What an examination found: an `Answer` to each question, a `Finding` of each memory, a `Report` of them all."""
 
 import dataclasses
 import textwrap
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from memlayers.checks import CommandFailed
 
@@ -12,6 +12,33 @@ State = Literal["pass", "warn", "fail", "skip"]
 
 WIDTH = 80
 _SHOWN = {"pass": "ok", "warn": "WARN", "fail": "FAIL", "skip": "-"}
+
+
+class Answer(NamedTuple):
+    """What the answer to a question is; the questions are functions that return one."""
+
+    state: State
+    message: str  # what was found
+    advice: str = ""  # what to do about it
+
+
+def passed(message: str) -> Answer:
+    return Answer("pass", message)
+
+
+def warns(message: str, advice: str) -> Answer:
+    return Answer("warn", message, advice)
+
+
+def fails(message: str, advice: str) -> Answer:
+    return Answer("fail", message, advice)
+
+
+def not_checked(why: str) -> Answer:
+    return Answer("skip", f"not checked: {why}")
+
+
+NOT_REACHED = not_checked("the memory is not reached")
 
 
 class DoctorError(CommandFailed):
