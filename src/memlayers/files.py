@@ -1,8 +1,18 @@
 """How files reach the disk, and how it is known that they still are what was written.
 
-Written aside, flushed, then moved into place, so that nothing is ever half there. A sealed file is JSON whose first
-entry is the SHA-256 of the file itself, with zeros in its place: a description that lists the hashes of the files
-beside it, and cannot be changed by accident either.
+Written aside, flushed, then moved into place, so that nothing is ever half there:
+
+    file_aside  write_text  write_json        one file
+    new_folder  move_into_place               a folder that appears whole
+    replaced_together                         files of a folder that stays
+
+Believed only as written: a sealed file is JSON whose first entry is the SHA-256 of the file itself, with zeros in its
+place; it holds what `describe_files` says of the files beside it, and `verify_files` compares.
+
+    write_sealed  read_sealed  read_if_whole
+    describe_files  verify_files  find_damage
+
+`sole_user` keeps other processes out of a folder meanwhile.
 """
 
 import errno
@@ -12,11 +22,39 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+# --- Written aside, then moved
+
+
+@contextmanager
+def file_aside(file: Path) -> Iterator[Path]:
+    """Give a path to write to; what is written there takes the place of `file` once it is on the disk.
+
+    An error inside leaves `file` as it was. A process that is killed leaves `.<name>.partial` behind, which nothing
+    reads and the next writing overwrites.
+    """
+    aside = file.with_name(f".{file.name}.partial")
+    try:
+        yield aside
+        flush(aside)
+        os.replace(aside, file)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+    flush(file.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write text so that `file` holds either what it held before or all of `text`."""
+    with file_aside(file) as aside:
+        aside.write_bytes(text.encode())
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -24,14 +62,96 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write text so that `file` holds either what it held before or all of `text`."""
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_bytes(text.encode())
-    flush(aside)
-    os.replace(aside, file)
-    flush(file.parent)
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, which takes the name `folder` once all that it holds is on the disk.
 
+    An error removes it, the renaming included (`OSError` if the name is taken by then). A process that is killed
+    leaves `.<name>.<random>.partial` behind, which nothing reads.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    aside.mkdir()
+    try:
+        yield aside
+        move_into_place(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def move_into_place(aside: Path, folder: Path) -> None:
+    """Give the folder `aside` the name `folder`, with all that it holds on the disk."""
+    _flush_all(aside)
+    os.rename(aside, folder)
+    flush(folder.parent)
+
+
+@contextmanager
+def replaced_together(folder: str | os.PathLike[str], *, stale: str = "", last: str = "config.json") -> Iterator[Path]:
+    """Give a folder to write into; its files replace those of the same name in `folder` once all are on the disk.
+
+    An error inside leaves the files of `folder` as they were. No file is ever half written.
+
+    Args:
+        stale: A pattern. If files were written whose names match it, others of such names in `folder` are removed.
+        last: The name of the file that is moved last, so that a new folder which has it is complete.
+
+    Raises:
+        ValueError: `folder` is a file.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"the folder to save to must be none or a folder, got the file {str(target)!r}")
+    target.mkdir(parents=True, exist_ok=True)
+    aside = target / f".saving-{secrets.token_hex(4)}"  # inside, so on the same file system: moves are atomic
+    aside.mkdir()
+    try:
+        yield aside
+        _flush_all(aside)
+        names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == last, name))
+        for name in names:
+            os.replace(aside / name, target / name)
+        if any(re.fullmatch(stale, name) for name in names):
+            for path in target.iterdir():
+                if path.name not in names and re.fullmatch(stale, path.name):
+                    path.unlink()
+        flush(target)
+    finally:
+        shutil.rmtree(aside)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, under the name `.<name>.removed`: a process that is killed here leaves no half of it."""
+    aside = folder.with_name(f".{folder.name}.removed")
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
+
+
+_WINDOWS = os.name == "nt"  # flushes through what may write alone, and no folders
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file's content, or a folder's list of names, to the disk."""
+    if _WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_all(folder: Path) -> None:
+    """Flush a folder and all below it; its files can be read by whom the folder can."""
+    mode = folder.stat().st_mode & 0o666
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() and path.stat().st_mode & 0o777 != mode:  # safetensors keeps its files from others
+            path.chmod(mode)
+        flush(path)
+
+
+# --- What was written
 
 SEAL = "0" * 64
 
@@ -45,95 +165,151 @@ def write_sealed(file: Path, content: dict[str, Any]) -> None:
 
 
 def read_sealed(file: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote, without the seal.
+    """Return what `write_sealed` wrote, without the seal.
 
     Raises `ValueError` naming the file if it is not there, or if a single bit of it has changed since.
     """
     try:
-        raw = file.read_bytes()
+        content = _unsealed(file.read_bytes())
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    if content is None:
+        raise ValueError(f"{file} is damaged: it is not what was written (its own SHA-256 does not fit)")
+    return content
+
+
+def read_if_whole(file: Path) -> dict[str, Any]:
+    """Return what `write_sealed` wrote; an empty dictionary if the file is not there or damaged.
+
+    For what is made again then. Raises `OSError` naming a file that is there and cannot be read: a disk that fails for
+    a moment must not cost finished work.
+    """
+    try:
+        with _named_errors(file):
+            return _unsealed(file.read_bytes()) or {}
+    except FileNotFoundError:
+        return {}
+
+
+def _unsealed(raw: bytes) -> dict[str, Any] | None:
     opening = b'{\n "sha256": "'
     seal = raw[len(opening) : len(opening) + len(SEAL)]
     zeroed = raw[: len(opening)] + SEAL.encode() + raw[len(opening) + len(SEAL) :]
     if not raw.startswith(opening) or hashlib.sha256(zeroed).hexdigest().encode() != seal:
-        raise ValueError(f"{file} is damaged: it is not what was written (its own SHA-256 does not fit)")
+        return None
     content = json.loads(raw)
     del content["sha256"]
     return content
 
 
 def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with file.open("rb") as stream:
+    """Return the SHA-256 of a file's bytes, in hexadecimal. Raises `OSError` naming a file that cannot be read."""
+    with _named_errors(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `folder` once all that it holds is on the disk.
+def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Return ``bytes`` and ``sha256`` of files by their paths below `folder`: of all, or of those in `names`."""
+    if names is None:
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    paths = {name: path_below(folder, name) for name in names}
+    hashes = _hash_files(paths.values())
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": digest}
+        for (name, path), digest in zip(paths.items(), hashes, strict=True)
+    }
 
-    It is removed if anything fails, the renaming included (`OSError` if the name is taken by then). A process that is
-    killed leaves `.<name>.<random>.partial` behind, which nothing reads.
+
+def verify_files(
+    folder: Path, described: Mapping[str, Mapping[str, Any]], *, checked: Callable[[str], object] = lambda name: None
+) -> None:
+    """Compare files with what `describe_files` said of them. `checked` is called with the name of each that is right.
+
+    Raises:
+        ValueError: Names the file and what is wrong with it (`find_damage`), or a path that leaves `folder`.
+        OSError: A file is there and cannot be read.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
-    aside.mkdir()
-    try:
-        yield aside
-        for path in (*aside.rglob("*"), aside):
-            if path.is_file():  # safetensors keeps its files from others
-                path.chmod(aside.stat().st_mode & 0o666)
-            flush(path)
-        os.rename(aside, folder)
-        flush(folder.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with closing(find_damage(folder, described, checked=checked)) as found:
+        for name, damage in found:
+            raise ValueError(f"{folder / name} is damaged: {damage}")
+
+
+def find_damage(
+    folder: Path, described: Mapping[str, Mapping[str, Any]], *, checked: Callable[[str], object] = lambda name: None
+) -> Generator[tuple[str, str]]:
+    """Yield each file that is not as described, and what is wrong with it; missing and cut off ones before any is read.
+
+    A description without ``bytes`` is one of the hash alone. Raises as `verify_files` does, but for the damage.
+    """
+    paths = {name: path_below(folder, name) for name in described}
+    for name, path in list(paths.items()):
+        if damage := _wrong_size(path, described[name].get("bytes")):
+            del paths[name]
+            yield name, damage
+    for name, digest in zip(paths, _hash_files(paths.values()), strict=True):
+        if digest == described[name]["sha256"]:
+            checked(name)
+        else:
+            yield name, "it is not what was written (its SHA-256 does not fit)"
+
+
+def path_below(folder: Path, name: str) -> Path:
+    """Return the path of `name` in `folder`. Raises `ValueError` if it would lie elsewhere: absolute, or by ``..``."""
+    path = Path(name)
+    if not path.parts or path.anchor or ".." in path.parts or "\0" in name:
+        raise ValueError(f"{folder} is damaged: {name!r} is not the path of a file in it")
+    return folder / path
+
+
+def _wrong_size(path: Path, size: int | None) -> str:
+    if not path.is_file():
+        return "it is missing"
+    found = path.stat().st_size
+    return "" if size is None or found == size else f"it has {found} bytes, {size} were written"
+
+
+def _hash_files(files: Iterable[Path]) -> Iterator[str]:
+    """Yield the SHA-256 of each file in turn; several are read at a time."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
+        try:
+            yield from pool.map(file_sha256, files)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def replaced_together(folder: str | os.PathLike[str], *, stale: str = "") -> Iterator[Path]:
-    """A folder to write into, whose files replace those of the same name in `folder` once all are on the disk.
-
-    If files were written whose names match the pattern `stale`, others of such names in `folder` go. An error inside
-    leaves the files of `folder` as they were. No file is ever half-written; ``config.json`` comes last, so a new folder
-    that has one is complete.
-    """
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"the folder to save to must be none or a folder, got the file {str(target)!r}")
-    target.mkdir(parents=True, exist_ok=True)
-    # Inside, so on the same file system: moves are atomic.
-    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+def _named_errors(file: Path) -> Iterator[None]:
+    """Give an `OSError` the name of the file, which one of reading, not of opening, lacks."""
     try:
-        yield aside
-        names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == "config.json", name))
-        for name in names:
-            flush(aside / name)
-        for name in names:
-            os.replace(aside / name, target / name)
-        if any(re.fullmatch(stale, name) for name in names):
-            for path in target.iterdir():
-                if path.name not in names and re.fullmatch(stale, path.name):
-                    path.unlink()
-        flush(target)
-    finally:
-        shutil.rmtree(aside)
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without them answer
+# --- Alone
+
+# What file systems without locks answer; EBADF is that of NFS, which locks only what is opened for writing.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EINVAL)
 
 
 @contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process. Raises `ValueError` if another one does; its end, however it comes, frees it.
+def sole_user(folder: Path, *, waiting: str = "") -> Iterator[None]:
+    """Hold `folder` for this process, whose end, however it comes, frees it.
 
-    Where the system or the file system has no locks, nothing is held.
+    Nothing is held where the system or the file system has no locks.
+
+    Args:
+        waiting: Printed on stderr if another process holds the folder; then this one waits for it.
+
+    Raises:
+        ValueError: Another process holds the folder, and there is no `waiting`.
+        FileNotFoundError: The folder is not there, or the process that held it gave it another name.
     """
     try:
-        import fcntl
-    except ImportError:  # Windows
+        import fcntl  # which Windows lacks
+    except ImportError:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -141,24 +317,17 @@ def sole_user(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"output must be a folder that no other process writes to, got {str(folder)!r}") from None
+            if not waiting:
+                raise ValueError(
+                    f"output must be a folder that no other process writes to, got {str(folder)!r}"
+                ) from None
+            print(waiting, file=sys.stderr, flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+        if not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise FileNotFoundError(errno.ENOENT, "given another name by the process that held it", str(folder))
         yield
-    finally:
-        os.close(descriptor)
-
-
-_WINDOWS = os.name == "nt"  # flushes through what may write alone, and no folders
-
-
-def flush(path: Path) -> None:
-    """A file's content, or a folder's list of names, onto the disk."""
-    if _WINDOWS and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memlayers.files import file_aside
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -25,6 +27,5 @@ def two_columns(lines: Sequence[tuple[str, str]]) -> str:
 
 def save_figure(figure: "Figure", file: Path) -> None:
     """Write a plot as PNG so that `file` holds either what it held before or all of it."""
-    aside = file.with_name(f".{file.name}.partial")
-    figure.savefig(aside, format="png")
-    aside.replace(file)
+    with file_aside(file) as aside:
+        figure.savefig(aside, format="png")

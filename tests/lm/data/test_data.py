@@ -132,7 +132,7 @@ def files_of(corpus):
 
 
 def test_every_file_of_the_folder_is_in_the_manifest(corpus):
-    hashes = corpus_module.expected_hashes(corpus.manifest)
+    hashes = corpus_module.described_files(corpus.manifest)
     assert files_of(corpus) == sorted([*hashes, "manifest.json"])
     assert len(hashes) == 2 + 2 * (6 + 2)
 

@@ -6,7 +6,7 @@ prepare.py  request.py  workspace.py    what is asked for, what is there already
 survey.py  tokenize.py                  the first pass: checks, counts, the tokenizer's sample; the tokenizer
 encode.py  readahead.py  spans.py       the second: documents to shards
 corpus.py  maps.py  windows.py          what is read in training
-whole.py  progress.py                   whether files are what was written; a bar for work that is counted in bytes
+progress.py                             a bar for work that is counted in bytes
 """
 
 from memlayers.lm.data.config import DataConfig

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memlayers.files import read_sealed
+from memlayers.files import read_sealed, verify_files
 from memlayers.lm.data.maps import Maps, OnDisk
 from memlayers.lm.data.progress import progress_bar
 from memlayers.lm.data.tokenize import DOCUMENT, END_OF_TEXT
-from memlayers.lm.data.whole import verify_files
 
 if TYPE_CHECKING:  # token files that are ready are read without it
     from transformers import PreTrainedTokenizerFast
@@ -213,25 +212,11 @@ def open_corpus(folder: str | Path, *, progress: bool = False) -> Corpus:
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
-    hashes = expected_hashes(manifest)
-    itemsize = np.dtype(manifest["dtype"]).itemsize
-    tokens = {f"{shard['name']}.tokens": shard["tokens"] for _, shard in _shards(manifest)}
-    sizes = {}
-    for name in hashes:
-        try:
-            sizes[name] = (folder / name).stat().st_size
-        except OSError as error:
-            raise ValueError(f"{folder / name} cannot be read: {error.strerror}") from None
-        if name in tokens and sizes[name] != tokens[name] * itemsize:
-            raise ValueError(
-                f"{folder / name} is damaged: it has {sizes[name]} bytes instead of {tokens[name] * itemsize}"
-            )
+    described = described_files(manifest)
+    sizes = {name: description.get("bytes", 0) for name, description in described.items()}
     total = sum(sizes.values())
     with progress_bar("verifying", total, progress and total > SHOWN_BYTES) as bar:
-        for name, same in verify_files(folder, hashes):
-            if not same:
-                raise ValueError(f"{folder / name} is damaged: it is not what was written (its SHA-256 differs)")
-            bar.update(sizes[name])
+        verify_files(folder, described, checked=lambda name: bar.update(sizes[name]))
     shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
     maps = Maps()
     for split, entry in _shards(manifest):
@@ -239,13 +224,17 @@ def open_corpus(folder: str | Path, *, progress: bool = False) -> Corpus:
     return Corpus(folder=folder, manifest=manifest, **{name: Split.of(shards[name]) for name in SPLITS})
 
 
-def expected_hashes(manifest: dict[str, Any]) -> dict[str, str]:
-    """The SHA-256 of each file beside the manifest, by its path below the folder."""
-    hashes = {f"{TOKENIZER}/{name}": digest for name, digest in manifest["tokenizer"]["files"].items()}
+def described_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `memlayers.files.verify_files` takes of each file beside the manifest."""
+    described: dict[str, dict[str, Any]] = {
+        f"{TOKENIZER}/{name}": {"sha256": digest} for name, digest in manifest["tokenizer"]["files"].items()
+    }
+    itemsize = np.dtype(manifest["dtype"]).itemsize
     for _, shard in _shards(manifest):
         for suffix, digest in shard["sha256"].items():
-            hashes[f"{shard['name']}.{suffix}"] = digest
-    return hashes
+            described[f"{shard['name']}.{suffix}"] = {"sha256": digest}
+        described[f"{shard['name']}.tokens"]["bytes"] = shard["tokens"] * itemsize
+    return described
 
 
 def _shards(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memlayers.files import file_sha256, flush, write_sealed
+from memlayers.files import describe_files, find_damage, flush, move_into_place, read_if_whole, write_sealed
 from memlayers.lm.data import encode
 from memlayers.lm.data.corpus import (
     FORMAT,
@@ -30,7 +30,7 @@ from memlayers.lm.data.corpus import (
     SPLITS,
     TOKENIZER,
     Corpus,
-    expected_hashes,
+    described_files,
     open_corpus,
 )
 from memlayers.lm.data.progress import progress_bar
@@ -46,8 +46,7 @@ from memlayers.lm.data.tokenize import (
     token_dtype,
     train_tokenizer,
 )
-from memlayers.lm.data.whole import read_if_whole, verify_files
-from memlayers.lm.data.workspace import is_occupied, keep_only, publish, working_folder
+from memlayers.lm.data.workspace import is_occupied, keep_only, working_folder
 from memlayers.version import __version__
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def prepare(config: "DataConfig", folder: str | Path, *, progress: bool = True) 
         if aside is not None:
             try:
                 _make(aside, entries, config, progress)
-                publish(aside, folder)
+                move_into_place(aside, folder)
                 return open_corpus(folder, progress=progress)
             except OtherRequestError:
                 raise
@@ -119,14 +118,13 @@ def _make(aside: Path, entries: list[list[Source]], config: "DataConfig", progre
     held = read_if_whole(aside / SURVEY)
     asked = describe_request(config, entries, (made or held).get("asked"), progress)
     _refuse_other_request(aside, made, held, asked)
-    if not made or not _are_whole(aside, expected_hashes(made)):
-        if not held or not _are_whole(aside, _tokenizer_hashes(held)):
+    if not made or not _are_whole(aside, described_files(made)):
+        if not held or not _are_whole(aside / TOKENIZER, _described_tokenizer(held)):
             keep_only(aside, set())
             held = _first_pass(aside, entries, config, asked, progress)
         made = _second_pass(aside, entries, config, held, progress) | {"asked": asked}
         write_sealed(aside / MANIFEST, made)
-        flush(aside)
-    keep_only(aside, {MANIFEST, TOKENIZER, *expected_hashes(made)})
+    keep_only(aside, {MANIFEST, TOKENIZER, *described_files(made)})
 
 
 def _first_pass(
@@ -147,7 +145,6 @@ def _first_pass(
     vocab_size = tokenizer.get_vocab_size()
     _require_vocabulary(config, vocab_size, sample_bytes)
     save_tokenizer(tokenizer, aside / TOKENIZER)
-    names = sorted(path.name for path in (aside / TOKENIZER).iterdir())
     for path in (*(aside / TOKENIZER).iterdir(), aside / TOKENIZER):
         flush(path)
     record = {
@@ -159,12 +156,11 @@ def _first_pass(
         "eot_id": tokenizer.token_to_id(END_OF_TEXT),
         "dtype": token_dtype(vocab_size).str,
         "tokenizer": {
-            "files": {name: file_sha256(aside / TOKENIZER / name) for name in names},
+            "files": {name: file["sha256"] for name, file in describe_files(aside / TOKENIZER).items()},
             "trained_on_bytes": sample_bytes,
         },
     }
     write_sealed(aside / SURVEY, record)
-    flush(aside)
     return record
 
 
@@ -275,12 +271,12 @@ def _refuse_other_request(aside: Path, made: dict[str, Any], held: dict[str, Any
         )
 
 
-def _are_whole(aside: Path, hashes: dict[str, str]) -> bool:
-    return all(same for _, same in verify_files(aside, hashes))
+def _are_whole(folder: Path, described: dict[str, dict[str, Any]]) -> bool:
+    return not list(find_damage(folder, described))
 
 
-def _tokenizer_hashes(held: dict[str, Any]) -> dict[str, str]:
-    return {f"{TOKENIZER}/{name}": digest for name, digest in held["tokenizer"]["files"].items()}
+def _described_tokenizer(held: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: {"sha256": digest} for name, digest in held["tokenizer"]["files"].items()}
 
 
 def _give_up(aside: Path, folder: Path, error: BaseException) -> None:

@@ -8,7 +8,6 @@ files and the place that was reached is written last.
 import hashlib
 import heapq
 import io
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,10 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memlayers.files import flush, write_sealed
+from memlayers.files import file_aside, find_damage, read_if_whole, write_sealed
 from memlayers.lm.data.corpus import SPLITS
 from memlayers.lm.data.tokenize import DOCUMENT
-from memlayers.lm.data.whole import read_if_whole, verify_files
 
 HELD_OUT = SPLITS[1:]
 # One entry a document that waits in a part.
@@ -92,7 +90,6 @@ class SpanWriter:
             files[split] = self._write_split(split, entries) if len(entries) else {}
         span = Span(self.number, self.source, end, counts, files)
         write_sealed(self._folder / span.record, asdict(span))
-        flush(self._folder)
         return span
 
     def _write_split(self, split: str, entries: np.ndarray) -> dict[str, str]:
@@ -128,9 +125,9 @@ def read_spans(folder: Path) -> list[Span]:
         if not record:
             break
         spans.append(Span(**{**record, "end": Place(*record["end"])}))
-    hashes = {name: digest for span in spans for name, digest in span.file_hashes().items()}
-    damaged = {name for name, same in verify_files(folder, hashes) if not same}
-    whole = next((place for place, span in enumerate(spans) if damaged & set(span.file_hashes())), len(spans))
+    described = {name: {"sha256": digest} for span in spans for name, digest in span.file_hashes().items()}
+    damaged = dict(find_damage(folder, described))
+    whole = next((place for place, span in enumerate(spans) if damaged.keys() & span.file_hashes()), len(spans))
     return spans[:whole]
 
 
@@ -231,12 +228,9 @@ def _npy_header(count: int) -> bytes:
 def write_chunks(file: Path, chunks: Iterable[np.ndarray | bytes]) -> str:
     """Write a file aside, onto the disk, into place; returns its SHA-256."""
     digest = hashlib.sha256()
-    aside = file.with_name(f".{file.name}.partial")
-    with aside.open("wb") as stream:
+    with file_aside(file) as aside, aside.open("wb") as stream:
         for chunk in chunks:
             content: Any = chunk if isinstance(chunk, bytes) else chunk.view(np.uint8).data
             digest.update(content)
             stream.write(content)
-    flush(aside)
-    os.replace(aside, file)
     return digest.hexdigest()
