@@ -1,9 +1,11 @@
-"""Checks of a configuration's fields. Each raises `ValueError` naming the field, its value and what is allowed.
+"""Checks of settings. Each raises `ValueError` naming the setting, its value and what is allowed.
 
 `CommandFailed` is for what no check of fields foresees.
 """
 
+import operator
 import sys
+from typing import TypeGuard
 
 LARGEST = 2**53  # integers beyond are not exact as floating point numbers, which rates and shares are made of
 
@@ -25,19 +27,35 @@ def require_number(
     name: str, value: object, *, least: float | None = None, above: float | None = None, below: float | None = None
 ) -> None:
     """A number that a float can be: neither infinite nor an integer beyond the largest of them."""
-    limits = [("at least", least), ("above", above), ("below", below)]
-    fits = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    if fits:
-        assert isinstance(value, int | float)
-        fits = (
-            (least is None or value >= least) and (above is None or value > above) and (below is None or value < below)
-        )
-    if not fits:
-        allowed = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
+    limits = {
+        "of at least": (least, operator.ge),
+        "above": (above, operator.gt),
+        "below": (below, operator.lt),
+    }
+    given = {word: (limit, holds) for word, (limit, holds) in limits.items() if limit is not None}
+    if not (_is_number(value) and all(holds(value, limit) for limit, holds in given.values())):
+        allowed = " and ".join(f"{word} {limit:g}" for word, (limit, _) in given.items())
         raise ValueError(f"{name} must be a finite number {allowed}, got {value!r}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """One of a few words."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def require_bool(name: str, value: object) -> None:
+    """A truth value, and no number that could stand for one."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def require_betas(name: str, betas: object) -> None:
+    """The two rates at which Adam's moments decay."""
+    are_two = isinstance(betas, tuple | list) and len(betas) == 2
+    if not (are_two and all(_is_number(beta) and 0 <= beta < 1 for beta in betas)):  # type: ignore[attr-defined]
+        raise ValueError(f"{name} must be two numbers in [0, 1), got {betas!r}")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from memlayers.checks import require_choice, require_int, require_number
+from memlayers.checks import require_bool, require_choice, require_int, require_number
 
 QueryNorm = Literal["batch", "rms", "none"]
 KeyKind = Literal["product", "flat"]
@@ -47,8 +47,7 @@ class MemoryConfig:
             require_int("query_hidden", size, least=1)
         require_choice("query_norm", self.query_norm, get_args(QueryNorm))
         require_choice("keys", self.keys, get_args(KeyKind))
-        if not isinstance(self.query_bias, bool):
-            raise ValueError(f"query_bias must be True or False, got {self.query_bias!r}")
+        require_bool("query_bias", self.query_bias)
         for name in ("input_dropout", "query_dropout", "value_dropout"):
             require_number(name, getattr(self, name), least=0.0, below=1.0)
         if self.num_subkeys > 2**16:  # the selection keeps a slot in 32 bits

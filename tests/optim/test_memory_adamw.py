@@ -6,6 +6,7 @@ from torch import nn
 
 from memlayers import MemoryConfig, MemoryLayer
 from memlayers.optim import MemoryAdamW, RowAdam
+from memlayers.query import HeadRMSNorm, MaskedBatchNorm
 
 
 def make(**fields):
@@ -29,6 +30,52 @@ def test_every_trainable_parameter_is_in_one_group_and_norms_biases_and_tables_a
     assert tables == {"2.values.weight"}
     assert {"2.query.norm.weight", "1.weight", "0.bias"} < spared
     assert [group.get("weight_decay", 0) for group in optimizer.param_groups] == [0.5, 0.0, 0]
+
+
+class Gain(nn.Module):
+    """A module whose weight has two dimensions, as a linear map has."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 3))
+
+
+NORMS = {
+    "LayerNorm": lambda: nn.LayerNorm((2, 3)),
+    "RMSNorm": lambda: nn.RMSNorm((2, 3)),
+    "BatchNorm1d": lambda: nn.BatchNorm1d(3),
+    "GroupNorm": lambda: nn.GroupNorm(1, 3),
+    "MaskedBatchNorm": lambda: MaskedBatchNorm(2, 3),
+    "HeadRMSNorm": lambda: HeadRMSNorm(2, 3),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_no_gain_of_a_norm_is_decayed_whatever_its_shape(name):
+    norm, gain = NORMS[name](), Gain()
+    decayed, spared = MemoryAdamW(nn.Sequential(gain, norm), weight_decay=0.5).param_groups
+    assert (decayed["params"], decayed["weight_decay"]) == ([gain.weight], 0.5)
+    assert (spared["params"], spared["weight_decay"]) == ([*norm.parameters()], 0.0)
+
+
+@pytest.mark.parametrize("query_norm", ["batch", "rms"])
+def test_the_norm_of_a_memory_s_query_is_not_decayed(query_norm):
+    model = make(query_norm=query_norm)
+    decayed, spared, _ = (set(group["params"]) for group in MemoryAdamW(model, weight_decay=0.5).param_groups)
+    assert model[2].query.norm.weight in spared
+    assert model[2].query.norm.weight not in decayed
+
+
+def test_a_state_of_version_0_1_0_is_refused():
+    model = make()
+    optimizer = MemoryAdamW(model)
+    loss_of(model).backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    for name in ("rounding", "updates", "moments"):
+        del state["param_groups"][2][name]
+    with pytest.raises(ValueError, match=r"must say 'rounding', 'moments', 'updates' .* memlayers 0.1.0 saved it"):
+        optimizer.load_state_dict(state)
 
 
 def test_it_steps_as_adamw_and_row_adam_do_apart():
@@ -194,9 +241,13 @@ def test_release_gives_dense_gradients_back():
     [
         ({"lr": -1.0}, "lr must be a finite number of at least 0"),
         ({"value_lr": -1.0}, "value_lr must be a finite number of at least 0, got -1.0"),
-        ({"value_max_grad_norm": 0.0}, "value_max_grad_norm must be above 0 or None"),
-        ({"value_rounding": "down"}, 'value_rounding must be "nearest" or "stochastic", got \'down\''),
-        ({"value_moments": "half"}, 'value_moments must be "float32" or "bfloat16", got \'half\''),
+        ({"value_max_grad_norm": 0.0}, "value_max_grad_norm must be a finite number above 0, got 0.0"),
+        ({"value_rounding": "down"}, "value_rounding must be one of 'nearest', 'stochastic', got 'down'"),
+        ({"value_moments": "half"}, "value_moments must be one of 'float32', 'bfloat16', got 'half'"),
+        ({"lr": float("nan")}, "lr must be a finite number of at least 0, got nan"),
+        ({"betas": (0.9, 1)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1\)"),
+        ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
+        ({"eps": 0}, "eps must be a finite number above 0, got 0"),
         ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
     ],
 )
@@ -211,6 +262,8 @@ def test_a_group_added_later_is_refused_rather_than_ignored():
     optimizer = MemoryAdamW(make())
     with pytest.raises(ValueError, match="param_group cannot be added"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(optimizer)
 
 
 def test_schedulers_that_look_into_the_defaults_work():

@@ -292,6 +292,22 @@ def test_updates_that_rounding_to_the_nearest_loses_arrive_on_average(path, monk
     assert moved["stochastic"] == pytest.approx(64 * 2**-12, rel=0.05)
 
 
+@each
+@pytest.mark.parametrize("field", ["rounding", "updates"])
+def test_a_state_of_version_0_1_0_is_refused_and_nothing_is_loaded(make, field):
+    """It had no other rounding and counted no updates."""
+    table, twin = ValueTable(30, 4), ValueTable(30, 4)
+    optimizer, other = make([table]), make([twin], lr=0.25)
+    train(table, optimizer)
+    state = optimizer.state_dict()
+    del state["param_groups"][0][field]
+    with pytest.raises(ValueError, match=f"must say '{field}' .* memlayers 0.1.0 saved it.* Load the weights alone"):
+        other.load_state_dict(state)
+    assert other.param_groups[0]["lr"] == 0.25
+    assert not other.state
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 def test_loading_a_state_does_not_share_it():
     table, twin = ValueTable(30, 4), ValueTable(30, 4)
     optimizers = RowAdam([table]), RowAdam([twin])
@@ -400,8 +416,8 @@ def test_it_cannot_be_copied_nor_given_more_groups(make):
         ({"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
         ({"lr": float("inf")}, "lr must be a finite number .* got inf"),
         ({"lr": "fast"}, "lr must be a finite number .* got 'fast'"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0 or None, got 0.0"),
-        ({"rounding": "up"}, 'rounding must be "nearest" or "stochastic", got \'up\''),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be a finite number above 0, got 0.0"),
+        ({"rounding": "up"}, "rounding must be one of 'nearest', 'stochastic', got 'up'"),
     ],
 )
 def test_bad_settings_are_named_and_no_table_is_taken(make, settings, named):

@@ -26,6 +26,7 @@ from memlayers.bench.result import Result
 from memlayers.bench.shapes import AXES, Axis, Shape, shape
 from memlayers.bench.sweeps import sweep_axis
 from memlayers.bench.timing import Stopwatch
+from memlayers.checks import require_int
 from memlayers.files import new_folder, write_json, write_text
 from memlayers.hardware import hardware, versions
 
@@ -88,9 +89,8 @@ class BenchConfig:
             if case not in known:
                 raise ValueError(f"cases must be some of {', '.join(known)}, got {case!r}")
         for name in ("threads", "repeats"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if (value := getattr(self, name)) is not None:
+                require_int(name, value, least=1)
         if not self.budget > 0:
             raise ValueError(f"budget must be above 0 seconds, got {self.budget!r}")
         device_of(self.device)

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from memlayers.checks import require_int
 from memlayers.config import MemoryConfig
 
 Axis = Literal["slots", "topk", "tokens"]
@@ -24,8 +25,7 @@ class Shape:
     tokens: int = 2048  # T, tokens of a batch
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise ValueError(f"tokens must be an integer of at least 1, got {self.tokens!r}")
+        require_int("tokens", self.tokens, least=1)
         self.config()
 
     def config(self) -> MemoryConfig:

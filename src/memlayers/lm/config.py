@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args, get_type_hints
 
-from memlayers.checks import require_choice, require_int, require_number
+from memlayers.checks import require_betas, require_bool, require_choice, require_int, require_number
 from memlayers.config import MemoryConfig, instead
 from memlayers.lm.data.config import DataConfig
 
@@ -78,16 +78,10 @@ class TrainingConfig:
             require_number(f"training.{name}", getattr(self, name), least=0.0)
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"training.warmup must be a share below 1 or a whole number of steps, got {self.warmup!r}")
-        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
-            raise ValueError(f"training.betas must be two numbers in [0, 1), got {self.betas!r}")
-        for beta in self.betas:
-            require_number("training.betas", beta, least=0.0, below=1.0)
+        require_betas("training.betas", self.betas)
         require_choice("training.schedule", self.schedule, get_args(Schedule))
         require_choice("training.precision", self.precision, get_args(Precision))
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise ValueError(
-                f"training.gradient_checkpointing must be True or False, got {self.gradient_checkpointing!r}"
-            )
+        require_bool("training.gradient_checkpointing", self.gradient_checkpointing)
 
     @property
     def steps(self) -> int:

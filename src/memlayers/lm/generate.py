@@ -1,11 +1,10 @@
 """Text from a trained model."""
 
-import math
 from pathlib import Path
 
 import torch
 
-from memlayers.checks import require_int
+from memlayers.checks import require_int, require_number
 from memlayers.lm.run import RunFolder
 
 
@@ -32,8 +31,7 @@ def generate(
     """
     require_int("max_new_tokens", max_new_tokens, least=1)
     require_int("seed", seed, least=0, most=2**64 - 1)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
+    require_number("temperature", temperature, least=0.0)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     try:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from memlayers.checks import require_bool
 from memlayers.config import MemoryConfig
 from memlayers.layer import MemoryLayer
 from memlayers.models.classes import add_memories, load_memories, remove_memories
@@ -71,8 +72,7 @@ def add_memory(
     placement = MemoryPlacement(
         config=config, kind=kind.__name__, layers=choose(inner, layers), mode=mode, share_values=share_values
     )
-    if not isinstance(keep_original, bool):
-        raise ValueError(f"keep_original must be True or False, got {keep_original!r}")
+    require_bool("keep_original", keep_original)
     names = names_of(inner, placement)
     for name in names:
         require_suitable(inner, name, placement)

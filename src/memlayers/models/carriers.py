@@ -4,6 +4,8 @@ import math
 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from memlayers.checks import require_choice, require_int, require_number
+
 FAMILIES = ("gpt2", "llama")
 
 
@@ -38,21 +40,17 @@ def causal_lm(
     Raises:
         ValueError: a field that is not allowed, by name.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(map(repr, FAMILIES))}, got {family!r}")
+    require_choice("family", family, FAMILIES)
     sizes = {"vocab_size": vocab_size, "layers": layers, "dim": dim, "heads": heads, "context": context}
     if ffn_dim is not None:
         sizes["ffn_dim"] = ffn_dim
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        require_int(name, size, least=1)
     unit = heads if family == "gpt2" else 2 * heads
     if dim % unit:
         raise ValueError(f"dim must be a multiple of {'' if unit == heads else '2 * '}heads = {unit}, got {dim}")
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
-    if isinstance(eos_id, bool) or not isinstance(eos_id, int) or not 0 <= eos_id < vocab_size:
-        raise ValueError(f"eos_id must be a token, an integer in [0, {vocab_size}), got {eos_id!r}")
+    require_number("dropout", dropout, least=0.0, below=1.0)
+    require_int("eos_id", eos_id, least=0, most=vocab_size - 1)
     model: PreTrainedModel
     if family == "gpt2":
         model = GPT2LMHeadModel(

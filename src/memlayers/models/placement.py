@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from memlayers.checks import require_choice
+from memlayers.checks import require_bool, require_choice
 from memlayers.config import MemoryConfig
 
 Mode = Literal["replace", "parallel"]
@@ -53,8 +53,7 @@ class MemoryPlacement:
         if len(set(layers)) < len(layers):
             raise ValueError(f"layers must not name a module twice, got {list(layers)}")
         require_choice("mode", self.mode, get_args(Mode))
-        if not isinstance(self.share_values, bool):
-            raise ValueError(f"share_values must be True or False, got {self.share_values!r}")
+        require_bool("share_values", self.share_values)
 
     def check_fits(self, *, num_blocks: int, hidden_size: int) -> None:
         """Raises `ValueError` unless a model of so many blocks of that width has the blocks of `layers`."""

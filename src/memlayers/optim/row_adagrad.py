@@ -5,17 +5,24 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from memlayers.checks import require_number
 from memlayers.ops import wide_dtype
 from memlayers.ops.row_step import row_adagrad_
-from memlayers.optim.row_optimizer import Rounding, RowOptimizer, check_eps
+from memlayers.optim.row_optimizer import Rounding, RowOptimizer
 from memlayers.values import ValueTable
 
 
 class RowAdagrad(RowOptimizer):
-    """Adagrad on the rows that were read (`memlayers.ops.row_step.adagrad`); the rest is as in `RowOptimizer`.
+    """Adagrad on the rows that were read (`memlayers.ops.row_step.adagrad`).
 
-    per_row: one number a row, the sum of the means of its squared gradients, instead of one an element: a state of
-    [S] beside a table of [S, V].
+    Args:
+        tables: as in `RowOptimizer`, and so are ``lr``, ``max_grad_norm``, ``schedule_values`` and ``rounding``.
+        eps: added to the root of the sum of squares.
+        per_row: keep one number a row, the sum of the means of its squared gradients, instead of one an element: a
+            state of [S] beside a table of [S, V].
+
+    Raises:
+        ValueError: as `RowOptimizer` does.
     """
 
     def __init__(
@@ -29,7 +36,7 @@ class RowAdagrad(RowOptimizer):
         schedule_values: bool = False,
         rounding: Rounding = "stochastic",
     ):
-        check_eps(eps)
+        require_number("eps", eps, above=0.0)
         super().__init__(
             tables,
             lr=lr,

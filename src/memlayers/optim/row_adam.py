@@ -1,30 +1,34 @@
 """RowAdam: Adam with lazy moments for value tables, fed by their row gradients."""
 
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from memlayers.checks import require_betas, require_choice, require_number
 from memlayers.ops import wide_dtype
 from memlayers.ops.row_step import row_adam_
-from memlayers.optim.row_optimizer import (
-    Moments,
-    Rounding,
-    RowOptimizer,
-    check_betas,
-    check_eps,
-    check_moments,
-)
+from memlayers.optim.row_optimizer import Rounding, RowOptimizer
 from memlayers.values import ValueTable
+
+Moments = Literal["float32", "bfloat16"]
 
 
 class RowAdam(RowOptimizer):
-    """Adam on the rows that were read (`memlayers.ops.row_step.adam`); the rest is as in `RowOptimizer`.
+    """Adam on the rows that were read (`memlayers.ops.row_step.adam`).
 
-    moments: "float32" (float64 beside a float64 table), or "bfloat16", which takes 4 bytes an element of the table
-    instead of 8: of a float32 row of width 1,024 and its moments, 8 KB instead of 12. They are rounded as `rounding`
-    says: to the "nearest", a second moment would never decay, since 0.1 % of it is below half a unit in its last place.
-    The kernels for a CPU do not know them: there they take the reference, which is slower.
+    Args:
+        tables: as in `RowOptimizer`, and so are ``lr``, ``max_grad_norm``, ``schedule_values`` and ``rounding``.
+        betas: decay rates of the two moments, at each read of a row.
+        eps: added to the root of the second moment.
+        moments: "float32" (float64 beside a float64 table), or "bfloat16", which takes 4 bytes an element of the table
+            instead of 8: of a float32 row of width 1,024 and its moments, 8 KB instead of 12. They are rounded as
+            ``rounding`` says: to the "nearest", a second moment would never decay, since 0.1 % of it is below half a
+            unit in its last place. The kernels for a CPU do not know them; the slower reference runs there.
+
+    Raises:
+        ValueError: as `RowOptimizer` does.
     """
 
     def __init__(
@@ -39,9 +43,9 @@ class RowAdam(RowOptimizer):
         rounding: Rounding = "stochastic",
         moments: Moments = "float32",
     ):
-        check_betas(betas)
-        check_eps(eps)
-        check_moments("moments", moments)
+        require_betas("betas", betas)
+        require_number("eps", eps, above=0.0)
+        require_choice("moments", moments, get_args(Moments))
         super().__init__(
             tables,
             lr=lr,

@@ -10,7 +10,7 @@ from memlayers.values import ValueTable
 
 
 class RowSGD(RowOptimizer):
-    """row -= lr * gradient for the rows that were read; the rest is as in `RowOptimizer`."""
+    """row -= lr * gradient for the rows that were read; arguments and errors are those of `RowOptimizer`."""
 
     def __init__(
         self,
