@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Caches of pip, matplotlib, transformers, inductor and Triton, too.
 export XDG_CACHE_HOME := $(CURDIR)/$(VENV)/cache
 export MPLCONFIGDIR := $(XDG_CACHE_HOME)/matplotlib
 export TORCHINDUCTOR_CACHE_DIR := $(XDG_CACHE_HOME)/inductor
 export TRITON_CACHE_DIR := $(XDG_CACHE_HOME)/triton
 
-.PHONY: demo test test-slow lint docs clean
+# `make test TORCH_INDEX=URL` takes PyTorch from another package index, such as one with builds for a CPU.
+TORCH_INDEX ?=
+
+.PHONY: demo test test-fast test-slow lint docs clean
 
 # The main job: N layers, 2N layers, and N layers with a memory, on the same tokens, and the table.
 demo: $(INSTALLED)
@@ -18,6 +22,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto tests/ops/gpu
+
+# The inner loop: without the tests that train, compile or start processes for seconds.
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses auto -m "not slow and not long"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
@@ -34,12 +42,15 @@ docs: $(VENV)/.installed-docs
 	@echo "site/index.html"
 
 $(VENV)/.installed-docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	$(INSTALL) --editable ".[docs]"
 	touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[lm,data,dev]"
+ifneq ($(TORCH_INDEX),)
+	$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch
+endif
+	$(INSTALL) --editable ".[lm,data,dev]"
 	touch $@
 
 clean:

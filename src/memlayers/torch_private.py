@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _python_dispatch
 
 
 def current_backward() -> int:
@@ -98,8 +99,6 @@ def is_wrapper_subclass(tensor: Tensor) -> bool:
     Name: `torch.utils._python_dispatch.is_traceable_wrapper_subclass`. Without it: whether the class has the method
     that such classes must have.
     """
-    from torch.utils import _python_dispatch
-
     known = getattr(_python_dispatch, "is_traceable_wrapper_subclass", None)
     return hasattr(tensor, "__tensor_flatten__") if known is None else known(tensor)
 
