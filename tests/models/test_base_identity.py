@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from memlayers.models import add_memory, causal_lm, remove_memory
-from memlayers.models.identity import VALUES, BaseIdentity, identity_of, recorded_base
+from memlayers.models.identity import BaseIdentity, identity_of, recorded_base
 
 # peft asks models for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -77,7 +77,28 @@ def test_values_are_the_same_whatever_the_strides():
     linear.weight = nn.Parameter(weight.t().contiguous().t())
     assert not linear.weight.is_contiguous()
     assert identity_of(linear) == plain
-    assert len(plain.tensors["weight"].values) == 4 * VALUES
+
+
+def test_sixteen_values_of_a_tensor_are_kept_from_all_over_it():
+    linear = nn.Linear(16, 16)
+    with torch.no_grad():
+        linear.weight.copy_(torch.arange(256.0).view(16, 16))
+        linear.bias.copy_(torch.arange(16.0))
+    kept = identity_of(linear).tensors
+    bits = [format(torch.tensor(float(place)).view(torch.int32).item() >> 16, "04x") for place in range(256)]
+    assert kept["weight"].values == "".join(bits[8::16])
+    assert kept["bias"].values == "".join(bits[:16])
+    assert identity_of(nn.Linear(1, 3)).tensors["weight"].shape == (3, 1)
+    assert len(identity_of(nn.Linear(1, 3)).tensors["weight"].values) == 3 * 4
+
+
+def test_a_change_of_one_sixteenth_of_a_tensor_is_seen():
+    linear = nn.Linear(16, 16, bias=False)
+    before = identity_of(linear)
+    for part in linear.weight.detach().view(16, 16):
+        part += 1.0
+        assert before.differing(identity_of(linear)) == ["weight"]
+        part -= 1.0
 
 
 def test_shapes_missing_tensors_and_buffers_count():

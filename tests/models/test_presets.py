@@ -18,7 +18,21 @@ def test_the_paper():
     assert (config.dim, config.slots, config.heads, config.topk, config.query_dim) == (16, 512**2, 4, 32, 512)
     assert (config.query_norm, preset["layers"], preset["mode"]) == ("batch", [5], "replace")
     assert preset["kind"] is MemoryLayer
-    assert memory_preset("retrofit", model())["config"].slots == 2**16
+
+
+def test_a_retrofit():
+    preset = memory_preset("retrofit", model())
+    config = preset["config"]
+    assert (config.slots, config.heads, config.topk, config.query_dim, config.query_norm) == (65536, 4, 32, 256, "rms")
+    assert (preset["layers"], preset["mode"], preset["share_values"]) == ([5], "parallel", False)
+    assert preset["kind"] is MemoryLayer
+
+
+def test_memory_plus():
+    preset = memory_preset("memory_plus", model())
+    config = preset["config"]
+    assert (config.slots, config.heads, config.topk, config.query_dim, config.query_norm) == (2**20, 4, 32, 512, "none")
+    assert (preset["mode"], preset["kind"], preset["share_values"]) == ("replace", MemoryPlus, True)
 
 
 @pytest.mark.parametrize(
