@@ -31,8 +31,8 @@ from memlayers.files import write_json
 from memlayers.lm.build import batch_loss
 from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
 from memlayers.lm.data import DataConfig, Split, Windows, training_order
-from memlayers.lm.data.corpus import open_corpus
-from memlayers.lm.data.tokenize import DOCUMENT, END_OF_TEXT, encode_texts, load_tokenizer, token_dtype
+from memlayers.lm.data.corpus import DOCUMENT, END_OF_TEXT, open_corpus
+from memlayers.lm.data.tokenize import encode_texts, load_tokenizer, token_dtype
 from memlayers.lm.evaluate import evaluate
 from memlayers.lm.run import RunFolder
 from memlayers.lm.train import train

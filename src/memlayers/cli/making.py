@@ -52,8 +52,8 @@ def run_train(call: Call) -> None:
 
 def _dry_run(call: Call) -> None:
     from memlayers.lm.data import prepare
+    from memlayers.lm.data.prepare import is_occupied
     from memlayers.lm.data.sources import open_sources
-    from memlayers.lm.data.workspace import is_occupied
     from memlayers.lm.dry_run import dry_run
     from memlayers.lm.train import training_windows
 

@@ -26,7 +26,7 @@ SCRIPT = """
     assert len(in_one.train.shards) == 1
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    spans.TOKENS_AHEAD = 200  # a token or two of each part
+    spans.MERGED_BYTES = 2000  # a document or none of each part at a time
     corpus = prepare(config, "corpus", progress=False)
     assert sum(bool(list(Path("corpus").glob(f"{split}*"))) for split in ("validation", "test")) == 2
     for name in ("validation", "test"):

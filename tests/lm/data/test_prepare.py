@@ -101,7 +101,7 @@ def test_documents_of_a_shard_are_ordered_by_hash_not_by_place(corpus):
 
 def test_held_out_documents_are_the_same_in_one_part_and_in_many(source, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "SHARD_TOKENS", 1000)
-    monkeypatch.setattr(spans, "COPIED_AT_ONCE", 7)
+    monkeypatch.setattr(spans, "MERGED_BYTES", 700)
     many = contents(make(source, tmp_path / "corpus").folder)
     for name in ("validation.tokens", "validation.documents.npy", "test.tokens", "test.documents.npy"):
         assert many[name] == (corpus.folder / name).read_bytes()

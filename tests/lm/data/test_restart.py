@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from memlayers.lm.data import DataConfig, encode, open_corpus, prepare
-from memlayers.lm.data.readahead import read_ahead
+from memlayers.lm.data.encode import read_ahead
 from memlayers.lm.data.sources import JsonLines
 
 prepare_module = importlib.import_module("memlayers.lm.data.prepare")

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from memlayers.lm.data.corpus import Shard, Split
-from memlayers.lm.data.tokenize import DOCUMENT
+from memlayers.lm.data.corpus import DOCUMENT, Shard, Split
 from memlayers.lm.data.windows import Windows, training_order
 
 
@@ -81,6 +80,13 @@ def test_the_order_without_weights_is_one_shuffled_pass_after_the_other(windows,
     assert order.dtype == np.uint32
     assert order.tolist() == order_of_before(windows, count, 3).tolist()
     assert np.bincount(order).max() - np.bincount(order, minlength=windows).min() <= 1
+
+
+def test_the_order_of_a_seed_is_that_of_every_run_before():
+    """Literals: a run that is resumed by a later version must see the windows that it would have seen."""
+    windows = Windows(three_sources(), 3)
+    assert training_order(windows, 14, 3).tolist() == [9, 7, 0, 2, 1, 4, 6, 10, 5, 3, 8, 7, 4, 10]
+    assert training_order(windows, 14, 3, (1.0, 2.0, 0.5)).tolist() == [1, 4, 9, 5, 0, 6, 7, 2, 8, 3, 7, 6, 8, 9]
 
 
 def test_another_seed_is_another_order():

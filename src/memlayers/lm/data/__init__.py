@@ -1,18 +1,22 @@
 """Text for training: `prepare` turns sources into shards of tokens, `open_corpus` reads them as `Windows`.
 
-config.py                               DataConfig: which text, and how it becomes tokens
-sources/                                where documents come from
-prepare.py  request.py  workspace.py    what is asked for, what is there already, the folder that is worked in
-survey.py  tokenize.py                  the first pass: checks, counts, the tokenizer's sample; the tokenizer
-encode.py  readahead.py  spans.py       the second: documents to shards
-corpus.py  maps.py  windows.py          what is read in training
-progress.py                             a bar for work that is counted in bytes
+Read first, for a corpus that is ready:
+
+    corpus.py  windows.py      a corpus on disk, opened; its tokens as windows, in the order of a run
+
+Then, for how one is made:
+
+    config.py                  DataConfig: which text, and how it becomes tokens
+    sources/                   where documents come from
+    prepare.py  request.py     the steps, and the folder they work in; what is asked for, and whether a corpus is that
+    survey.py  tokenize.py     the first pass: checks, counts, the tokenizer's sample; the tokenizer
+    encode.py  spans.py        the second: documents to tokens, tokens to shards
 """
 
 from memlayers.lm.data.config import DataConfig
-from memlayers.lm.data.corpus import MANIFEST, SPLITS, Corpus, Shard, Split, open_corpus
+from memlayers.lm.data.corpus import DOCUMENT, END_OF_TEXT, MANIFEST, SPLITS, Corpus, Shard, Split, open_corpus
 from memlayers.lm.data.prepare import prepare
-from memlayers.lm.data.tokenize import DOCUMENT, END_OF_TEXT, SMALLEST_VOCABULARY
+from memlayers.lm.data.tokenize import SMALLEST_VOCABULARY
 from memlayers.lm.data.windows import Windows, training_order
 
 __all__ = [

@@ -12,18 +12,18 @@ Read with numpy alone. A word is whitespace-separated, a byte one of UTF-8.
 
 import json
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from memlayers.files import read_sealed, verify_files
-from memlayers.lm.data.maps import Maps, OnDisk
-from memlayers.lm.data.progress import progress_bar
-from memlayers.lm.data.tokenize import DOCUMENT, END_OF_TEXT
 
 if TYPE_CHECKING:  # token files that are ready are read without it
     from transformers import PreTrainedTokenizerFast
@@ -32,7 +32,12 @@ FORMAT = 2
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+END_OF_TEXT = "<|endoftext|>"
+# One entry a document: where its tokens start (its end-of-text token is the first), and its length in words and bytes.
+DOCUMENT = np.dtype([("offset", "<i8"), ("words", "<i8"), ("bytes", "<i8")])
 SEVERAL_SOURCES = -1
+# A map holds a descriptor, of which a process has a thousand or so; a large corpus has more shards than that.
+MAPPED_AT_ONCE = 32
 # Below this many bytes a corpus is verified before a progress bar would be seen.
 SHOWN_BYTES = 1 << 30
 
@@ -41,41 +46,71 @@ class Shard:
     """Documents that lie one after the other in one file.
 
     `tokens` is an array [num_tokens] of uint16 or uint32; `documents` [num_documents] has the fields `offset` (where in
-    `tokens` the document's <|endoftext|> lies), `words` and `bytes`; both are memory maps, opened when they are looked
-    at, if the shard is on disk. `source` is the place in `DataConfig.sources` that all of them come from, -1 for
-    several.
+    `tokens` the document's <|endoftext|> lies), `words` and `bytes`. `source` is the place in `DataConfig.sources` that
+    all of them come from, -1 for several.
     """
 
-    source: int
-
-    def __init__(self, tokens: np.ndarray | OnDisk, documents: np.ndarray | OnDisk, source: int) -> None:
-        self._tokens, self._documents = tokens, documents
-        self.source = source
+    def __init__(self, tokens: np.ndarray, documents: np.ndarray, source: int) -> None:
+        self._tokens, self._documents, self.source = tokens, documents, source
+        self.num_tokens, self.num_documents = len(tokens), len(documents)
 
     @property
     def tokens(self) -> np.ndarray:
-        return self._tokens.look() if isinstance(self._tokens, OnDisk) else self._tokens
+        return self._tokens
 
     @property
     def documents(self) -> np.ndarray:
-        return self._documents.look() if isinstance(self._documents, OnDisk) else self._documents
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self._tokens)
-
-    @property
-    def num_documents(self) -> int:
-        return len(self._documents)
+        return self._documents
 
     def first(self, count: int) -> "Shard":
-        """The first `count` documents."""
-        end = self.num_tokens if count == self.num_documents else int(self.documents["offset"][count])
-        return Shard(_first(self._tokens, end), _first(self._documents, count), self.source)
+        """Return the first `count` documents."""
+        return Shard(self.tokens[: self._end(count)], self.documents[:count], self.source)
+
+    def _end(self, count: int) -> int:
+        """Tokens of the first `count` documents."""
+        return self.num_tokens if count == self.num_documents else int(self.documents["offset"][count])
 
 
-def _first(array: np.ndarray | OnDisk, count: int) -> np.ndarray | OnDisk:
-    return array.first(count) if isinstance(array, OnDisk) else array[:count]
+class _StoredShard(Shard):
+    """The beginning of a shard on disk; its memory maps are opened when they are looked at."""
+
+    def __init__(self, maps: "_Maps", file: Path, dtype: np.dtype, source: int, tokens: int, documents: int) -> None:
+        self._maps, self._file, self._dtype, self.source = maps, file, dtype, source
+        self.num_tokens, self.num_documents = tokens, documents
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self._maps.look(self._file.with_name(f"{self._file.name}.tokens"), self._dtype)[: self.num_tokens]
+
+    @property
+    def documents(self) -> np.ndarray:
+        file = self._file.with_name(f"{self._file.name}.documents.npy")
+        return self._maps.look(file, DOCUMENT)[: self.num_documents]
+
+    def first(self, count: int) -> Shard:
+        return _StoredShard(self._maps, self._file, self._dtype, self.source, self._end(count), count)
+
+
+class _Maps:
+    """The memory maps that were looked at last. What a caller still holds stays mapped however many come after it."""
+
+    def __init__(self) -> None:
+        self._maps: OrderedDict[Path, np.ndarray] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_maps": OrderedDict()}  # a copy, or another process, opens its own
+
+    def look(self, file: Path, dtype: np.dtype) -> np.ndarray:
+        """Return the array in a file: one that numpy saved, or the bytes of all its items."""
+        found = self._maps.pop(file, None)
+        if found is None:
+            is_saved = file.suffix == ".npy"
+            found = np.load(file, "r", allow_pickle=False) if is_saved else np.memmap(file, dtype, "r")
+            assert found.dtype == dtype
+        self._maps[file] = found
+        if len(self._maps) > MAPPED_AT_ONCE:
+            self._maps.popitem(last=False)
+        return found
 
 
 class Split:
@@ -95,7 +130,7 @@ class Split:
 
     @property
     def tokens(self) -> np.ndarray:
-        """All tokens [num_tokens]: the memory map itself if there is one shard, else a copy."""
+        """All tokens [num_tokens]: a memory map if there is one shard, else a copy."""
         if len(self.shards) == 1:
             return self.shards[0].tokens
         return self._joined("tokens", self.num_tokens)
@@ -138,7 +173,7 @@ class Split:
         return sum(shard.num_documents for shard in self.shards)
 
     def prefix(self, max_tokens: int) -> "Split":
-        """The longest run of first documents with at most `max_tokens` tokens; at least one document.
+        """Return the longest run of first documents with at most `max_tokens` tokens; at least one document.
 
         Held-out documents are ordered by a hash, so this is a random sample of them, the same each time.
         """
@@ -185,7 +220,7 @@ class Corpus:
         return self.manifest["tokenizer"]["files"]["tokenizer.json"]
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """The tokenizer for `transformers`; <|endoftext|> begins and ends a text, and is not added by itself."""
+        """Return the tokenizer for `transformers`; <|endoftext|> begins and ends a text, and is not added by itself."""
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast(
@@ -218,9 +253,11 @@ def open_corpus(folder: str | Path, *, progress: bool = False) -> Corpus:
     with progress_bar("verifying", total, progress and total > SHOWN_BYTES) as bar:
         verify_files(folder, described, checked=lambda name: bar.update(sizes[name]))
     shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
-    maps = Maps()
-    for split, entry in _shards(manifest):
-        shards[split].append(_shard_on_disk(folder, entry, np.dtype(manifest["dtype"]), maps))
+    maps, dtype = _Maps(), np.dtype(manifest["dtype"])
+    for split, shard in _shards(manifest):
+        shards[split].append(
+            _StoredShard(maps, folder / shard["name"], dtype, shard["source"], shard["tokens"], shard["documents"])
+        )
     return Corpus(folder=folder, manifest=manifest, **{name: Split.of(shards[name]) for name in SPLITS})
 
 
@@ -276,7 +313,10 @@ def _refuse_other_json(folder: Path, raw: bytes) -> None:
         raise ValueError(f"{folder} holds no prepared corpus (its {MANIFEST} is not one of a corpus)") from None
 
 
-def _shard_on_disk(folder: Path, entry: dict[str, Any], dtype: np.dtype, maps: Maps) -> Shard:
-    tokens = OnDisk(maps, folder / f"{entry['name']}.tokens", dtype, entry["tokens"])
-    documents = OnDisk(maps, folder / f"{entry['name']}.documents.npy", DOCUMENT, entry["documents"])
-    return Shard(tokens, documents, entry["source"])
+def progress_bar(what: str, total: int | None, shown: bool, *, initial: int = 0) -> Any:
+    """Return a bar in bytes on stderr, or one that does nothing unless `shown`; `total` None: unknown."""
+    if not shown:
+        return nullcontext(SimpleNamespace(update=lambda count: None))
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(desc=what, total=total, initial=initial, unit="B", unit_scale=True, mininterval=0.5)

@@ -1,18 +1,20 @@
 """The second pass over the documents: encode what is not encoded yet, span after span."""
 
 import hashlib
-from collections.abc import Generator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from memlayers.lm.data.progress import progress_bar
-from memlayers.lm.data.readahead import read_ahead
+from memlayers.lm.data.corpus import END_OF_TEXT, progress_bar
 from memlayers.lm.data.sources import Source
 from memlayers.lm.data.spans import Place, Span, SpanWriter
-from memlayers.lm.data.survey import LeftOut, Measured, measured_documents
-from memlayers.lm.data.tokenize import END_OF_TEXT, encode_texts
+from memlayers.lm.data.survey import Measured, measured_documents
+from memlayers.lm.data.tokenize import encode_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,6 +27,10 @@ SHARD_TOKENS = 1 << 24
 BATCH_CHARACTERS = 4 << 20
 # What a document costs besides its characters, so that a batch of very short ones is of bounded size, too.
 DOCUMENT_CHARACTERS = 100
+# Lists that wait to be worked on; one more is being filled.
+WAITING = 2
+
+T = TypeVar("T")
 
 
 class ChangedError(ValueError):
@@ -99,7 +105,7 @@ def _documents(
 ) -> Generator[_Read | None]:
     """The documents from `start` on, and None for each before it in the same file. Earlier files are not opened."""
     percent = config.resolved_holdout_percent()
-    skip = LeftOut().skip if config.skip_malformed else None  # the survey has counted them
+    skip = (lambda message: None) if config.skip_malformed else None  # the survey has counted them
     for at in ((source, file) for source, group in enumerate(entries) for file in range(len(group))):
         if at < start[:2]:
             continue
@@ -115,3 +121,58 @@ def _documents(
             yield None
         if digest.hexdigest() != expected:
             raise ChangedError(f"{source.name} changed while it was read")
+
+
+@contextmanager
+def read_ahead(items: Generator[T | None], *, size: Callable[[T], int], limit: int) -> Iterator[Iterator[list[T]]]:
+    """Give lists of `items`, read while the caller works on earlier ones.
+
+    A thread goes through `items` and collects them in lists, each ended by the item that brings it to `limit`.
+
+    A None among the items is left out; like every item it is a place at which the thread can stop. What the items
+    raise reaches the caller in its turn, after the lists before it. The thread has ended when the context is left.
+    """
+    waiting: queue.Queue[list[T] | BaseException | None] = queue.Queue(WAITING)
+    stop = threading.Event()
+
+    def put(item: list[T] | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return waiting.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def read() -> None:
+        collected: list[T] = []
+        total = 0
+        try:
+            with closing(items):
+                for item in items:
+                    if stop.is_set():
+                        return
+                    if item is None:
+                        continue
+                    collected.append(item)
+                    total += size(item)
+                    if total >= limit:
+                        put(collected)
+                        collected, total = [], 0
+            put(collected)
+            put(None)
+        except BaseException as error:
+            put(collected)
+            put(error)
+
+    def lists() -> Iterator[list[T]]:
+        while (item := waiting.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=read, name="reader", daemon=True)
+    thread.start()
+    try:
+        yield lists()
+    finally:
+        stop.set()
+        thread.join()

@@ -2,9 +2,8 @@
 
     request.py     what is asked for, and whether a corpus is that
     survey.py      first pass: check, count, hash, draw a sample; then the tokenizer is trained
-    encode.py      second pass: documents -> spans of tokens, read ahead by a thread (readahead.py)
+    encode.py      second pass: documents -> spans of tokens, read ahead by a thread
     spans.py       the files of a span; merging the held-out documents
-    workspace.py   the folder in which all of this happens, held by one process at a time
     corpus.py      what comes out, opened
 
 Each step leaves a sealed record when it is done, and a run with the same request goes on after the last of them.
@@ -15,15 +14,25 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memlayers.files import describe_files, find_damage, flush, move_into_place, read_if_whole, write_sealed
+from memlayers.files import (
+    describe_files,
+    find_damage,
+    flush,
+    move_into_place,
+    read_if_whole,
+    sole_user,
+    write_sealed,
+)
 from memlayers.lm.data import encode
 from memlayers.lm.data.corpus import (
+    END_OF_TEXT,
     FORMAT,
     MANIFEST,
     SEVERAL_SOURCES,
@@ -32,21 +41,19 @@ from memlayers.lm.data.corpus import (
     Corpus,
     described_files,
     open_corpus,
+    progress_bar,
 )
-from memlayers.lm.data.progress import progress_bar
 from memlayers.lm.data.request import describe_request, differences, open_what_is_here
 from memlayers.lm.data.sources import Source, open_sources
 from memlayers.lm.data.spans import HELD_OUT, Span, merge_parts, read_spans
 from memlayers.lm.data.survey import Survey, survey_documents
 from memlayers.lm.data.tokenize import (
-    END_OF_TEXT,
     SMALLEST_VOCABULARY,
     load_tokenizer,
     save_tokenizer,
     token_dtype,
     train_tokenizer,
 )
-from memlayers.lm.data.workspace import is_occupied, keep_only, working_folder
 from memlayers.version import __version__
 
 if TYPE_CHECKING:
@@ -222,20 +229,20 @@ def _split_entry(aside: Path, split: str, spans: list[Span], dtype: np.dtype) ->
     counts = [span.counts[split] for span in spans]
     total = {name: sum(count[name] for count in counts) for name in counts[0]}
     if split in HELD_OUT:
-        hashes = merge_parts(aside, split, spans, dtype)
-        shards = [{"name": split, "source": SEVERAL_SOURCES, **total, "sha256": hashes}]
+        shards = [(split, SEVERAL_SOURCES, total, merge_parts(aside, split, spans, dtype))]
     else:
         shards = [
-            {
-                "name": f"{split}-{span.number:05}",
-                "source": span.source,
-                **span.counts[split],
-                "sha256": {name.partition(".")[2]: digest for name, digest in span.files[split].items()},
-            }
+            (f"{split}-{span.number:05}", span.source, span.counts[split], span.files[split])
             for span in spans
             if span.counts[split]["documents"]
         ]
-    return {**total, "shards": shards}
+    return {
+        **total,
+        "shards": [
+            {"name": name, "source": source, **count, "sha256": {file.partition(".")[2]: files[file] for file in files}}
+            for name, source, count, files in shards
+        ],
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -297,3 +304,43 @@ def _give_up(aside: Path, folder: Path, error: BaseException) -> None:
 
 def _rough_size(held: dict[str, Any]) -> float:
     return held["num_bytes"] / BYTES_OF_A_TOKEN * np.dtype(held["dtype"]).itemsize
+
+
+@contextmanager
+def working_folder(folder: Path) -> Iterator[Path | None]:
+    """Give `.<name>.partial` beside `folder`, held by this process alone; None if `folder` is there by then.
+
+    Waits while another process holds it, and says so. The end of a process, however it comes, frees it.
+    """
+    aside = folder.with_name(f".{folder.name}.partial")
+    with ExitStack() as held:
+        while not is_occupied(folder):
+            aside.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(sole_user(aside, waiting=f"waiting for another process that prepares {folder}"))
+            except FileNotFoundError:  # finished, or given up, by the process that held it
+                continue
+            if not is_occupied(folder):
+                yield aside
+                return
+            if not any(aside.iterdir()):
+                aside.rmdir()
+        yield None
+
+
+def is_occupied(folder: Path) -> bool:
+    """Whether there is anything that a new corpus would overwrite."""
+    if folder.is_dir():
+        return any(folder.iterdir())
+    return folder.exists() or folder.is_symlink()
+
+
+def keep_only(folder: Path, names: set[str]) -> None:
+    """Remove everything in `folder` but these files and folders."""
+    for path in folder.iterdir():
+        if path.name in names:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -7,82 +7,72 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from memlayers.lm.data.corpus import SHOWN_BYTES
-from memlayers.lm.data.progress import progress_bar
+from memlayers.lm.data.corpus import SHOWN_BYTES, progress_bar
 from memlayers.lm.data.sources import Source, open_sources
 
 if TYPE_CHECKING:
     from memlayers.lm.data.config import DataConfig
 
+Stamp = dict[str, Any] | None
+
 
 def describe_request(
     config: "DataConfig", entries: Sequence[list[Source] | None], held: dict[str, Any] | None, progress: bool
 ) -> dict[str, Any]:
-    """The settings, and what the sources contain. A file of equal stamp in `held`, an earlier request, is not read.
+    """Return the settings, and what the sources contain.
 
-    An entry that is None, because it cannot be opened here, is taken from `held`, and so is one of the same name that
-    cannot be read. `progress` shows a bar if over a gigabyte has to be read.
+    A file of equal stamp in `held`, an earlier request, is not read. An entry that is None, because it cannot be opened
+    here, is taken from `held`, and so is one of the same name that cannot be read. `progress` shows a bar if over a
+    gigabyte has to be read.
     """
     settings = asdict(config) | {"holdout_percent": config.resolved_holdout_percent()}
     settings["tokenizer_megabytes"] = float(config.tokenizer_megabytes)
     del settings["weights"]  # they concern the training, not the files
     before = held["sources"] if held else []
-    settings["sources"] = described = []
-    with _Describer(before, entries, progress) as describer:
-        for place, (name, files) in enumerate(zip(_entry_names(config), entries, strict=True)):
-            try:
-                described.append(before[place] if files is None else {"name": name, "files": describer.describe(files)})
-            except OSError:
-                if not _is_recorded(before, place, name):
-                    raise
-                described.append(before[place])
-    return settings
+    known = {file["stamp"]["name"]: file for entry in before for file in entry["files"] if file["stamp"] is not None}
 
+    def recorded(stamp: Stamp) -> dict[str, Any] | None:
+        found = known.get(stamp["name"]) if stamp else None
+        return found if found and found["stamp"] == stamp else None
 
-class _Describer:
-    """Describes sources, several at a time; those of which the contents are known are not read."""
-
-    def __init__(self, before: list[dict[str, Any]], entries: Sequence[list[Source] | None], progress: bool) -> None:
-        stamped = (file for entry in before for file in entry["files"] if file["stamp"] is not None)
-        self._known = {file["stamp"]["name"]: file for file in stamped}
-        total = sum(self._size(source) for files in entries for source in files or ())
-        self._bar = progress_bar("hashing", total, progress and total > SHOWN_BYTES)
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-        self._lock, self._stopped = threading.Lock(), False
-
-    def __enter__(self) -> "_Describer":
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._stopped = True
-        self._pool.shutdown(cancel_futures=True)
-        self._bar.__exit__(*raised)
-
-    def describe(self, files: list[Source]) -> list[dict[str, Any]]:
-        return list(self._pool.map(self._describe, files))
-
-    def _describe(self, source: Source) -> dict[str, Any]:
-        stamp = source.stamp()  # before it is read: a later change must show
-        return self._recorded(stamp) or {**source.describe(read=self._read), "stamp": stamp}
-
-    def _recorded(self, stamp: dict[str, Any] | None) -> dict[str, Any] | None:
-        known = self._known.get(stamp["name"]) if stamp is not None else None
-        return known if known is not None and known["stamp"] == stamp else None
-
-    def _size(self, source: Source) -> int:
+    def size(source: Source) -> int:
         """Bytes that have to be read of it, as far as is known."""
         try:
             stamp = source.stamp()
-            return 0 if stamp is None or self._recorded(stamp) is not None else stamp["bytes"]
         except OSError:  # which is for `describe` to raise
             return 0
+        return 0 if stamp is None or recorded(stamp) else stamp["bytes"]
 
-    def _read(self, count: int) -> None:
-        if self._stopped:  # or an interruption would wait for all that is being read
+    total = sum(size(source) for files in entries for source in files or ())
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def count(read: int) -> None:
+        if stopped.is_set():  # or an interruption would wait for all that is being read
             raise InterruptedError
-        with self._lock:
-            self._bar.update(count)
+        with lock:
+            bar.update(read)
+
+    def describe(source: Source) -> dict[str, Any]:
+        stamp = source.stamp()  # before it is read: a later change must show
+        return recorded(stamp) or {**source.describe(read=count), "stamp": stamp}
+
+    settings["sources"] = described = []
+    bar = progress_bar("hashing", total, progress and total > SHOWN_BYTES)
+    with bar as bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            for place, (name, files) in enumerate(zip(_entry_names(config), entries, strict=True)):
+                try:
+                    described.append(
+                        before[place] if files is None else {"name": name, "files": list(pool.map(describe, files))}
+                    )
+                except OSError:
+                    if not _is_recorded(before, place, name):
+                        raise
+                    described.append(before[place])
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+    return settings
 
 
 def _is_recorded(before: list[dict[str, Any]], place: int, name: str) -> bool:
@@ -94,7 +84,7 @@ def _entry_names(config: "DataConfig") -> list[str]:
 
 
 def open_what_is_here(config: "DataConfig", held: dict[str, Any]) -> list[list[Source] | None]:
-    """Each entry opened; None for one that cannot be opened here but has the name that the corpus has in its place."""
+    """Open each entry; None stands for one that cannot be opened here but has the name that `held` has in its place."""
     entries: list[list[Source] | None] = []
     for place, name in enumerate(_entry_names(config)):
         try:
@@ -110,7 +100,7 @@ def open_what_is_here(config: "DataConfig", held: dict[str, Any]) -> list[list[S
 
 
 def differences(held: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """What differs between two requests, in words; nothing if they ask for the same corpus."""
+    """Return what differs between two requests, in words; nothing if they ask for the same corpus."""
     names = [name for name in asked if name != "sources" and asked[name] != held.get(name)]
     found = [f"{name} {held.get(name)!r}, asked for {asked[name]!r}" for name in names]
     if _contents(asked) != _contents(held):

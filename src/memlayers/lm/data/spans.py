@@ -5,26 +5,21 @@ documents wait in parts, until `merge_parts` makes one shard of all of them. A s
 files and the place that was reached is written last.
 """
 
-import hashlib
-import heapq
-import io
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from memlayers.files import file_aside, find_damage, read_if_whole, write_sealed
-from memlayers.lm.data.corpus import SPLITS
-from memlayers.lm.data.tokenize import DOCUMENT
+from memlayers.files import describe_files, file_aside, find_damage, read_if_whole, write_sealed
+from memlayers.lm.data.corpus import DOCUMENT, SPLITS
 
 HELD_OUT = SPLITS[1:]
 # One entry a document that waits in a part.
 PART = np.dtype([("rank", "<i8"), ("tokens", "<i8"), ("words", "<i8"), ("bytes", "<i8")])
-COPIED_AT_ONCE = 1 << 16  # documents, or tokens
-TOKENS_AHEAD = 1 << 22  # that are read ahead of the merging, of all parts together
+MERGED_BYTES = 32 << 20  # of parts, about, that are in memory at a time while they are merged
 
 
 class Place(NamedTuple):
@@ -93,28 +88,15 @@ class SpanWriter:
         return span
 
     def _write_split(self, split: str, entries: np.ndarray) -> dict[str, str]:
-        order = np.argsort(entries["rank"], kind="stable")
-        unordered = np.frombuffer(self._tokens[split], f"u{self._dtype.itemsize}")
-        starts = np.cumsum(entries["tokens"]) - entries["tokens"]
-        entries = entries[order]
-        tokens = np.empty(len(unordered), self._dtype)
-        done = 0
-        for start, length in zip(starts[order].tolist(), entries["tokens"].tolist(), strict=True):
-            tokens[done : done + length] = unordered[start : start + length]
-            done += length
+        """Write a shard, or a part of a held-out split; returns the SHA-256 of its files by their names."""
         name = f"{split}-{self.number:05}"
-        written = {f"{name}.tokens": write_chunks(self._folder / f"{name}.tokens", [tokens])}
-        if split in HELD_OUT:
-            file = part_entries(name)
-            written[file] = write_chunks(self._folder / file, [entries])
-        else:
-            file = f"{name}.documents.npy"
-            written[file] = write_chunks(self._folder / file, document_chunks([entries]))
-        return written
-
-
-def part_entries(name: str) -> str:
-    return f"{name}.entries"
+        ordered = by_rank(entries, np.frombuffer(self._tokens[split], f"u{self._dtype.itemsize}").astype(self._dtype))
+        if split not in HELD_OUT:
+            return write_shard(self._folder / name, [ordered], len(entries))
+        for suffix, array_of in zip(("entries", "tokens"), ordered, strict=True):
+            with file_aside(self._folder / f"{name}.{suffix}") as aside:
+                aside.write_bytes(array_of.view(np.uint8).data)
+        return _hashes(self._folder, (f"{name}.tokens", f"{name}.entries"))
 
 
 def read_spans(folder: Path) -> list[Span]:
@@ -132,105 +114,70 @@ def read_spans(folder: Path) -> list[Span]:
 
 
 def merge_parts(folder: Path, split: str, spans: Sequence[Span], dtype: np.dtype) -> dict[str, str]:
-    """Make one shard of all parts of a held-out split, ordered by rank; the SHA-256 of its files by their suffix."""
-    names = [f"{split}-{span.number:05}" for span in spans if span.counts[split]["documents"]]
-    count = sum(span.counts[split]["documents"] for span in spans)
-    entries = [folder / part_entries(name) for name in names]
-    tokens = [_Reader(folder / f"{name}.tokens", dtype, TOKENS_AHEAD // len(names)) for name in names]
-    return {
-        "tokens": write_chunks(folder / f"{split}.tokens", _merged_tokens(tokens, entries)),
-        "documents.npy": write_chunks(
-            folder / f"{split}.documents.npy", document_chunks(_merged_entries(entries), count)
-        ),
-    }
+    """Make one shard of all parts of a held-out split, ordered by rank; returns the SHA-256 of its files."""
+    parts = [span for span in spans if span.counts[split]["documents"]]
+    documents, tokens = (sum(part.counts[split][name] for part in parts) for name in ("documents", "tokens"))
+    pieces = -(-(documents * PART.itemsize + tokens * dtype.itemsize) // MERGED_BYTES)
+    files = [folder / f"{split}-{part.number:05}" for part in parts]
+    return write_shard(folder / split, _merged(files, dtype, pieces), documents)
 
 
-class _Reader:
-    """A file from its beginning on, open only while it is read: there may be more parts than descriptors."""
+def _merged(files: Sequence[Path], dtype: np.dtype, pieces: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield documents of all parts by rank: those of the lowest ranks first, as many times as there are `pieces`.
 
-    def __init__(self, file: Path, dtype: np.dtype, ahead: int) -> None:
-        self._file, self._dtype, self._ahead = file, dtype, ahead
-        self._rest = np.empty(0, dtype)
-        self._reached = 0  # bytes
-
-    def take(self, count: int) -> np.ndarray:
-        """The next `count` items, fewer at the end."""
-        if count > len(self._rest):
-            with self._file.open("rb") as stream:
-                stream.seek(self._reached)
-                raw = stream.read(max(count - len(self._rest), self._ahead) * self._dtype.itemsize)
-            self._reached += len(raw)
-            self._rest = np.concatenate([self._rest, np.frombuffer(raw, self._dtype)])
-        taken, self._rest = self._rest[:count], self._rest[count:]
-        return taken
-
-
-def _merged_tokens(tokens: Sequence[_Reader], entries: Sequence[Path]) -> Iterator[np.ndarray]:
-    collected: list[np.ndarray] = []
-    size = 0
-    for part, entry in _by_rank(entries):
-        document = tokens[part].take(entry[1])
-        assert len(document) == entry[1]
-        collected.append(document)
-        size += len(document)
-        if size >= COPIED_AT_ONCE:
-            yield np.concatenate(collected)
-            collected, size = [], 0
-    if collected:
-        yield np.concatenate(collected)
+    Ranks are hashes, so pieces are of about equal size. Files are open one at a time: there may be more parts than
+    descriptors.
+    """
+    reached = [(0, 0)] * len(files)  # documents and tokens of each part
+    for piece in range(1, pieces + 1):
+        found = []
+        for place, file in enumerate(files):
+            document, token = reached[place]
+            part = np.memmap(f"{file}.entries", PART, "r")
+            end = int(np.searchsorted(part["rank"], (1 << 63) * piece // pieces - 1, side="right"))
+            entries = np.array(part[document:end])
+            reached[place] = end, token + int(entries["tokens"].sum())
+            found.append((entries, np.array(np.memmap(f"{file}.tokens", dtype, "r")[token : reached[place][1]])))
+        entries_of, tokens_of = zip(*found, strict=True)
+        yield by_rank(np.concatenate(entries_of), np.concatenate(tokens_of))
 
 
-def _merged_entries(entries: Sequence[Path]) -> Iterator[np.ndarray]:
-    collected: list[tuple[int, ...]] = []
-    for _, entry in _by_rank(entries):
-        collected.append(entry)
-        if len(collected) == COPIED_AT_ONCE:
-            yield np.array(collected, PART)
-            collected = []
-    if collected:
-        yield np.array(collected, PART)
+def by_rank(entries: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return documents ordered by rank, the earlier one first where ranks are equal."""
+    order = np.argsort(entries["rank"], kind="stable")
+    starts = np.cumsum(entries["tokens"]) - entries["tokens"]
+    ordered = np.empty_like(tokens)
+    done = 0
+    for start, length in zip(starts[order].tolist(), entries["tokens"][order].tolist(), strict=True):
+        ordered[done : done + length] = tokens[start : start + length]
+        done += length
+    return entries[order], ordered
 
 
-def _by_rank(entries: Sequence[Path]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """The entries of all parts and the parts they are of, by rank; the earlier document first where ranks are equal."""
-    at_once = max(1, COPIED_AT_ONCE // len(entries))
+def write_shard(file: Path, pieces: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -> dict[str, str]:
+    """Write `count` documents, given in pieces as entries and tokens; returns the SHA-256 of the files by their names.
 
-    def walk(part: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        reader = _Reader(entries[part], PART, at_once)
-        while len(some := reader.take(at_once)):
-            for entry in some.tolist():
-                yield entry[0], part, entry
-
-    for _, part, entry in heapq.merge(*map(walk, range(len(entries))), key=lambda item: item[:2]):
-        yield part, entry
-
-
-def document_chunks(chunks: Iterable[np.ndarray], count: int | None = None) -> Iterator[np.ndarray | bytes]:
-    """What `np.save` writes for the documents of `PART` entries; `count` of them if there are several chunks."""
+    The documents are as `np.save` writes them.
+    """
+    names = f"{file.name}.tokens", f"{file.name}.documents.npy"
+    header = {"descr": np.lib.format.dtype_to_descr(DOCUMENT), "fortran_order": False, "shape": (count,)}
     offset = 0
-    for number, entries in enumerate(chunks):
-        if number == 0:
-            yield _npy_header(len(entries) if count is None else count)
-        documents = np.empty(len(entries), DOCUMENT)
-        documents["offset"] = offset + np.cumsum(entries["tokens"]) - entries["tokens"]
-        documents["words"], documents["bytes"] = entries["words"], entries["bytes"]
-        offset += int(entries["tokens"].sum())
-        yield documents
+    with (
+        file_aside(file.with_name(names[0])) as tokens_aside,
+        file_aside(file.with_name(names[1])) as documents_aside,
+        tokens_aside.open("wb") as tokens_file,
+        documents_aside.open("wb") as documents_file,
+    ):
+        np.lib.format.write_array_header_1_0(documents_file, header)
+        for entries, tokens in pieces:
+            documents = np.empty(len(entries), DOCUMENT)
+            documents["offset"] = offset + np.cumsum(entries["tokens"]) - entries["tokens"]
+            documents["words"], documents["bytes"] = entries["words"], entries["bytes"]
+            tokens_file.write(tokens.view(np.uint8).data)
+            documents_file.write(documents.view(np.uint8).data)
+            offset += len(tokens)
+    return _hashes(file.parent, names)
 
 
-def _npy_header(count: int) -> bytes:
-    stream = io.BytesIO()
-    shape = {"descr": np.lib.format.dtype_to_descr(DOCUMENT), "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(stream, shape)
-    return stream.getvalue()
-
-
-def write_chunks(file: Path, chunks: Iterable[np.ndarray | bytes]) -> str:
-    """Write a file aside, onto the disk, into place; returns its SHA-256."""
-    digest = hashlib.sha256()
-    with file_aside(file) as aside, aside.open("wb") as stream:
-        for chunk in chunks:
-            content: Any = chunk if isinstance(chunk, bytes) else chunk.view(np.uint8).data
-            digest.update(content)
-            stream.write(content)
-    return digest.hexdigest()
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    return {name: file["sha256"] for name, file in describe_files(folder, names).items()}

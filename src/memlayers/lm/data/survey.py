@@ -2,12 +2,12 @@
 
 import hashlib
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memlayers.lm.data.corpus import SPLITS
-from memlayers.lm.data.progress import progress_bar
+from memlayers.lm.data.corpus import SPLITS, progress_bar
 from memlayers.lm.data.sources import Document, Source
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def survey_documents(entries: Sequence[Sequence[Source]], config: "DataConfig", 
     The sample has the training documents of lowest rank, just enough of them for `config.tokenizer_megabytes`.
     """
     percent = config.resolved_holdout_percent()
-    counts, num_bytes, left_out = dict.fromkeys(SPLITS, 0), 0, LeftOut()
+    counts, num_bytes, left_out = dict.fromkeys(SPLITS, 0), 0, Counter[str]()
+    skip = (lambda message: left_out.update(["malformed"])) if config.skip_malformed else None
     sample = _Sample(config.tokenizer_megabytes * 1e6)
     hashes: list[list[str]] = []
     with progress_bar("reading", None, progress) as bar:
@@ -54,8 +55,9 @@ def survey_documents(entries: Sequence[Sequence[Source]], config: "DataConfig", 
             hashes.append([])
             for source in files:
                 digest = hashlib.sha256()
-                skip = left_out.skip if config.skip_malformed else None
-                for document in measured_documents(source, percent, digest, skip=skip, blank=left_out.add_blank):
+                for document in measured_documents(
+                    source, percent, digest, skip=skip, blank=lambda: left_out.update(["blank"])
+                ):
                     counts[document.split] += 1
                     num_bytes += document.num_bytes
                     if document.split == "train":
@@ -68,7 +70,7 @@ def survey_documents(entries: Sequence[Sequence[Source]], config: "DataConfig", 
                 f"data.sources: none of the {sum(counts.values())} documents falls into the {split} split with "
                 f"data.holdout_percent {percent}; give more documents or another data.holdout_percent"
             )
-    return Survey(hashes, num_bytes, left_out.blank, left_out.malformed, sample.texts())
+    return Survey(hashes, num_bytes, left_out["blank"], left_out["malformed"], sample.texts())
 
 
 def measured_documents(
@@ -91,20 +93,6 @@ def measured_documents(
         digest.update(key)
         digest.update(text)
         yield Measured(document.text, split, rank, len(text), digest.digest())
-
-
-class LeftOut:
-    """Counts what does not become a document."""
-
-    def __init__(self) -> None:
-        self.blank = 0
-        self.malformed = 0
-
-    def add_blank(self) -> None:
-        self.blank += 1
-
-    def skip(self, message: str) -> None:
-        self.malformed += 1
 
 
 class _Sample:

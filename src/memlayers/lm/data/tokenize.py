@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memlayers.lm.data.corpus import END_OF_TEXT
+
 if TYPE_CHECKING:  # what is tokenised already is read without it
     from tokenizers import Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
 # Every byte is a token, and so is the mark between documents.
 SMALLEST_VOCABULARY = 257
-# One entry a document: where its tokens start (its end-of-text token is the first), and its length in words and bytes.
-DOCUMENT = np.dtype([("offset", "<i8"), ("words", "<i8"), ("bytes", "<i8")])
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
