@@ -2,7 +2,7 @@ import tracemalloc
 
 import pytest
 
-from memlayers.lm.data.sources import compressed, streams
+from memlayers.lm.data.sources import streams
 
 PACKED = ["gz", "xz", "zst"]
 CONTENT = b'{"text": "x"}\n' * 1000
@@ -53,7 +53,7 @@ def test_a_zst_file_that_is_cut_off_anywhere_is_noticed(tmp_path, read, size, ch
 
 @pytest.mark.parametrize("suffix", PACKED)
 def test_every_member_is_read(tmp_path, packed, read, monkeypatch, suffix):
-    monkeypatch.setattr(compressed, "PIECE_BYTES", 10)  # so that members end and begin everywhere in a piece
+    monkeypatch.setattr(streams, "PIECE_BYTES", 10)  # so that members end and begin everywhere in a piece
     members = [b"one ", b"", b"two ", b"three" * 1000, b"", b" four"]
     path = tmp_path / f"book.txt.{suffix}"
     path.write_bytes(b"".join(packed(member, suffix) for member in members))

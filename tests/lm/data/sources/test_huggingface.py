@@ -64,8 +64,8 @@ def test_a_null_is_named_with_its_row_or_skipped(folder, read):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ('{"body": "a", "id": 1}\n', r"hf:.*news: no column 'text' \(text_field\); it has 'body', 'id'"),
-        ('{"text": 1}\n', r"hf:.*news: column 'text' \(text_field\) is Value\('int64'\), expected string"),
+        ('{"body": "a", "id": 1}\n', r"hf:.*news: no single column 'text' \(text_field\); it has 'body', 'id'"),
+        ('{"text": 1}\n', r"hf:.*news: column 'text' \(text_field\) is int64, expected string"),
         ('{"text": ["a"]}\n', r"hf:.*news: column 'text' \(text_field\) is .*, expected string"),
         ('{"text": \n', r"hf:.*news: not readable with `datasets`"),
     ],

@@ -1,9 +1,9 @@
 """Where documents come from: files, folders and globs of them, Hugging Face datasets, Python's own standard library.
 
+    base.py          what a source is, and what several kinds share, such as a record -> a document
     opening.py       what a user names -> sources, in a fixed order
     text.py  jsonlines.py  parquet.py  huggingface.py  stdlib.py      a kind of source each
-    records.py       a record with a text and perhaps an id -> a document
-    streams.py  compressed.py      the bytes of a file, plain, .gz, .xz or .zst
+    streams.py       the bytes of a file, plain, .gz, .xz or .zst
 
 Documents are read as a stream, in an order that is always the same, and what cannot be read is a `ValueError` that
 names the file and the place.

@@ -1,11 +1,13 @@
-"""What a source of documents is, and what all that are files have in common."""
+"""What a source of documents is, and what sources have in common: files, records, columns of a table."""
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+R = TypeVar("R")
 
 # What is told about a malformed record that is left out.
 Skip = Callable[[str], None]
@@ -73,3 +75,70 @@ class FileSource:
                 read(len(piece))
         name = self.relative or self.file.name
         return {"format": self.format, "name": name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def read_records(
+    records: Iterable[R], document: Callable[[int, R], Document | None], skip: Skip | None
+) -> Iterator[Document]:
+    """Yield what `document` makes of each record and its number, from 1; it returns None where there is no document.
+
+    What is malformed raises `ValueError`, or is told to `skip`; an error of `records` itself always raises.
+    """
+    for number, record in enumerate(records, start=1):
+        try:
+            found = document(number, record)
+        except ValueError as error:
+            if skip is None:
+                raise
+            skip(str(error))
+            continue
+        if found is not None:
+            yield found
+
+
+def to_document(record: Mapping[str, Any], place: str, *, text_field: str, id_field: str) -> Document:
+    """Return the document of a record. One without an id, or with an empty one, has its text as its key.
+
+    Raises `ValueError` naming the `place` if the text is missing or no string, or the id no string or integer.
+    """
+    if text_field not in record:
+        raise ValueError(f"{place}: no field {text_field!r} (text_field); it has {', '.join(map(repr, record))}")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: field {text_field!r} is {type(text).__name__}, expected a string")
+    key = record.get(id_field)
+    if key is None or key == "":
+        key = text
+    elif isinstance(key, bool) or not isinstance(key, str | int):
+        raise ValueError(f"{place}: field {id_field!r} is {type(key).__name__}, expected a string or an integer")
+    try:
+        f"{key}{text}".encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
+        raise ValueError(f"{place}: a string holds a lone surrogate, which UTF-8 cannot encode") from None
+    return Document(str(key), text)
+
+
+def text_and_id_columns(schema: Any, name: str, *, text_field: str, id_field: str) -> list[str]:
+    """Return the columns of an Arrow schema that documents are made of.
+
+    Raises `ValueError` naming the table if one is there twice or of another type, or if the text is missing.
+    """
+    from pyarrow import types
+
+    def is_text(kind: Any) -> bool:
+        return types.is_string(kind) or types.is_large_string(kind)
+
+    names = ", ".join(map(repr, schema.names))
+    if schema.names.count(text_field) != 1:
+        raise ValueError(f"{name}: no single column {text_field!r} (text_field); it has {names}")
+    kind = schema.field(text_field).type
+    if not is_text(kind):
+        raise ValueError(f"{name}: column {text_field!r} (text_field) is {kind}, expected string; it has {names}")
+    if id_field not in schema.names or id_field == text_field:
+        return [text_field]
+    if schema.names.count(id_field) != 1:
+        raise ValueError(f"{name}: no single column {id_field!r} (id_field); it has {names}")
+    kind = schema.field(id_field).type
+    if not (is_text(kind) or types.is_integer(kind) or types.is_null(kind)):
+        raise ValueError(f"{name}: column {id_field!r} (id_field) is {kind}, expected string or integer")
+    return [text_field, id_field]

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memlayers.lm.data.sources.base import Document, Read, Skip, nobody
-from memlayers.lm.data.sources.records import to_document
+from memlayers.lm.data.sources.base import (
+    Document,
+    Read,
+    Skip,
+    nobody,
+    read_records,
+    text_and_id_columns,
+    to_document,
+)
 
 PREFIX = "hf:"
 ROWS = 64  # fetched at a time: few, for a row may be a book
@@ -23,7 +30,7 @@ class HuggingFace:
     be left empty. News articles much like those that product-key memories were published with are
     `hf:vblagoje/cc_news`, with the field `text`.
 
-    A stream has no place to go on from: preparing that goes on after a kill reads the dataset again from its first
+    A stream cannot be read from its middle: preparing that resumes after a kill reads the dataset again from its first
     row, over the network, though it encodes only what is not encoded yet.
     """
 
@@ -57,16 +64,10 @@ class HuggingFace:
         return {"format": "huggingface", "name": self.dataset, "config": self.config, "split": self.split}
 
     def documents(self, *, skip: Skip | None = None) -> Iterator[Document]:
-        for number, row in enumerate(self._rows(), start=1):
-            place = f"{self.name}, row {number}"
-            try:
-                document = to_document(row, place, text_field=self.text_field, id_field=self.id_field)
-            except ValueError as error:
-                if skip is None:
-                    raise
-                skip(str(error))
-                continue
-            yield document
+        return read_records(self._rows(), self._document, skip)
+
+    def _document(self, number: int, row: dict[str, Any]) -> Document:
+        return to_document(row, f"{self.name}, row {number}", text_field=self.text_field, id_field=self.id_field)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         rows = self._stream()
@@ -89,25 +90,16 @@ class HuggingFace:
                 stream = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
         except Exception as error:
             raise ValueError(f"{self.name}: not readable with `datasets`: {error}") from error
-        columns = self._columns(stream.features)
-        return iter(stream.select_columns(columns) if columns else stream)
-
-    def _columns(self, features: dict[str, Any] | None) -> list[str]:
-        """The columns to read; none named if the dataset does not say which it has, so that its rows have to tell."""
-        if features is None:
-            return []
-        if self.text_field not in features:
-            names = ", ".join(map(repr, features))
-            raise ValueError(f"{self.name}: no column {self.text_field!r} (text_field); it has {names}")
-        kind = features[self.text_field]
-        if getattr(kind, "dtype", None) not in ("string", "large_string"):
-            raise ValueError(f"{self.name}: column {self.text_field!r} (text_field) is {kind}, expected string")
-        return [name for name in features if name in (self.text_field, self.id_field)]
+        if stream.features is None:  # it does not say which columns it has, so its rows have to tell
+            return iter(stream)
+        schema = stream.features.arrow_schema
+        columns = text_and_id_columns(schema, self.name, text_field=self.text_field, id_field=self.id_field)
+        return iter(stream.select_columns(columns))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither log messages nor progress bars of `datasets` and its hub while this lasts."""
+    """Switch off log messages and progress bars of `datasets` and its hub while this lasts."""
     import datasets
     import huggingface_hub
 

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from memlayers.lm.data.sources.base import Document, FileSource, Skip
-from memlayers.lm.data.sources.records import to_document
+from memlayers.lm.data.sources.base import Document, FileSource, Skip, read_records, to_document
 from memlayers.lm.data.sources.streams import read_lines, without_mark
 
 
@@ -19,23 +18,19 @@ class JsonLines(FileSource):
     id_field: str = "id"
 
     def documents(self, *, skip: Skip | None = None) -> Iterator[Document]:
-        offset = 0  # of the bytes that were read, in the decompressed file
-        for number, line in enumerate(read_lines(self.file), start=1):
-            place = f"{self.file}, line {number}"
-            content = without_mark(line, place) if number == 1 else line
-            offset += len(line)
-            try:
-                document = self._document(content, place, start=offset - len(content))
-            except ValueError as error:
-                if skip is None:
-                    raise
-                skip(str(error))
-                continue
-            if document is not None:
-                yield document
+        return read_records(self._lines(), self._document, skip)
 
-    def _document(self, line: bytes, place: str, *, start: int) -> Document | None:
-        """The document of a line that begins `start` bytes into the file; None if it is blank."""
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yield each line, and where it begins in the decompressed file."""
+        offset = 0
+        for number, line in enumerate(read_lines(self.file), start=1):
+            content = without_mark(line, f"{self.file}, line 1") if number == 1 else line
+            offset += len(line)
+            yield offset - len(content), content
+
+    def _document(self, number: int, found: tuple[int, bytes]) -> Document | None:
+        place = f"{self.file}, line {number}"
+        start, line = found
         try:
             decoded = line.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -6,19 +6,19 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from memlayers.lm.data.sources import compressed
 from memlayers.lm.data.sources.base import Source
 from memlayers.lm.data.sources.huggingface import PREFIX, HuggingFace
 from memlayers.lm.data.sources.jsonlines import JsonLines
 from memlayers.lm.data.sources.parquet import Parquet
 from memlayers.lm.data.sources.stdlib import StandardLibrary
+from memlayers.lm.data.sources.streams import SUFFIXES
 from memlayers.lm.data.sources.text import TextFile
 
 # What is taken from a folder; a file that is named is plain text with any other suffix too.
 JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")
 FOLDER_SUFFIXES = (
     ".parquet",
-    *(kind + packed for kind in (".txt", *JSON_LINES) for packed in ("", *compressed.SUFFIXES)),
+    *(kind + packed for kind in (".txt", *JSON_LINES) for packed in ("", *SUFFIXES)),
 )
 
 
@@ -105,7 +105,7 @@ def _open_file(file: Path, relative: str, text_field: str, id_field: str) -> Sou
     if file.stat().st_size == 0:
         raise ValueError(f"sources: {file} is empty")
     packed = file.suffix.lower()
-    suffix = Path(file.stem).suffix.lower() if packed in compressed.SUFFIXES else packed
+    suffix = Path(file.stem).suffix.lower() if packed in SUFFIXES else packed
     if suffix == ".parquet" and suffix != packed:
         raise ValueError(f"sources: {file}: Parquet is compressed inside; give the .parquet file")
     if suffix in (".json", ".bz2", ".zip"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memlayers.lm.data.sources.base import Document, Read, Skip, nobody
+from memlayers.lm.data.sources.base import Document, Read, Skip, nobody, read_records
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,14 @@ class StandardLibrary:
         return {"format": "stdlib", "name": self.name, "bytes": size, "sha256": digest.hexdigest(), "files": files}
 
     def documents(self, *, skip: Skip | None = None) -> Iterator[Document]:
-        for name, path in self._files():
-            try:
-                text = path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError as error:
-                message = f"{path}: not UTF-8 at byte {error.start}"
-                if skip is None:
-                    raise ValueError(message) from None
-                skip(message)
-                continue
-            yield Document(name, text)
+        return read_records(self._files(), self._document, skip)
+
+    def _document(self, number: int, found: tuple[str, Path]) -> Document:
+        name, path = found
+        try:
+            return Document(name, path.read_bytes().decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
 
     def _files(self) -> list[tuple[str, Path]]:
         root = self.root or Path(sysconfig.get_path("stdlib"))
