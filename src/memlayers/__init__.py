@@ -1,5 +1,6 @@
 """Large memory layers for PyTorch: add a billion trainable parameters to a model at almost no compute."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from memlayers.config import MemoryConfig
@@ -35,14 +36,20 @@ __all__ = [
 ]
 
 
+# These need transformers, or are tools: each is imported when it is asked for.
+_ON_DEMAND = {
+    "add_memory": "memlayers.models",
+    "doctor": "memlayers.diagnosis",
+    "load_memory": "memlayers.models",
+    "save_memory": "memlayers.models",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # The public names that need transformers, which takes seconds to import.
-    if name in ("add_memory", "load_memory", "save_memory"):
-        from memlayers import models
-
-        return getattr(models, name)
-    if name == "doctor":  # a tool: imported when it is used
-        from memlayers.diagnosis import doctor
-
-        return doctor
+    if name in _ON_DEMAND:
+        return getattr(importlib.import_module(_ON_DEMAND[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
 """ProductKeys, NormalisedKeys and FlatKeys: from a query to the K best slots of each head, exactly.
 
-Letters: T tokens, H heads, Q query width of a head, N sub-keys a codebook, S slots, K neighbours, C keys of a block,
-... any leading shape.
+Letters: T tokens, H heads, Q query width of a head, N sub-keys a codebook, S slots, K rows a head reads, C keys of a
+block, ... any leading shape.
 """
 
 import math
@@ -18,7 +18,7 @@ from memlayers.ops.select import best
 
 
 class Hits(NamedTuple):
-    """What a search found, best first."""
+    """What a search returns, best first."""
 
     scores: Tensor  # [..., H, K], descending, differentiable, at least float32
     slots: Tensor  # [..., H, K], int64
@@ -27,8 +27,18 @@ class Hits(NamedTuple):
 class ProductKeys(nn.Module):
     """Two codebooks of N sub-keys a head; the key of slot i * N + j is (first[i], second[j]) (paper, section 3.2).
 
-    score(i, j) = <query[:Q/2], first[i]> + <query[Q/2:], second[j]>. The K best of all N * N sums are found exactly,
-    from the K best of each half; equal sums go to the lower slot.
+        score(i, j) = <query[:Q/2], first[i]> + <query[Q/2:], second[j]>
+
+    The search finds the K best of all N * N sums exactly, from the K best of each half; of equal sums it takes the
+    lower slot.
+
+    Args:
+        heads: H, each with its own codebooks.
+        num_subkeys: N, sub-keys per codebook.
+        query_dim: Q, width of the query of one head; even.
+        topk: K, slots found per head.
+        device: of the sub-keys.
+        dtype: of the sub-keys.
     """
 
     def __init__(
@@ -58,8 +68,10 @@ class ProductKeys(nn.Module):
         return Hits(scores_THK.view(shape), slots_THK.view(shape))
 
     def factors(self, query_THQ: Tensor) -> tuple[Tensor, Tensor]:
-        """The queries and the sub-keys whose products are the scores, in one dtype."""
-        # The query comes in 16 bits out of autocast; the products are computed in its dtype.
+        """The queries and the sub-keys whose products are the scores, in one dtype: that of the query.
+
+        Under autocast the query has 16 bits.
+        """
         return query_THQ, self.weight.to(query_THQ.dtype)
 
     def extra_repr(self) -> str:
@@ -68,20 +80,19 @@ class ProductKeys(nn.Module):
 
 
 class NormalisedKeys(ProductKeys):
-    """Product keys whose scores are cosines over a learned temperature, whatever the norms of queries and keys.
+    """Product keys whose scores are cosines over a learned temperature; norms of queries and keys do not count.
 
-    That is, norms from 1e-3 (`least_norm`: a vector that is shorter is divided by it, so that its scores are smaller)
-    to 1e19, above which squares overflow in float32.
+        score(i, j) = <q, k_ij> / temperature        q = query / |query|
+        k_ij = (first[i] / |first[i]|, second[j] / |second[j]|) / sqrt(2)        so |q| = |k_ij| = 1
 
-    score(i, j) = <q, k_ij> / temperature, with q = query / |query| and
-    k_ij = (first[i] / |first[i]|, second[j] / |second[j]|) / sqrt(2), so that |q| = |k_ij| = 1
+    Each head has one temperature, exp(log_temperature). It starts at 1/sqrt(Q), where scores of random queries have a
+    standard deviation of 1. The search is that of `ProductKeys`, exact, in at least float32; so are the arguments.
 
-    One temperature a head, exp(log_temperature), 1/sqrt(Q) at the start: then scores of random queries have a standard
-    deviation of 1. The search is that of `ProductKeys`, exact, in at least float32.
+    A vector shorter than `least_norm` is divided by that instead, so its scores are smaller. In float32, squares of
+    norms above 1e19 overflow.
     """
 
-    # A norm below it counts as this: near zero, directions are noise, and their gradient is without bound.
-    least_norm = 1e-3
+    least_norm = 1e-3  # near zero, directions are noise, and their gradient is without bound
 
     def __init__(
         self,
@@ -100,7 +111,7 @@ class NormalisedKeys(ProductKeys):
     def reset_parameters(self) -> None:
         """Sub-keys as those of `ProductKeys`, temperatures to 1/sqrt(Q)."""
         super().reset_parameters()
-        if "log_temperature" in self._parameters:  # not yet, where the constructor of ProductKeys calls
+        if "log_temperature" in self._parameters:  # not yet, when the constructor of ProductKeys calls
             self._reset_temperature()
 
     def _reset_temperature(self) -> None:
@@ -119,7 +130,16 @@ class NormalisedKeys(ProductKeys):
 class FlatKeys(nn.Module):
     """S keys a head, all of them searched (paper, section 3.1): what product keys are compared with.
 
-    Cost O(S * Q). Scores are computed for a block of queries and a block of keys at a time and never held for all S.
+    A query costs O(S * Q). Scores are computed for a block of queries and a block of keys at a time; those of all S
+    are never held.
+
+    Args:
+        heads: H, each with its own keys.
+        slots: S, keys per head.
+        query_dim: Q, width of the query of one head.
+        topk: K, slots found per head.
+        device: of the keys.
+        dtype: of the keys.
     """
 
     BLOCK = 2**22  # scores held at once: 16 MB in float32

@@ -1,6 +1,7 @@
-"""MemoryLayer: query, search, weigh, read, combine; and the classes that take some of these steps otherwise.
+"""MemoryLayer: query, search, weigh, read, combine. Subclasses replace some of these steps.
 
-Letters: T tokens, D model width, H heads, Q query width of a head, K neighbours, S slots, V value width.
+Letters: B batch, T tokens, D model width, H heads, Q query width of a head, S slots, K rows a head reads,
+M = H * K rows a token reads, V value width.
 """
 
 import time
@@ -18,7 +19,7 @@ from memlayers.query import MaskedBatchNorm, QueryNetwork
 from memlayers.torch_private import has_forward_hooks, has_global_forward_hooks
 from memlayers.values import ValueTable, modules_of
 
-# What `infer` does the work of. A module of another class, a wrapped or a reparametrised one included, is called.
+# The parts whose work `infer` does. A part of another class (wrapped, reparametrised, of a subclass) is called.
 _PARTS = (QueryNetwork, nn.Linear, MaskedBatchNorm, ProductKeys, ValueTable)
 
 # The dtypes of x that `infer` has kernels for; elsewhere it would save nothing.
@@ -32,16 +33,23 @@ class MemoryLayer(nn.Module):
         I_h = the K slots whose keys k_hi score <q_h(x), k_hi> best, w_h = softmax of these K scores
 
     q_h is the query network of head h, k_hi its key of slot i, v_i the value of slot i, shared by all heads. With
-    product keys the search is exact and costs O(sqrt(S)); a token reads H * K of the S rows. A `value_dim` that
-    differs from `dim` adds an output projection.
+    product keys the search is exact and costs O(sqrt(S)); a token reads M = H * K of the S rows. A ``value_dim`` that
+    differs from ``dim`` adds an output projection.
 
-    `values` shares the table of another layer; it must have ``config.slots`` rows of width ``config.width``.
+    A layer of another kind is a subclass that overrides some steps: `make_keys` and `make_output` build parts, and
+    `forward` calls `weigh`, `read` and `combine`. It makes further parts after ``super().__init__``.
 
-    A layer of another kind is a subclass with steps of its own: `make_keys` and `make_output` build parts; `weigh`,
-    `read` and `combine` are what `forward` does with them. Further parts are made after ``super().__init__``.
+    Args:
+        config: sizes and options.
+        values: the table of another layer, to share it; ``config.slots`` rows of width ``config.width``.
+        device: of parameters and buffers.
+        dtype: of parameters; statistics of the query's norm are in at least float32.
+
+    Raises:
+        ValueError: a table of another shape.
     """
 
-    made: ClassVar[int] = 0  # when the class was made: tells two of one name apart (`layer_class`)
+    made: ClassVar[int] = 0  # when the class was defined: tells two of one name apart (`layer_class`)
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -68,48 +76,55 @@ class MemoryLayer(nn.Module):
         self.owns_values = values is None
         self.values = ValueTable(config.slots, config.width, **where) if values is None else values
         self.output = self.make_output(**where)
-        # The real tokens of the call in progress, [B, T]: set by a model around its call, for blocks that call
-        # `self.mlp(hidden)` and so cannot pass a mask.
+        # The real tokens of the call in progress, [B, T]. A model sets it for the length of its call, since its blocks
+        # call `self.mlp(hidden)` and pass no mask.
         self.mask: Tensor | None = None
-        # What runs `infer` by CUDA graphs: set by `memlayers.inference.captured_decoding` for the length of its block.
+        # Runs `infer` by CUDA graphs. `memlayers.inference.captured_decoding` sets it for the length of its block.
         self.captures: Callable[[MemoryLayer, Tensor, tuple[Any, ...]], Tensor] | None = None
 
     def make_keys(self, **where: Any) -> ProductKeys | FlatKeys:
-        """What is called with the query and returns `Hits`; `where` is the device and the dtype."""
+        """The module that is called with the query and returns `Hits`; `where` holds the device and the dtype."""
         config = self.config
         if config.keys == "product":
             return ProductKeys(config.heads, config.num_subkeys, config.query_dim, config.topk, **where)
         return FlatKeys(config.heads, config.slots, config.query_dim, config.topk, **where)
 
     def make_output(self, **where: Any) -> nn.Module:
-        """The projection V -> D of `combine`; nothing where values are as wide as the model."""
+        """The projection V -> D of `combine`; the identity where values are as wide as the model."""
         config = self.config
         if config.width == config.dim:
             return nn.Identity()
         return nn.Linear(config.width, config.dim, bias=False, **where)
 
     def reset_parameters(self) -> None:
-        """Initialise as the paper's authors do; a table passed in is left to the layer that made it.
+        """Initialises as the paper's authors do; skips a table that was passed in, which its own layer initialises.
 
-        Every part resets itself, those of a subclass, too. A subclass that holds parameters itself resets them here.
+        Every part resets itself, also those of a subclass. A subclass that holds parameters itself resets them here.
         """
         for part in self.children():
             if part is not self.values or self.owns_values:
                 _reset(part)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: [..., D] -> [..., D], any leading shape.
+        """The memory of each token.
 
-        mask: True or 1 for real tokens, of the leading shape; padding reads nothing (its output is zero), and is left
-        out of BatchNorm and of usage. None takes the mask that the model handed over, if any. Raises `ValueError` for a
-        shape that does not fit.
+        Args:
+            x: [..., D], any leading shape.
+            mask: of the leading shape, True or 1 for real tokens. Padding reads nothing (its output is zero), and is
+                left out of BatchNorm and of usage. None takes the mask that the model handed over, if any.
+
+        Returns:
+            [..., D], of the shape and dtype of x.
+
+        Raises:
+            ValueError: another width than ``config.dim``, or a mask that does not fit.
         """
         config = self.config
         if x.shape[-1] != config.dim:
             raise ValueError(f"x must have dim = {config.dim} as its last size, got {[*x.shape]}")
         mask_T = self.token_mask(x, mask)
         x_TD = x.reshape(-1, config.dim)
-        if mask_T is not None:  # selected, not multiplied: whatever padding holds, NaN included, must not come through
+        if mask_T is not None:  # selected, not multiplied: NaN in padding must not come through
             x_TD = torch.where(mask_T[:, None], x_TD, 0)
         if (y_TV := try_infer(self, x_TD)) is None:
             query_THQ = self.query(F.dropout(x_TD, config.input_dropout, self.training), mask_T)
@@ -128,26 +143,20 @@ class MemoryLayer(nn.Module):
         return scores_THK.softmax(-1)
 
     def read(self, x_TD: Tensor, slots_THK: Tensor, weights_THK: Tensor) -> Tensor:
-        """y [T, V], in at least float32. x_TD is the input of the layer; of padding, it and the weights are zero."""
+        """y [T, V], in at least float32. x_TD is the input of the layer; it and the weights are zero at padding."""
         return self.values.read(slots_THK.flatten(1), weights_THK.flatten(1))
 
     def combine(self, y_TV: Tensor, x_TD: Tensor) -> Tensor:
-        """[T, D] of what was read and the input of the layer; zero where both are, as they are for padding."""
+        """[T, D] from what was read and the input of the layer. Must return zero where both are zero, as at padding."""
         return self.output(y_TV)
 
-    def reads_plainly(self) -> bool:
-        """Whether `weigh` and `read` are those of this class, which `memlayers.ops.infer` does the work of."""
-        steps = (self.weigh, MemoryLayer.weigh), (self.read, MemoryLayer.read)
-        return all(getattr(step, "__func__", None) is plain for step, plain in steps)
-
     def token_mask(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
-        """The mask [T] (bool) that a call with these arguments uses, or None: all tokens are real."""
-        if mask is None:
-            mask = self.mask
-            fits = mask is None or mask.numel() == x.shape[:-1].numel()  # the block may have flattened its tokens
-        else:
+        """The mask [T] (bool) that a call with these arguments uses; None if all tokens are real."""
+        if mask is not None:
             fits = mask.shape == x.shape[:-1]
-        if mask is None:
+        elif (mask := self.mask) is not None:
+            fits = mask.numel() == x.shape[:-1].numel()  # the block may have flattened its tokens
+        else:
             return None
         if not fits:
             raise ValueError(f"mask must have the leading shape of x, {[*x.shape[:-1]]}, got {[*mask.shape]}")
@@ -158,12 +167,12 @@ class MemoryLayer(nn.Module):
 
 
 def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
-    """y [T, V] in float32 by `memlayers.ops.infer`, the whole layer up to `combine` as one operation.
+    """y [T, V] in float32 by `memlayers.ops.infer`: the whole layer up to `combine` as one operation.
 
-    Returns None where that would not be what the parts compute, or not be faster; the caller then runs the parts. It is
-    where gradients may be wanted, where a part or `weigh` or `read` is not the paper's, where somebody listens to the
-    calls of the parts, or where a part keeps its weights elsewhere. x and the weights must be of one dtype, float32 or
-    on a GPU also 16 bits; the table may be of another.
+    Returns None where the parts compute something else, or as fast; the caller then runs the parts. So it is where
+    gradients may be wanted, a part or `weigh` or `read` is not the paper's, somebody listens to a part, or a part keeps
+    its weights elsewhere. x and the weights must be of one dtype, float32 or on a GPU also 16 bits; the table may be of
+    another.
     """
     device, dtype = x_TD.device.type, x_TD.dtype
     if torch.is_grad_enabled() or layer.training or dtype not in _DTYPES.get(device, ()):
@@ -177,7 +186,10 @@ def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
         # A forward of its own: `accelerate` gives modules one where it keeps their weights on another device.
         if type(part) is not kind or has_forward_hooks(part) or "forward" in part.__dict__:
             return None
-    if len(projections) > 1 or norm.training or not layer.reads_plainly():
+    for step, plain in ((layer.weigh, MemoryLayer.weigh), (layer.read, MemoryLayer.read)):
+        if getattr(step, "__func__", None) is not plain:
+            return None
+    if len(projections) > 1 or norm.training:
         return None
     stats = norm.running_mean, norm.running_var, norm.weight, norm.bias
     arguments = (projection.weight, projection.bias, *stats, norm.eps, keys.weight, keys.topk, values.weight)
@@ -198,9 +210,9 @@ def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:
 
 
 def layer_class(name: str) -> type[MemoryLayer]:
-    """`MemoryLayer` or the subclass of this name, as a saved description gives it; of two, the one made last.
+    """`MemoryLayer` or its subclass of this name, which a saved description holds; of two, the one defined last.
 
-    Raises `ValueError` for a name that no class has, or none that was imported.
+    Raises `ValueError` for a name that no imported class has.
     """
     known = {kind.__name__: kind for kind in sorted(_kinds(MemoryLayer), key=lambda kind: kind.made)}
     if name not in known:

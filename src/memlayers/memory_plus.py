@@ -27,8 +27,11 @@ class MemoryPlus(MemoryLayer):
     q_h is the query network of head h, k_hi its (product) key of slot i, t_h its learned temperature
     (`NormalisedKeys`), v_i the value of slot i, shared by all heads. Padding has an output of zero.
 
-    There, several layers share one table: pass ``values=first.values`` to the others. Raises `ValueError` for flat
-    keys.
+    The paper's layers share one table: pass ``values=first.values`` to the others. The arguments are those of
+    `MemoryLayer`.
+
+    Raises:
+        ValueError: flat keys; a table of another shape.
     """
 
     keys: NormalisedKeys
@@ -51,7 +54,7 @@ class MemoryPlus(MemoryLayer):
         return NormalisedKeys(config.heads, config.num_subkeys, config.query_dim, config.topk, **where)
 
     def make_output(self, **where: Any) -> nn.Linear:
-        """W2, also where values are as wide as the model."""
+        """W2 [D, V], also where values are as wide as the model."""
         return nn.Linear(self.config.width, self.config.dim, bias=False, **where)
 
     def combine(self, y_TV: Tensor, x_TD: Tensor) -> Tensor:

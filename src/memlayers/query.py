@@ -16,7 +16,13 @@ from memlayers.torch_private import current_backward
 
 
 class QueryNetwork(nn.Module):
-    """A linear map or an MLP with ReLU, then a norm: [T, D] -> [T, H, Q] (paper, section 3.1)."""
+    """A linear map or an MLP with ReLU, then a norm: [T, D] -> [T, H, Q] (paper, section 3.1).
+
+    Args:
+        config: of the layer; the fields ``dim``, ``heads`` and those that begin with ``query`` count.
+        device: of parameters and buffers.
+        dtype: of parameters.
+    """
 
     def __init__(
         self, config: MemoryConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -33,13 +39,13 @@ class QueryNetwork(nn.Module):
         self.norm = norms[config.query_norm](config.heads, config.query_dim, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Linear maps as PyTorch makes them; norms to the identity."""
+        """Linear maps as PyTorch initialises them; norms to the identity."""
         for projection in self.projections:
             cast(nn.Linear, projection).reset_parameters()
         self.norm.reset_parameters()
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Tensor:
-        """mask_T: bool, True for real tokens; None means all are real."""
+        """mask_T: True for real tokens; None if all are real."""
         hidden = x_TD
         for projection in self.projections[:-1]:
             hidden = F.relu(projection(hidden))
@@ -48,11 +54,17 @@ class QueryNetwork(nn.Module):
 
 
 class MaskedBatchNorm(nn.Module):
-    """BatchNorm over the H * Q query features whose statistics leave padding out.
+    """BatchNorm over the F = H * Q query features, with statistics that leave padding out.
 
-    Training normalises by the statistics of the call's real tokens and folds them into the running ones, which
+    In training it normalises by the statistics of the call's real tokens and folds them into the running ones, which
     evaluation uses. A recomputation under gradient checkpointing does not fold them in again. Statistics are computed
     and kept in at least float32, whatever the module is cast to.
+
+    Args:
+        heads: H.
+        query_dim: Q, features per head.
+        device: of parameters and buffers.
+        dtype: of the gain and the bias.
     """
 
     running_mean: Tensor
@@ -83,7 +95,10 @@ class MaskedBatchNorm(nn.Module):
         nn.init.ones_(self.running_var)
 
     def forward(self, query_THQ: Tensor, mask_T: Tensor | None = None) -> Tensor:
-        """Raises `ValueError` in training for a single token, whose statistics say nothing."""
+        """The normalised query, of its shape and dtype.
+
+        Raises `ValueError` in training for a single token, whose variance says nothing.
+        """
         wide_TF = query_THQ.to(torch.promote_types(query_THQ.dtype, self.running_mean.dtype)).flatten(1)
         is_training = self.training and query_THQ.shape[0] > 0
         if is_training and query_THQ.shape[0] == 1:
@@ -108,7 +123,7 @@ class MaskedBatchNorm(nn.Module):
         return wide_TF
 
     def _normalise_masked(self, wide_TF: Tensor, mask_T: Tensor) -> Tensor:
-        # Selected, not multiplied: whatever padding holds, NaN included, must not come through.
+        # Selected, not multiplied: NaN in padding must not come through.
         wide_TF = torch.where(mask_T[:, None], wide_TF, 0)
         count = mask_T.sum().to(wide_TF.dtype)
         share_T = mask_T.to(wide_TF.dtype) / count.clamp(min=1)
@@ -122,7 +137,7 @@ class MaskedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _fold_in(self, mean_HQ: Tensor, var_HQ: Tensor, count: Tensor) -> None:
-        # The running variance is the unbiased one, as in torch's BatchNorm. Of no or one real token nothing is learned.
+        # The running variance is the unbiased one, as in torch's BatchNorm. One real token or none changes nothing.
         says_something = count > 1
         unbiased_HQ = var_HQ * (count / (count - 1).clamp(min=1))
         for running_HQ, new_HQ in ((self.running_mean, mean_HQ), (self.running_var, unbiased_HQ)):
@@ -140,7 +155,10 @@ class MaskedBatchNorm(nn.Module):
 
 
 class HeadRMSNorm(nn.Module):
-    """RMSNorm over the Q features of each head, with one gain a feature: no batch, no statistics, no mask."""
+    """RMSNorm over the Q features of each head, with one gain a feature. It keeps no statistics and needs no mask.
+
+    Arguments are those of `MaskedBatchNorm`.
+    """
 
     eps = 1e-6
 
@@ -166,7 +184,7 @@ class HeadRMSNorm(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """The query as it is."""
+    """Returns the query as it is; takes the arguments of the other norms."""
 
     def __init__(self, heads: int, query_dim: int, **_):
         super().__init__()
@@ -179,8 +197,8 @@ class NoNorm(nn.Module):
 
 
 def is_recomputation() -> bool:
-    """Whether this forward runs inside a backward pass: checkpointing recomputes what was counted already.
+    """Whether this forward pass runs inside a backward pass: gradient checkpointing repeats what was counted already.
 
-    A compiled graph does not recompute its mutations, and the question cannot be traced.
+    Returns False under `torch.compile`, which cannot trace the question; its graphs do not repeat mutations.
     """
     return not torch.compiler.is_compiling() and current_backward() != -1

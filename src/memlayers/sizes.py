@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def nominal_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the elements of tensors, also of those on the meta device, which take none."""
+    """Bytes of the elements of tensors; those on the meta device count as elsewhere."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -1,6 +1,6 @@
 """UsageMeter: which slots a memory uses, and how evenly, from the hits of its search.
 
-Letters: T tokens, H heads, K neighbours, S slots.
+Letters: T tokens, H heads, K rows a head reads, S slots.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class UsageFigures:
 
 @dataclass(frozen=True)
 class UsageReport:
-    """Figures over all heads and for each head. They depend on the number of tokens: say it with them."""
+    """Figures over all heads and for each head. They depend on the number of tokens: state both together."""
 
     tokens: int
     slots: int
@@ -49,31 +49,35 @@ class UsageReport:
     heads: tuple[UsageFigures, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
         return dataclasses.asdict(self)
 
 
 class UsageMeter(Listener):
-    """Streams the hits of one layer into exact totals; padding and recomputations are not counted.
+    """Counts the hits of one layer, exactly; skips padding and recomputations.
 
         with UsageMeter(layer) as meter:
             model(input_ids, attention_mask=mask)
         meter.report().overall.usage
 
-    It listens through forward hooks and leaves nothing in the layer. Under `torch.compile`, attach it before the
-    first call. It holds 20 bytes a slot and head, and a mask of 1 MB.
+    It listens through forward hooks and leaves nothing in the layer. Under `torch.compile`, attach it before the first
+    call. It holds 20 bytes for each slot and head, and a mask of 1 MB.
+
+    Args:
+        layer: the memory to listen to, also one of a model.
     """
 
     MOST_TOKENS = 2**20  # of a compiled call; the mask of others grows
 
     def __init__(self, layer: MemoryLayer):
         self.layer = layer
-        # The real tokens of the call in progress, written in place: an attribute that is set in a compiled region that
-        # is checkpointed makes its recomputation another one.
+        # The real tokens of the call in progress, written in place: setting an attribute in a compiled region that is
+        # checkpointed would make its recomputation differ.
         self._real_T = torch.ones(self.MOST_TOKENS, dtype=torch.bool, device=layer.keys.weight.device)
         self.reset()
 
     def reset(self) -> None:
-        """Forget all hits."""
+        """Forgets all hits."""
         shape = (self.layer.config.heads, self.layer.config.slots)
         device = self.layer.keys.weight.device
         self._weight_HS = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -105,10 +109,10 @@ class UsageMeter(Listener):
 
     @torch.no_grad()
     def add(self, hits: Hits, mask_T: Tensor | None = None) -> None:
-        """Count hits of shape [..., H, K]; tokens where mask_T is False are left out."""
+        """Counts hits of shape [..., H, K]; skips tokens where mask_T is False."""
         scores_THK, slots_THK = (found.reshape(-1, *found.shape[-2:]) for found in hits)
         weights_THK = self.layer.weigh(scores_THK.double())
-        # A masked token counts nothing rather than being selected away, which would wait for a device.
+        # A masked token adds zero: selecting the others would wait for the device.
         real_T = torch.ones(len(slots_THK), dtype=torch.bool, device=slots_THK.device) if mask_T is None else mask_T
         weights_THK = torch.where(real_T[:, None, None], weights_THK, 0)
         real_HT = real_T.expand(slots_THK.shape[1], -1)
@@ -119,7 +123,7 @@ class UsageMeter(Listener):
         self._tokens.add_(real_T.sum())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The totals, to go on from elsewhere."""
+        """The totals, for `load_state_dict` of another meter."""
         return {
             "weight_HS": self._weight_HS,
             "count_HS": self._count_HS,
@@ -128,7 +132,7 @@ class UsageMeter(Listener):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over totals. Raises `ValueError` if they are of a memory of another shape."""
+        """Replaces the totals. Raises `ValueError` for those of a memory of another shape."""
         for name, held in self.state_dict().items():
             shape = [*state[name].shape] if name in state else None
             if shape != [*held.shape]:
@@ -136,7 +140,7 @@ class UsageMeter(Listener):
             held.copy_(state[name])
 
     def report(self) -> UsageReport:
-        """The figures so far. Raises `ValueError` when no token was measured."""
+        """The figures so far. Raises `ValueError` if no token was counted."""
         tokens = int(self._tokens)
         if tokens == 0:
             raise ValueError("usage needs at least one measured token, got 0: call the layer while the meter listens")

@@ -1,6 +1,6 @@
 """ValueTable: the rows that a memory reads, and who trains them.
 
-Letters: S slots, V width, K rows read a token, ... any leading shape.
+Letters: T tokens, S slots, V value width, M rows a token reads, ... any leading shape.
 """
 
 import math
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from memlayers.checks import require_int
 from memlayers.ops.read import read, read_row_mode
 from memlayers.ops.record import RowGradient
 
@@ -23,13 +24,23 @@ def _mark(device: torch.device, *, requires_grad: bool = True) -> nn.Parameter:
 class ValueTable(nn.Module):
     """A table of S values of width V; `read` returns weighted sums of its rows (paper, section 3.1).
 
-    Pass one table to several layers to share it. Who trains it follows one rule. Unless a row optimizer owns the
-    table, backward gives `weight` an ordinary dense gradient. A row optimizer takes it with `own`: then `weight.grad`
-    stays None and a row gradient is recorded, until `release`. A copy (deepcopy, pickle) has no owner and is dense.
-    In row mode the table has a second parameter, `row_mark`, of one element: its gradient makes the row gradient
-    visible to whoever clears the model's gradients. It is in no state_dict. A copy keeps it, at rest, so that code that
-    walks the parameters of a model and of its copy side by side (`torch.optim.swa_utils`) stays in step: make such
+    Pass one table to several layers to share it. One rule says who trains it. Unless a row optimizer owns the table,
+    backward gives `weight` an ordinary dense gradient. A row optimizer takes it with `own`; from then until `release`,
+    `weight.grad` stays None and backward records a row gradient. A copy (deepcopy, pickle) has no owner and is dense.
+
+    In row mode the table has a second parameter, `row_mark`, of one element, whose gradient makes the row gradient
+    visible to code that clears the model's gradients. It is in no state_dict. A copy keeps it, frozen, so that code
+    that walks the parameters of a model and of its copy side by side (`torch.optim.swa_utils`) stays in step: make such
     copies after the optimizer.
+
+    Args:
+        slots: S, the number of rows.
+        dim: V, the width of a row.
+        device: of the rows.
+        dtype: of the rows; sums of them are accumulated in at least float32.
+
+    Raises:
+        ValueError: a size below 1.
     """
 
     row_mark: nn.Parameter | None
@@ -38,9 +49,8 @@ class ValueTable(nn.Module):
         self, slots: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ):
         super().__init__()
-        for name, value in (("slots", slots), ("dim", dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        require_int("slots", slots, least=1)
+        require_int("dim", dim, least=1)
         self.weight = nn.Parameter(torch.empty(slots, dim, device=device, dtype=dtype))
         self.register_parameter("row_mark", None)
         self.row_gradient: RowGradient | None = None
@@ -51,28 +61,28 @@ class ValueTable(nn.Module):
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight.shape[1]))
 
     def read(self, slots: Tensor, weights: Tensor) -> Tensor:
-        """Sum over K of weights [..., K] times the rows of slots [..., K] (int64): [..., V].
+        """The weighted sums [..., V] of rows: of slots [..., M] (int64), by weights [..., M].
 
-        Accumulated and returned in float32 (float64 for a float64 table). Raises `ValueError` when the shapes differ.
+        Accumulates and returns float32 (float64 for a float64 table). Raises `ValueError` when the shapes differ.
         """
         return self(slots, weights)
 
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         if slots.shape != weights.shape:
             raise ValueError(f"slots and weights must have one shape, got {[*slots.shape]} and {[*weights.shape]}")
-        slots_TK, weights_TK = slots.flatten(0, -2), weights.flatten(0, -2)
+        slots_TM, weights_TM = slots.flatten(0, -2), weights.flatten(0, -2)
         # Without gradients there is nothing to record, and the handle, on the CPU, would keep CUDA graphs away.
         if self.row_gradient is not None and self.weight.requires_grad and torch.is_grad_enabled():
             assert self.row_mark is not None
-            if not self.row_mark.requires_grad:  # frozen with the rest by somebody who names the weights to train
+            if not self.row_mark.requires_grad:  # frozen by code that names the weights to train
                 self.row_mark.requires_grad_(True)
-            y_TV = read_row_mode(self.weight, slots_TK, weights_TK, self.row_mark, self.row_gradient.handle)
+            y_TV = read_row_mode(self.weight, slots_TM, weights_TM, self.row_mark, self.row_gradient.handle)
         else:
-            y_TV = read(self.weight, slots_TK, weights_TK)
+            y_TV = read(self.weight, slots_TM, weights_TM)
         return y_TV.unflatten(0, slots.shape[:-1])
 
     def own(self, owner: object) -> RowGradient:
-        """Enter row mode with `owner`, a row optimizer, as the one that trains the table.
+        """Enters row mode: from now on `owner`, a row optimizer, trains the table.
 
         Raises `ValueError` while another owner is alive.
         """
@@ -87,7 +97,7 @@ class ValueTable(nn.Module):
         return self.row_gradient
 
     def release(self) -> None:
-        """Leave row mode: no owner, dense gradients again. What was recorded is discarded."""
+        """Leaves row mode: the table has no owner and dense gradients again. Discards what was recorded."""
         self.row_gradient = None
         self.row_mark = None
 
