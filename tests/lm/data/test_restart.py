@@ -451,54 +451,59 @@ def test_without_locks_the_first_to_finish_is_used(sources, whole, tmp_path, mon
 
 
 def readers():
-    return [thread for thread in threading.enumerate() if thread.name == "reader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
 
 
 def test_reading_goes_on_while_a_batch_is_worked_on():
-    taken = []
+    taken, ahead = [], threading.Event()
 
     def items():
         for number in range(100):
             taken.append(number)
+            if number == 19:
+                ahead.set()
             yield number
 
     with read_ahead(items(), size=lambda _: 1, limit=10) as batches:
         first = next(batches)
-        for _ in range(200):
-            if len(taken) > 30:
-                break
-            time.sleep(0.01)
+        assert ahead.wait(20)
         time.sleep(0.05)
         assert first == list(range(10))
-        assert 30 < len(taken) <= 41  # two lists wait, a third is full: the reader is bounded
+        assert len(taken) == 20  # one list ahead: the reader is bounded
         assert [item for batch in batches for item in batch] == list(range(10, 100))
     assert not readers()
 
 
-def test_an_error_of_the_reader_comes_after_what_was_read():
+def test_an_error_of_the_reader_comes_after_the_lists_before_it():
     def items():
-        yield from range(15)
-        raise ValueError("line 16")
+        yield from range(20)
+        raise ValueError("line 21")
 
     seen = []
-    with pytest.raises(ValueError, match="line 16"), read_ahead(items(), size=lambda _: 1, limit=10) as batches:
+    with pytest.raises(ValueError, match="line 21"), read_ahead(items(), size=lambda _: 1, limit=10) as batches:
         seen.extend(batches)
-    assert seen == [list(range(10)), list(range(10, 15))]
+    assert seen == [list(range(10)), list(range(10, 20))]
     assert not readers()
 
 
 @pytest.mark.parametrize("items", [lambda: itertools.count(), lambda: itertools.repeat(None)])
 def test_the_reader_ends_with_the_call_whatever_happens(items):
-    closed = []
+    closed, begun = [], threading.Event()
+
+    def size(_):
+        return 1
 
     def endless():
+        begun.set()
         try:
             yield from items()
         finally:
             closed.append(1)
 
     def work():
-        with read_ahead(endless(), size=lambda _: 1, limit=10):
+        with read_ahead(endless(), size=size, limit=10) as batches:
+            threading.Thread(target=lambda: next(batches, None), daemon=True).start()
+            assert begun.wait(20)
             assert readers()
             raise KeyboardInterrupt
 

@@ -1,9 +1,9 @@
 """The second pass over the documents: encode what is not encoded yet, span after span."""
 
 import hashlib
-import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -27,8 +27,6 @@ SHARD_TOKENS = 1 << 24
 BATCH_CHARACTERS = 4 << 20
 # What a document costs besides its characters, so that a batch of very short ones is of bounded size, too.
 DOCUMENT_CHARACTERS = 100
-# Lists that wait to be worked on; one more is being filled.
-WAITING = 2
 
 T = TypeVar("T")
 
@@ -125,54 +123,35 @@ def _documents(
 
 @contextmanager
 def read_ahead(items: Generator[T | None], *, size: Callable[[T], int], limit: int) -> Iterator[Iterator[list[T]]]:
-    """Give lists of `items`, read while the caller works on earlier ones.
-
-    A thread goes through `items` and collects them in lists, each ended by the item that brings it to `limit`.
+    """Give lists of `items`, each ended by the item that brings it to `limit`; a thread reads while the caller works.
 
     A None among the items is left out; like every item it is a place at which the thread can stop. What the items
     raise reaches the caller in its turn, after the lists before it. The thread has ended when the context is left.
     """
-    waiting: queue.Queue[list[T] | BaseException | None] = queue.Queue(WAITING)
     stop = threading.Event()
 
-    def put(item: list[T] | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return waiting.put(item, timeout=0.1)
-            except queue.Full:
-                pass
-
-    def read() -> None:
+    def read() -> list[T]:
         collected: list[T] = []
         total = 0
-        try:
-            with closing(items):
-                for item in items:
-                    if stop.is_set():
-                        return
-                    if item is None:
-                        continue
-                    collected.append(item)
-                    total += size(item)
-                    if total >= limit:
-                        put(collected)
-                        collected, total = [], 0
-            put(collected)
-            put(None)
-        except BaseException as error:
-            put(collected)
-            put(error)
+        for item in items:
+            if stop.is_set():
+                break
+            if item is None:
+                continue
+            collected.append(item)
+            total += size(item)
+            if total >= limit:
+                break
+        return collected
 
     def lists() -> Iterator[list[T]]:
-        while (item := waiting.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        reading = pool.submit(read)
+        while collected := reading.result():
+            reading = pool.submit(read)
+            yield collected
 
-    thread = threading.Thread(target=read, name="reader", daemon=True)
-    thread.start()
-    try:
-        yield lists()
-    finally:
-        stop.set()
-        thread.join()
+    with closing(items), ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
+        try:
+            yield lists()
+        finally:
+            stop.set()
