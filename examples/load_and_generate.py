@@ -5,11 +5,11 @@
 Without arguments a tiny base and a memory for it are made first.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
 import torch
-from jsonargparse import auto_cli
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from memlayers import load_memory, save_memory
@@ -49,4 +49,7 @@ def main(base: str | None = None, memory: str | None = None) -> tuple[list[int],
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base")
+    parser.add_argument("--memory")
+    main(**vars(parser.parse_args()))

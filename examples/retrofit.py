@@ -5,8 +5,9 @@
 Without --base a tiny random Llama stands in for the pretrained model, so that it runs anywhere in seconds.
 """
 
+import argparse
+
 import torch
-from jsonargparse import auto_cli
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from memlayers import add_memory, doctor, save_memory
@@ -56,4 +57,8 @@ def main(base: str | None = None, output: str = "runs/retrofitted", steps: int =
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base")
+    parser.add_argument("--output", default="runs/retrofitted")
+    parser.add_argument("--steps", type=int, default=60)
+    main(**vars(parser.parse_args()))

@@ -5,8 +5,9 @@
 The model is trained from scratch, for seconds.
 """
 
+import argparse
+
 import torch
-from jsonargparse import auto_cli
 
 from memlayers import UsageMeter, add_memory
 from memlayers.models import causal_lm, memory_layers, memory_preset
@@ -39,4 +40,6 @@ def main(steps: int = 60) -> float:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=60)
+    main(**vars(parser.parse_args()))

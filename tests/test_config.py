@@ -3,7 +3,7 @@ import json
 import pytest
 
 from memlayers import MemoryConfig
-from memlayers.config import instead
+from memlayers.settings import instead
 
 
 def test_json_round_trip_gives_an_equal_configuration():

@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "memlayers"
 
 # From the bottom to the top, as docs/contributing.md shows it. The root, `memlayers` itself, is above all of them.
 LAYERS = {
-    "base": "version checks files sizes available torch_private listening hardware tables",
+    "base": "version checks files sizes available torch_private listening hardware tables settings",
     "operations": "ops",
     "layer": "config query keys values usage layer memory_plus minimal parameters",
     "inference": "inference",
@@ -27,7 +27,7 @@ LAYERS = {
     "language models": "lm",
     "experiments": "experiments",
     "bench": "bench",
-    "command line": "info cli",
+    "command line": "info cli __main__",
 }
 HEIGHT = {module: height for height, modules in enumerate(LAYERS.values()) for module in modules.split()}
 
@@ -40,9 +40,7 @@ LATE = {
 LATE_HERE = ("memlayers", "memlayers.models", "memlayers.diagnosis", "memlayers.cli", "memlayers.cli.*")
 
 # What is not true yet. These lists only ever shrink.
-NOT_YET_DOWNWARDS = {
-    "memlayers.lm.dry_run imports memlayers.bench.machine",
-}
+NOT_YET_DOWNWARDS: set[str] = set()
 NOT_YET_LATE_WITH_A_REASON = (
     "memlayers", "memlayers.models", "memlayers.diagnosis*", "memlayers.cli*", "memlayers.lm*", "memlayers.bench*",
     "memlayers.experiments*", "memlayers.files",

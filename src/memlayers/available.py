@@ -1,4 +1,7 @@
-"""How much memory can still be had: of the machine, of the container that this process is in, of a GPU."""
+"""How much memory can still be had: of the machine, of the container that this process is in, of a GPU.
+
+And whether an error says that there was none left.
+"""
 
 import re
 from pathlib import Path
@@ -19,6 +22,14 @@ def available_memory(device: str | torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by this process, for itself
         return torch.cuda.mem_get_info(device)[0] + cached
     return min(_left_on_machine(Path("/proc/meminfo")), left_in_groups(Path("/proc/self/cgroup")))
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; PyTorch says so on a CPU, and of sizes beyond 64 bits, by its message alone."""
+    signs = ("alloc_cpu", "DefaultCPUAllocator", "can't allocate memory", "size calculation overflow")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 def left_in_groups(membership: Path, root: Path = Path("/sys/fs/cgroup")) -> int:

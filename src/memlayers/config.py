@@ -1,12 +1,11 @@
 """MemoryConfig: everything that describes one memory layer, and nothing about where it goes."""
 
 import dataclasses
-import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from memlayers.checks import require_bool, require_choice, require_int, require_number
+from memlayers.settings import check_settings, instead, setting
 
 QueryNorm = Literal["batch", "rms", "none"]
 KeyKind = Literal["product", "flat"]
@@ -19,37 +18,24 @@ class MemoryConfig:
     The number of slots is always ``num_subkeys ** 2``, for product and for flat keys, so that the two compare.
     """
 
-    dim: int  # D, width of the model
-    value_dim: int | None = None  # V, width of a value; None: as wide as the model, without an output projection
-    heads: int = 4  # H, each with its own query and its own keys
-    topk: int = 32  # K, slots read per head
-    num_subkeys: int = 512  # N, sub-keys per codebook; the table has N * N slots
-    query_dim: int = 512  # Q, width of the query of one head; even for product keys
-    query_hidden: tuple[int, ...] = ()  # hidden sizes of the query network; empty: one linear map
-    query_norm: QueryNorm = "batch"  # over the H * Q query features ("batch"), over Q ("rms"), or none
-    query_bias: bool = True  # bias of the query network's linear maps
-    keys: KeyKind = "product"  # "product": exact search in O(N); "flat": N * N keys, all searched
-    input_dropout: float = 0.0  # on the input of the query network
-    query_dropout: float = 0.0  # on the query, after its norm
-    value_dropout: float = 0.0  # on what was read from the table
+    dim: int = setting(..., "D, width of the model", least=1)
+    value_dim: int | None = setting(
+        None, "V, width of a value; None: as wide as the model, without an output projection", least=1
+    )
+    heads: int = setting(4, "H, each with its own query and its own keys", least=1)
+    topk: int = setting(32, "K, slots read per head", least=1)
+    num_subkeys: int = setting(512, "N, sub-keys per codebook; the table has N * N slots", least=2)
+    query_dim: int = setting(512, "Q, width of the query of one head; even for product keys", least=2)
+    query_hidden: tuple[int, ...] = setting((), "hidden sizes of the query network; empty: one linear map", least=1)
+    query_norm: QueryNorm = setting("batch", 'over the H * Q query features ("batch"), over Q ("rms"), or none')
+    query_bias: bool = setting(True, "bias of the query network's linear maps")
+    keys: KeyKind = setting("product", '"product": exact search in O(N); "flat": N * N keys, all searched')
+    input_dropout: float = setting(0.0, "on the input of the query network", least=0, below=1)
+    query_dropout: float = setting(0.0, "on the query, after its norm", least=0, below=1)
+    value_dropout: float = setting(0.0, "on what was read from the table", least=0, below=1)
 
     def __post_init__(self) -> None:
-        # Lists come from JSON and YAML; a tuple keeps the configuration hashable.
-        if isinstance(self.query_hidden, list):
-            object.__setattr__(self, "query_hidden", tuple(self.query_hidden))
-        for name in ("dim", "heads", "topk", "num_subkeys", "query_dim"):
-            require_int(name, getattr(self, name), least=2 if name in ("num_subkeys", "query_dim") else 1)
-        if self.value_dim is not None:
-            require_int("value_dim", self.value_dim, least=1)
-        if not isinstance(self.query_hidden, tuple):
-            raise ValueError(f"query_hidden must be a sequence of hidden sizes, got {self.query_hidden!r}")
-        for size in self.query_hidden:
-            require_int("query_hidden", size, least=1)
-        require_choice("query_norm", self.query_norm, get_args(QueryNorm))
-        require_choice("keys", self.keys, get_args(KeyKind))
-        require_bool("query_bias", self.query_bias)
-        for name in ("input_dropout", "query_dropout", "value_dropout"):
-            require_number(name, getattr(self, name), least=0.0, below=1.0)
+        check_settings(self)
         if self.num_subkeys > 2**16:  # the selection keeps a slot in 32 bits
             raise ValueError(f"num_subkeys must be at most {2**16}, got {self.num_subkeys}")
         most = self.num_subkeys if self.keys == "product" else self.slots
@@ -85,25 +71,3 @@ class MemoryConfig:
         if "dim" not in fields:
             raise ValueError("memory configuration field 'dim' (width of the model) is missing")
         return cls(**fields)
-
-
-def instead(name: object, known: Collection[str], *, spelled: str = "{!r}") -> str:
-    """The end of an error about an unknown name: the known ones that it resembles, else those of its section.
-
-    Names may be dotted. One that lacks its section, or has a wrong one, is known by its last part.
-    """
-    section, _, last = str(name).rpartition(".")
-    parts: dict[str, list[str]] = {}
-    siblings: dict[str, str] = {}
-    for other in known:
-        other_section, _, other_last = other.rpartition(".")
-        parts.setdefault(other_last, []).append(other)
-        if other_section == section:
-            siblings[other_last] = other
-    close = [siblings[part] for part in difflib.get_close_matches(last, siblings, n=1, cutoff=0.7)]
-    close = close or [
-        other for part in difflib.get_close_matches(last, parts, n=1, cutoff=0.8) for other in parts[part]
-    ]
-    if close:
-        return f"did you mean {' or '.join(map(spelled.format, close))}?"
-    return f"allowed: {', '.join(siblings.values() or known)}"

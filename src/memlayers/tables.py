@@ -9,6 +9,8 @@ from memlayers.files import file_aside
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Lines = list[tuple[str, str]]  # names, and what is said of them
+
 # Distinct for colour-blind readers and in print (Okabe and Ito's palette).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -23,6 +25,13 @@ def two_columns(lines: Sequence[tuple[str, str]]) -> str:
     """Names and what is said of them, in two columns."""
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def perplexity_text(value: float | None) -> str:
+    """A perplexity as text: one decimal, or three digits where it is huge (per word of source code), or a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.2e}" if value >= 1e6 else f"{value:,.1f}"
 
 
 def save_figure(figure: "Figure", file: Path) -> None:

@@ -22,7 +22,7 @@ def refused(capsys):
 @pytest.fixture
 def trainings(monkeypatch):
     """What `train` is called with instead of training: (configuration, output, settings) of each call."""
-    import memlayers.lm.train as module
+    import memlayers.cli.training_commands as module
 
     calls = []
 

@@ -26,7 +26,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("fault", "message"), FAULTS, ids=[type(fault).__name__ for fault, _ in FAULTS])
 def test_what_goes_wrong_on_the_way_is_said_with_status_1(fault, message, monkeypatch, capsys):
-    import memlayers.info as module
+    import memlayers.cli.machine_commands as module
 
     def fail():
         raise fault
@@ -38,7 +38,7 @@ def test_what_goes_wrong_on_the_way_is_said_with_status_1(fault, message, monkey
 
 
 def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch):
-    import memlayers.info as module
+    import memlayers.cli.machine_commands as module
 
     def fail():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -49,7 +49,7 @@ def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch):
 
 
 def test_an_allocation_that_no_machine_can_make_is_one_line(monkeypatch, capsys):
-    import memlayers.info as module
+    import memlayers.cli.machine_commands as module
 
     monkeypatch.setattr(module, "versions", lambda: torch.empty(1 << 50))
     assert main(["info"]) == 1
@@ -59,7 +59,7 @@ def test_an_allocation_that_no_machine_can_make_is_one_line(monkeypatch, capsys)
 
 
 def test_an_interruption_is_no_traceback(monkeypatch, capsys):
-    import memlayers.info as module
+    import memlayers.cli.machine_commands as module
 
     def interrupt():
         raise KeyboardInterrupt
@@ -70,7 +70,7 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
 
 
 def test_a_file_that_may_not_be_read_is_the_user_s_fault(monkeypatch, capsys):
-    import memlayers.info as module
+    import memlayers.cli.machine_commands as module
 
     def fail():
         raise PermissionError(errno.EACCES, "Permission denied", "f")

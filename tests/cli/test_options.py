@@ -80,7 +80,7 @@ def test_the_width_of_the_memory_may_be_said_if_it_is_that_of_the_model(configur
 
 
 def test_a_comparison_takes_the_configuration_of_a_run(write, monkeypatch, tmp_path):
-    import memlayers.experiments.compare as module
+    import memlayers.cli.training_commands as module
 
     def stop(config, *args, **settings):
         given.append(config)
@@ -105,12 +105,73 @@ def test_resuming_and_overwriting_are_passed_on(trainings, tmp_path):
 
 
 def test_help_shows_every_field_with_its_comment_and_the_preset_s_value(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["train", "--help", "--preset", "paper-12x1024"])
-    assert end.value.code == 0
+    assert main(["train", "--help", "--preset", "paper-12x1024"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--memory.topk TOPK K, slots read per head (type: int, default: 32)" in shown
-    assert "vocab_size VOCAB_SIZE tokens, the 256 bytes and <|endoftext|> included (type: int, default: 60000)" in shown
+    assert "--memory.topk TOPK K, slots read per head (an integer; default: 32)" in shown
+    assert (
+        "vocab_size VOCAB_SIZE tokens, the 256 bytes and <|endoftext|> included (an integer; default: 60000)" in shown
+    )
     assert "go on with the run that the folder holds, from its last checkpoint; begin it if there is none" in shown
     for name in ("accumulate", "save_every_tokens", "keep_checkpoints"):
         assert f"--training.{name} " in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["--data.sources", "play.txt"], "data.sources", ("play.txt",)),
+        (["--data.sources", "a b.txt", "1.0"], "data.sources", ("a b.txt", "1.0")),
+        (["--data.sources", '["a", "b"]'], "data.sources", ("a", "b")),
+        (["--data.text_field", "1"], "data.text_field", "1"),
+        (["--memory_layers", "3"], "memory_layers", (3,)),
+        (["--memory_layers", "3", "1"], "memory_layers", (3, 1)),
+        (["--memory_layers=[3, 1]"], "memory_layers", (3, 1)),
+        (["--memory_layers", "[]"], "memory_layers", ()),
+        (["--training.learning_rate", "1e-3"], "training.learning_rate", 1e-3),
+        (["--training.learning-rate", "1e-3"], "training.learning_rate", 1e-3),
+        (["--training.betas", "0.8", "0.9"], "training.betas", (0.8, 0.9)),
+        (["--training.save_every_tokens", "null"], "training.save_every_tokens", None),
+        (["--training.save_every_tokens", "None"], "training.save_every_tokens", None),
+        (["--training.save_every_tokens", "64"], "training.save_every_tokens", 64),
+        (["--training.gradient_checkpointing", "true"], "training.gradient_checkpointing", True),
+        (["--memory.query_norm", "none"], "memory.query_norm", "none"),
+        (["--training.seed", "3", "--training.seed", "4"], "training.seed", 4),
+    ],
+)
+def test_values_are_typed_as_people_type_them(words, field, value, configured):
+    config = configured(*words)
+    section, _, name = field.rpartition(".")
+    assert getattr(getattr(config, section) if section else config, name) == value
+
+
+def test_files_may_be_named_together(configured, write):
+    files = [write("training.tokens: 64\n", "one.yaml"), write("training.seed: 4\n", "two.yaml")]
+    config = configured("--config", *files, "--model.layers", "5")
+    assert (config.training.tokens, config.training.seed, config.model.layers) == (64, 4, 5)
+
+
+def test_generation_has_the_same_defaults_as_a_function():
+    import inspect
+
+    from memlayers.cli.commands import COMMANDS
+    from memlayers.lm.generate import generate
+
+    options = COMMANDS["generate"].options
+    defaults = {name: parameter.default for name, parameter in inspect.signature(generate).parameters.items()}
+    assert set(options) == set(defaults)
+    for name, default in defaults.items():
+        assert default is inspect.Parameter.empty or options[name].default == default
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "prepare", "eval", "generate", "doctor", "bench", "info"])
+def test_every_command_has_a_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(f"usage: memlayers {command} ")
+
+
+def test_the_overview_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for command in ("train", "compare", "prepare", "eval", "generate", "doctor", "bench", "info"):
+        assert f"\n  {command} " in shown

@@ -2,7 +2,8 @@ import copy
 
 import pytest
 
-from memlayers.experiments.report import figure, headline, markdown, plot
+from memlayers.experiments.report import headline, markdown, plot
+from memlayers.tables import perplexity_text
 
 SPEED = {
     "prefill_words_per_s": 5000.0,
@@ -114,7 +115,7 @@ def test_test_figures_have_columns_of_their_own(content):
     ("value", "text"), [(None, "-"), (12.345, "12.3"), (123456.7, "123,456.7"), (3.45e10, "3.45e+10")]
 )
 def test_perplexities_are_readable(value, text):
-    assert figure(value) == text
+    assert perplexity_text(value) == text
 
 
 def test_the_plot_is_two_panels_on_one_scale(content, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from memlayers.bench.machine import (
     threads,
 )
 from memlayers.bench.result import Result
-from memlayers.bench.shapes import AXES, Axis, Shape, shape
+from memlayers.bench.shapes import AXES, Axis, Shape, shape, shape_names
 from memlayers.bench.sweeps import sweep_axis
 from memlayers.bench.timing import Stopwatch
-from memlayers.checks import require_int
 from memlayers.files import new_folder, write_json, write_text
 from memlayers.hardware import hardware, versions
+from memlayers.settings import check_settings, setting
 
 _BARS = ("512x512", "1024x1024")  # the shapes of the published figures
 _GPU_TOKENS = 2**14
@@ -43,6 +43,10 @@ class Case:
     shapes: tuple[str, ...] = _BARS  # where it is measured unless shapes are named; a sweep starts from each
     tables: float = 0.0  # float32 tables that it cannot run without; 0 where that is the contenders' affair
     gpu_tokens: int | None = None  # tokens on a GPU, unless they are given, where those of the shape do not fill it
+
+
+def _sweep(axis: Axis) -> cases.Run:
+    return lambda bench, base: sweep_axis(bench, axis, base)
 
 
 def registry() -> tuple[Case, ...]:
@@ -72,27 +76,27 @@ class BenchConfig:
     Raises `ValueError` naming the field, its value and what is allowed.
     """
 
-    cases: tuple[str, ...] = field(default_factory=case_names)  # what to measure; not given: everything
-    shapes: tuple[str, ...] = ()  # at which shapes; not given: those of the published figures
-    tokens: int | None = None  # tokens of a batch; null: those of the shape, on a GPU 16384 for select and read
-    device: str = "auto"  # auto, cpu or cuda; auto: the GPU if there is one
-    threads: int | None = None  # CPU threads; null: as many as PyTorch uses
-    repeats: int = 11  # rounds of a case that are counted
-    budget: float = 20.0  # seconds of a case after which no further round begins, once there were three
-    output: str | None = None  # folder to write results.json, table.md and plots to; it must not exist yet
+    cases: tuple[str, ...] = setting(case_names(), f"what to measure, of {', '.join(case_names())}")
+    shapes: tuple[str, ...] = setting(
+        (), f"at which shapes, of {', '.join(shape_names())}; none: those of the published figures"
+    )
+    tokens: int | None = setting(
+        None, "tokens of a batch; null: those of the shape, on a GPU 16384 for select and read", least=1
+    )
+    device: str = setting("auto", "auto, cpu or cuda; auto: the GPU if there is one")
+    threads: int | None = setting(None, "CPU threads; null: as many as PyTorch uses", least=1)
+    repeats: int = setting(11, "rounds of a case that are counted", least=1)
+    budget: float = setting(
+        20.0, "seconds of a case after which no further round begins, once there were three", above=0
+    )
+    output: str | None = setting(None, "folder for results.json, table.md and plots; it must not exist yet")
 
     def __post_init__(self) -> None:
-        for name in ("cases", "shapes"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_settings(self)
         known = case_names()
         for case in self.cases or [""]:
             if case not in known:
                 raise ValueError(f"cases must be some of {', '.join(known)}, got {case!r}")
-        for name in ("threads", "repeats"):
-            if (value := getattr(self, name)) is not None:
-                require_int(name, value, least=1)
-        if not self.budget > 0:
-            raise ValueError(f"budget must be above 0 seconds, got {self.budget!r}")
         device_of(self.device)
         for _ in self.pairs():  # names of shapes, and numbers of tokens
             pass
@@ -171,10 +175,6 @@ def _results(case: Case, bench: cases.Bench, one: Shape) -> Iterator[Result]:
     except torch.OutOfMemoryError as error:  # of a GPU; what was measured before it stays, and other cases follow
         lack = " ".join(str(error).split())[:200]
     yield Result(case=case.name, shape=one, notes=(f"stopped: {lack}",))
-
-
-def _sweep(axis: Axis) -> cases.Run:
-    return lambda bench, base: sweep_axis(bench, axis, base)
 
 
 def _check_output(folder: Path) -> None:

@@ -1,16 +1,24 @@
 """The command line: ``memlayers train | compare | prepare | eval | generate | doctor | bench | info``.
 
-main         what is printed, and the exit status, when something goes wrong
-commands     the commands and their options
-options      a configuration from its preset, its file and its options
-config_file  a file of options
-refusals     one line for what the parser does not take
+In the order of a command's way:
+
+main               what is printed, and the exit status, when something goes wrong
+commands           every command with its options, and the choice between them
+arguments          what was typed becomes values; the help
+configuration      the configuration of a run from its preset, its files and its options
+options_file       a file of options
+training_commands  train, compare, prepare
+model_commands     eval, generate, doctor
+machine_commands   bench, info
 """
 
 import errno
 import os
 import sys
 from collections.abc import Sequence
+
+from memlayers.checks import CommandFailed
+from memlayers.version import __version__
 
 FAILED = 1
 USER_ERROR = 2
@@ -19,33 +27,35 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # full, or 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. A failure is one line on standard error.
+    """Runs one command and returns the exit status. A failure is one line on standard error.
 
     Status 2 is for what a user got wrong, 1 for what went wrong on the way: no memory or no room on the disk left, a
     loss that is not finite, a check that failed. Nothing is said if nobody reads the output any more.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        import jsonargparse  # noqa: F401
-        import transformers
-    except ModuleNotFoundError as error:
-        return _fail(f"the command line needs {error.name}: pip install 'memlayers[lm]'", USER_ERROR)
-    from memlayers.checks import CommandFailed
-    from memlayers.cli.commands import run_command
+        if arguments[:1] == ["--version"]:  # before anything is imported that an extra brings
+            print(f"memlayers {__version__}")
+        else:
+            from memlayers.cli.commands import run_command  # needs PyYAML
 
-    transformers.utils.logging.disable_progress_bar()  # of saving and loading; training keeps its own
-    try:
-        run_command(arguments)
+            run_command(arguments)
         sys.stdout.flush()  # what is still to be written must not fail after the end
     except BrokenPipeError:
         return _leave_quietly()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("", "memlayers"):
+            raise
+        return _fail(f"this command needs {error.name}: pip install 'memlayers[lm]'", USER_ERROR)
     except (ValueError, OSError) as error:
         is_of_the_disk = isinstance(error, OSError) and error.errno in _OF_THE_DISK
         return _fail(_with_notes(error), FAILED if is_of_the_disk else USER_ERROR)
     except CommandFailed as error:
         return _fail(str(error), FAILED)
     except (MemoryError, RuntimeError) as error:
-        if not _is_lack_of_memory(error):
+        from memlayers.available import is_lack_of_memory  # imports torch, for which no other end has to wait
+
+        if not is_lack_of_memory(error):
             raise
         return _fail(f"not enough memory: {str(error).strip().partition(chr(10))[0] or 'an allocation failed'}", FAILED)
     except KeyboardInterrupt as interruption:
@@ -54,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave_quietly() -> int:
-    """The end of a command of which the output went into a pipe that was closed, as by `head`."""
+    """Ends a command whose output went into a pipe that was closed, as by `head`."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())  # where the rest of it goes at the end of the process
     os.close(nowhere)
@@ -62,19 +72,8 @@ def _leave_quietly() -> int:
 
 
 def _with_notes(error: BaseException) -> str:
-    """What it says, and what was added on its way here: where what is done so far is kept."""
+    """The error's message, and what was added on its way here: where what is done so far is kept."""
     return ". ".join(filter(None, (str(error) or None, *getattr(error, "__notes__", ()))))
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; PyTorch says so on a CPU, and of sizes beyond 64 bits, by its message alone."""
-    import torch
-
-    said = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        sign in said
-        for sign in ("alloc_cpu", "DefaultCPUAllocator", "can't allocate memory", "size calculation overflow")
-    )
 
 
 def _fail(message: str, status: int) -> int:

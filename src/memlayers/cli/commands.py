@@ -1,79 +1,227 @@
-"""From what was typed to the command that does it."""
+"""Every command with its options, and the choice between them.
 
-from argparse import ArgumentError
-from collections.abc import Sequence
+What a command does is imported once its arguments have been understood: transformers and torch take seconds to import.
+"""
 
-from jsonargparse import ArgumentParser, Namespace
+import dataclasses
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from memlayers.cli import diagnosing, making, using
-from memlayers.cli.call import Call, Command
-from memlayers.cli.options import Base, flatten
-from memlayers.cli.refusals import refusal
-from memlayers.config import instead
-from memlayers.lm.config import RunConfig
-from memlayers.lm.presets import Comparison
-from memlayers.version import __version__
+from memlayers.cli.arguments import Parser
+from memlayers.cli.configuration import Base, Call
+from memlayers.lm.config import SECTIONS, RunConfig, run_settings
+from memlayers.lm.presets import Comparison, preset_names
+from memlayers.settings import Setting, instead, require, settings_of
+from memlayers.tables import two_columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command of the command line."""
+
+    summary: str
+    run: str  # the function that does it, as module:name
+    options: Mapping[str, Setting] = field(default_factory=dict)
+    flags: Mapping[str, str] = field(default_factory=dict)  # options without a value, and their help
+    placed: str | None = None  # the option that is given by its place
+    kind: type[RunConfig] | None = None  # the configuration that it takes
+    section: str = ""  # the only part of the configuration that it takes
+    settings: str = ""  # a dataclass of further options, as module:name
+
+    def parser(self, name: str, defaults: Mapping[str, object]) -> Parser:
+        """Its parser; `defaults` are those of the configuration, for the help."""
+        wanted = [section for section in SECTIONS if self.kind and section.startswith(self.section)]
+        return Parser(
+            name,
+            f"{self.summary[0].upper()}{self.summary[1:]}.",
+            {**self.own_settings(), **self.fields(defaults)},
+            flags=self.flags,
+            placed=self.placed,
+            sections={section: (inspect.getdoc(SECTIONS[section]) or "").partition("\n")[0] for section in wanted},
+        )
+
+    def own_settings(self) -> dict[str, Setting]:
+        """Its options, without the fields of the configuration."""
+        further = settings_of(_load(self.settings)) if self.settings else {}
+        return {**self.options, **(_OF_A_CONFIGURATION if self.kind else {}), **further}
+
+    def fields(self, defaults: Mapping[str, object]) -> dict[str, Setting]:
+        """The fields of the configuration that it takes."""
+        known = {} if self.kind is None else run_settings(self.kind)
+        return {
+            name: found._replace(default=defaults.get(name))
+            for name, found in known.items()
+            if name.startswith(self.section)
+        }
+
+
+def _option(help: str, kind: object = str, default: object = dataclasses.MISSING, **limits: int) -> Setting:
+    return Setting(kind, help, default, limits)
+
+
+_OF_A_CONFIGURATION = {
+    "preset": _option(f"where the defaults below come from: {', '.join(preset_names())}", default=None),
+    "config": _option(
+        "YAML or JSON files of options, a later one over an earlier; config.json of a run is one",
+        tuple[str, ...],
+        default=(),
+    ),
+}
+_RUN = {"run": _option("folder of a finished run")}
+_CORPUS = (
+    "folder of the prepared corpus; made if it is not there. One that is ready decides the data options, unless some "
+    "are given (default: `corpus` {})"
+)
+COMMANDS = {
+    "train": Command(
+        summary="train one model",
+        run="memlayers.cli.training_commands:run_train",
+        options={
+            "output": _option("folder of the run, which is written; needed but for --dry_run", default=None),
+            "corpus": _option(_CORPUS.format("beside the run"), default=None),
+        },
+        flags={
+            "overwrite": "replace the run that the folder holds",
+            "resume": "go on with the run that the folder holds, from its last checkpoint; begin it if there is none",
+            "dry_run": "write nothing: take one step and say what the whole run needs, in memory and in time",
+        },
+        kind=RunConfig,
+    ),
+    "compare": Command(
+        summary="N layers with a memory against N and 2N layers without",
+        run="memlayers.cli.training_commands:run_compare",
+        options={
+            "output": _option("folder of the comparison, which is written"),
+            "corpus": _option(_CORPUS.format("in the comparison's folder"), default=None),
+            "test_tokens": _option(
+                "also report on so many tokens of the test split; 0: leave it alone", int, 0, least=0
+            ),
+        },
+        kind=Comparison,
+    ),
+    "prepare": Command(
+        summary="turn text into token files, for later training",
+        run="memlayers.cli.training_commands:run_prepare",
+        options={"output": _option("folder of the token files, which is written")},
+        kind=RunConfig,
+        section="data",
+    ),
+    "eval": Command(
+        summary="perplexity, bits per byte and memory usage of a trained model",
+        run="memlayers.cli.model_commands:run_eval",
+        options={
+            **_RUN,
+            "split": _option("which text", Literal["validation", "test", "train"], "validation"),
+            "tokens": _option(
+                "the longest prefix of whole documents within it; the first document whatever its length",
+                int,
+                100_000,
+                least=2,
+            ),
+            "corpus": _option("folder of the prepared corpus, if it has moved since the training", default=None),
+        },
+        flags={"json": "print all figures as JSON"},
+        placed="run",
+    ),
+    "generate": Command(
+        summary="continue a text with a trained model",
+        run="memlayers.cli.model_commands:run_generate",
+        options={
+            **_RUN,
+            "prompt": _option("the beginning of a document"),
+            "max_new_tokens": _option("tokens to write at most", int, 100, least=1),
+            "temperature": _option(
+                "of the distribution that is drawn from; 0: the likeliest token each time", float, 0.8, least=0
+            ),
+            "top_p": _option(
+                "draw from the likeliest tokens that together have this probability", float, 0.95, above=0
+            ),
+            "seed": _option("of the draws", int, 0, least=0),
+        },
+        placed="run",
+    ),
+    "doctor": Command(
+        summary="whether a model's memories are reached, trained and used",
+        run="memlayers.cli.model_commands:run_doctor",
+        options={
+            "checkpoint": _option("folder of a finished run, a checkpoint in a run, or what save_pretrained wrote"),
+            "corpus": _option("folder of the prepared corpus, if it has moved, or if the model has none", default=None),
+        },
+        flags={"json": "print all findings as JSON"},
+        placed="checkpoint",
+    ),
+    "bench": Command(
+        summary="speed and peak memory of the layer on this machine, against baselines",
+        run="memlayers.cli.machine_commands:run_bench",
+        settings="memlayers.bench.run:BenchConfig",
+    ),
+    "info": Command(
+        summary="versions and devices; parameters and memory of a run, a preset or a configuration",
+        run="memlayers.cli.machine_commands:run_info",
+        options={"what": _option(f"folder of a run, or a preset: {', '.join(preset_names())}", default=None)},
+        placed="what",
+        kind=RunConfig,
+    ),
+}
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Parse the arguments and run the command. Raises `ValueError` for what it does not take."""
-    commands = _commands()
-    name = arguments[0] if arguments else ""
-    if name not in commands and not name.startswith("-"):
-        given = f"unknown command {name!r}" if name else "a command is missing"
-        raise ValueError(f"{given}; {instead(name, commands)}")
-    parser = ArgumentParser(
-        prog="memlayers",
-        description="Large memory layers: train, compare and use language models that have one.",
-        exit_on_error=False,
-        allow_abbrev=False,  # of the commands' parsers, too
-        version=__version__,
+    """Parses the arguments and runs the command. Raises `ValueError` for what it does not take."""
+    name, *words = arguments or [""]
+    if name in ("-h", "--help"):
+        print(overview())
+        return
+    if name not in COMMANDS:
+        wrong = f"unknown command {name!r}" if name else "a command is missing"
+        raise ValueError(f"{wrong}; {instead(name, COMMANDS)}")
+    command = COMMANDS[name]
+    given = command.parser(name, {}).values(words)
+    asks_for_help = given.pop("help", False)
+    base = None
+    if command.kind is not None:
+        base = Base.named(command.kind, given.get("preset"), given.get("config", ()))
+    if asks_for_help:
+        print(command.parser(name, {} if base is None else base.fields).format_help(), end="")
+        return
+    call = Call(
+        _options(name, command, given), {field: given[field] for field in command.fields({}) if field in given}, base
     )
-    subcommands = parser.add_subcommands(dest="command", required=True)
-    parsers: dict[str, ArgumentParser] = {}
-    base: Base | None = None
-    for other, command in commands.items():
-        parsers[other] = ArgumentParser(exit_on_error=False)
-        if other == name:  # the others are only listed
-            if command.kind is not None:
-                base = Base.find(arguments[1:], command.kind)
-            command.add_options(parsers[other], base)
-        subcommands.add_subcommand(other, parsers[other], help=command.summary)
-    try:
-        given = parser.parse_args(list(arguments), defaults=False)[name]
-    except ArgumentError as error:
-        if name not in commands:
-            raise ValueError(error.message) from None
-        raise ValueError(refusal(error, name, parsers[name], arguments[1:], base)) from None
-    kind = commands[name].kind
-    defaults = {action.dest: action.default for action in parsers[name]._actions if "." not in action.dest}
-    options = Namespace(**{option: given.get(option, default) for option, default in defaults.items()})
-    commands[name].run(Call(options, {} if kind is None else flatten(given, kind), base))
+    run = _load(command.run)
+    if transformers := sys.modules.get("transformers"):  # which not every command imports
+        transformers.utils.logging.disable_progress_bar()  # of saving and loading; training keeps its own
+    run(call)
 
 
-def _commands() -> dict[str, Command]:
-    return {
-        "train": Command("train one model", making.add_train, making.run_train, RunConfig),
-        "compare": Command(
-            "N layers with a memory against N and 2N layers without", making.add_compare, making.run_compare, Comparison
-        ),
-        "prepare": Command(
-            "turn text into token files, for later training", making.add_prepare, making.run_prepare, RunConfig
-        ),
-        "eval": Command(
-            "perplexity, bits per byte and memory usage of a trained model", using.add_eval, using.run_eval
-        ),
-        "generate": Command("continue a text with a trained model", using.add_generate, using.run_generate),
-        "doctor": Command(
-            "whether a model's memories are reached, trained and used", diagnosing.add_doctor, diagnosing.run_doctor
-        ),
-        "bench": Command(
-            "speed and peak memory of the layer on this machine, against baselines", using.add_bench, using.run_bench
-        ),
-        "info": Command(
-            "versions and devices; parameters and memory of a run, a preset or a configuration",
-            using.add_info,
-            using.run_info,
-            RunConfig,
-        ),
-    }
+def overview() -> str:
+    """What `memlayers --help` prints."""
+    lines = two_columns([(f"  {name}", command.summary) for name, command in COMMANDS.items()])
+    return (
+        "usage: memlayers COMMAND ...\n\nLarge memory layers: train, compare and use language models that have one.\n\n"
+        f"{lines}\n\nmemlayers COMMAND --help says more; memlayers --version says which one this is."
+    )
+
+
+def _options(name: str, command: Command, given: Mapping[str, object]) -> dict[str, object]:
+    """The options that are no fields of the configuration, checked."""
+    known = command.own_settings()
+    missing = [option for option, found in known.items() if not found.has_default and option not in given]
+    if missing:
+        shown = [
+            f"{option.upper() if option == command.placed else f'--{option}'} ({known[option].help})"
+            for option in missing
+        ]
+        raise ValueError(f"memlayers {name} needs {', '.join(shown)}")
+    for option, found in known.items():
+        if option in given:
+            require(option, given[option], found.kind, found.limits)
+    defaults = {option: found.default for option, found in known.items()} | dict.fromkeys(command.flags, False)
+    return {option: given.get(option, default) for option, default in defaults.items()}
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from memlayers.tables import COLOURS, markdown_table, save_figure
+from memlayers.tables import COLOURS, markdown_table, perplexity_text, save_figure
 
 Models = Mapping[str, Mapping[str, Any]]
 
@@ -94,14 +94,14 @@ def _quality_columns(models: Models) -> list[Column]:
     columns: list[Column] = [
         ("parameters", lambda model: _count(model["parameters"]["total"])),
         ("of which values", lambda model: _count(model["parameters"]["values"])),
-        ("validation perplexity", lambda model: figure(model["validation"]["perplexity"])),
-        ("at equal time ¹", lambda model: figure(model["equal_time"]["perplexity"])),
-        ("per word", lambda model: figure(model["validation"]["perplexity_per_word"])),
+        ("validation perplexity", lambda model: perplexity_text(model["validation"]["perplexity"])),
+        ("at equal time ¹", lambda model: perplexity_text(model["equal_time"]["perplexity"])),
+        ("per word", lambda model: perplexity_text(model["validation"]["perplexity_per_word"])),
         ("bits per byte", lambda model: f"{model['validation']['bits_per_byte']:.3f}"),
     ]
     if any(model["test"] for model in models.values()):
-        columns.append(("test perplexity", lambda model: figure(model["test"]["perplexity"])))
-        columns.append(("test per word", lambda model: figure(model["test"]["perplexity_per_word"])))
+        columns.append(("test perplexity", lambda model: perplexity_text(model["test"]["perplexity"])))
+        columns.append(("test per word", lambda model: perplexity_text(model["test"]["perplexity_per_word"])))
     return columns
 
 
@@ -183,10 +183,3 @@ def _count(number: int) -> str:
     if number == 0:
         return "-"
     return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
-
-
-def figure(value: float | None) -> str:
-    """A perplexity as text: one decimal, or three digits where it is huge (per word of source code), or a dash."""
-    if value is None:
-        return "-"
-    return f"{value:.2e}" if value >= 1e6 else f"{value:,.1f}"

@@ -4,11 +4,12 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Self
 
-from memlayers.checks import require_betas, require_bool, require_choice, require_int, require_number
-from memlayers.config import MemoryConfig, instead
+from memlayers.checks import require_int
+from memlayers.config import MemoryConfig
 from memlayers.lm.data.config import DataConfig
+from memlayers.settings import Setting, check_settings, instead, setting, settings_of
 
 Family = Literal["gpt2", "llama"]
 Schedule = Literal["cosine", "inverse_sqrt", "constant"]
@@ -21,67 +22,67 @@ _WITHOUT_EFFECT = ("training.save_every_tokens", "training.keep_checkpoints")  #
 class ModelConfig:
     """The transformer that carries the memory: a Hugging Face causal language model, built from scratch."""
 
-    family: Family = "gpt2"  # "gpt2": learned positions, GELU; "llama": rotary positions, gated SiLU
-    layers: int = 4  # number of blocks
-    dim: int = 256  # D, width of the model
-    heads: int = 4  # attention heads; they divide dim
-    context: int = 256  # tokens that a prediction sees at most, and tokens predicted in one window
-    dropout: float = 0.0  # on embeddings, attention and residuals (gpt2); on attention (llama)
+    family: Family = setting("gpt2", '"gpt2": learned positions, GELU; "llama": rotary positions, gated SiLU')
+    layers: int = setting(4, "number of blocks", least=1)
+    dim: int = setting(256, "D, width of the model", least=1)
+    heads: int = setting(4, "attention heads; they divide dim", least=1)
+    context: int = setting(256, "tokens that a prediction sees at most, and tokens predicted in one window", least=1)
+    dropout: float = setting(
+        0.0, "on embeddings, attention and residuals (gpt2); on attention (llama)", least=0, below=1
+    )
 
     def __post_init__(self) -> None:
-        require_choice("model.family", self.family, get_args(Family))
-        for name in ("layers", "dim", "heads", "context"):
-            require_int(f"model.{name}", getattr(self, name), least=1)
+        check_settings(self, "model")
         if self.dim % self.heads:
             raise ValueError(f"model.heads must divide model.dim = {self.dim}, got {self.heads}")
         if self.family == "llama" and (self.dim // self.heads) % 2:
             raise ValueError(
                 f"model.dim / model.heads must be even for rotary positions, got {self.dim} / {self.heads}"
             )
-        require_number("model.dropout", self.dropout, least=0.0, below=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long a model is trained, with which step, and how often it is looked at."""
 
-    tokens: int = 2_000_000  # training budget; rounded up to whole steps; text is seen again once it runs out
-    batch_tokens: int = 4096  # tokens predicted in one step; a multiple of model.context
-    accumulate: int = 1  # parts that a step is computed in, one after the other: less memory; each has its BatchNorm
-    learning_rate: float = 2e-3  # peak, of everything but the memory's values
-    value_learning_rate: float = 3e-2  # of the memory's values; constant, whatever the schedule
-    schedule: Schedule = "cosine"  # after the warm-up: to zero on a cosine, by the inverse square root, or not at all
-    warmup: float = 0.05  # linear warm-up: a share of the steps if below 1, else a number of steps
-    weight_decay: float = 0.0  # of weight matrices; never of norms, biases and the memory's values
-    betas: tuple[float, float] = (0.9, 0.98)  # decay rates of Adam's two moments
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
-    precision: Precision = "auto"  # "auto": bf16 on a GPU that has it, else fp32
-    eval_every_tokens: int = 200_000  # training tokens between two evaluations; rounded up to whole steps
-    eval_tokens: int = 65_536  # validation tokens of an evaluation: the longest prefix of whole documents
-    save_every_tokens: int | None = None  # training tokens between two checkpoints; None: one at every evaluation
-    keep_checkpoints: int = 2  # newest checkpoints kept while the run goes on; a finished run has its model instead
-    seed: int = 0  # of the model's initialisation, of dropout and of the order of the data
-    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, more time
+    tokens: int = setting(
+        2_000_000, "training budget; rounded up to whole steps; text is seen again once it runs out", least=1
+    )
+    batch_tokens: int = setting(4096, "tokens predicted in one step; a multiple of model.context", least=1)
+    accumulate: int = setting(
+        1, "parts that a step is computed in, one after the other: less memory; each has its BatchNorm", least=1
+    )
+    learning_rate: float = setting(2e-3, "peak, of everything but the memory's values", above=0)
+    value_learning_rate: float = setting(3e-2, "of the memory's values; constant, whatever the schedule", above=0)
+    schedule: Schedule = setting(
+        "cosine", "after the warm-up: to zero on a cosine, by the inverse square root, or not at all"
+    )
+    warmup: float = setting(0.05, "linear warm-up: a share of the steps if below 1, else a number of steps", least=0)
+    weight_decay: float = setting(0.0, "of weight matrices; never of norms, biases and the memory's values", least=0)
+    betas: tuple[float, float] = setting((0.9, 0.98), "decay rates of Adam's two moments", least=0, below=1)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0: never", least=0)
+    precision: Precision = setting("auto", '"auto": bf16 on a GPU that has it, else fp32')
+    eval_every_tokens: int = setting(
+        200_000, "training tokens between two evaluations; rounded up to whole steps", least=1
+    )
+    eval_tokens: int = setting(
+        65_536, "validation tokens of an evaluation: the longest prefix of whole documents", least=2
+    )
+    save_every_tokens: int | None = setting(
+        None, "training tokens between two checkpoints; None: one at every evaluation", least=1
+    )
+    keep_checkpoints: int = setting(
+        2, "newest checkpoints kept while the run goes on; a finished run has its model instead", least=1
+    )
+    seed: int = setting(
+        0, "of the model's initialisation, of dropout and of the order of the data", least=0, most=2**32 - 1
+    )
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, more time")
 
     def __post_init__(self) -> None:
-        if isinstance(self.betas, list):  # from JSON and YAML
-            object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("tokens", "batch_tokens", "accumulate", "eval_every_tokens", "keep_checkpoints"):
-            require_int(f"training.{name}", getattr(self, name), least=1)
-        if self.save_every_tokens is not None:
-            require_int("training.save_every_tokens", self.save_every_tokens, least=1)
-        require_int("training.eval_tokens", self.eval_tokens, least=2)
-        require_int("training.seed", self.seed, least=0, most=2**32 - 1)
-        for name in ("learning_rate", "value_learning_rate"):
-            require_number(f"training.{name}", getattr(self, name), above=0.0)
-        for name in ("warmup", "weight_decay", "max_grad_norm"):
-            require_number(f"training.{name}", getattr(self, name), least=0.0)
+        check_settings(self, "training")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"training.warmup must be a share below 1 or a whole number of steps, got {self.warmup!r}")
-        require_betas("training.betas", self.betas)
-        require_choice("training.schedule", self.schedule, get_args(Schedule))
-        require_choice("training.precision", self.precision, get_args(Precision))
-        require_bool("training.gradient_checkpointing", self.gradient_checkpointing)
 
     @property
     def steps(self) -> int:
@@ -116,17 +117,16 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)  # the text and its tokens
     model: ModelConfig = field(default_factory=ModelConfig)  # the transformer
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(dim=ModelConfig().dim))  # one memory layer
-    memory_layers: tuple[int, ...] = ()  # blocks whose FFN is a memory, counted from 1; empty: a plain transformer
+    memory_layers: tuple[int, ...] = setting(
+        (), "blocks whose FFN is a memory, counted from 1; empty: a plain transformer", least=1
+    )
     training: TrainingConfig = field(default_factory=TrainingConfig)  # the budget and the step
 
     def __post_init__(self) -> None:
-        for name, kind in section_types(type(self)).items():
+        for name, kind in SECTIONS.items():
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
-        if isinstance(self.memory_layers, list):  # from JSON and YAML
-            object.__setattr__(self, "memory_layers", tuple(self.memory_layers))
-        if not isinstance(self.memory_layers, tuple):
-            raise ValueError(f"memory_layers must be a sequence of block numbers, got {self.memory_layers!r}")
+        check_settings(self)
         for layer in self.memory_layers:
             require_int("memory_layers", layer, least=1, most=self.model.layers)
         if len(set(self.memory_layers)) != len(self.memory_layers):
@@ -171,41 +171,34 @@ class RunConfig:
         A field that is not there has its default, and `memory.dim` is `model.dim`. Raises `ValueError` for an unknown
         field.
         """
-        sections: dict[str, dict[str, Any]] = {}
-        built: dict[str, Any] = {}
+        parts: dict[str, dict[str, Any]] = {"": {}, **{section: {} for section in SECTIONS}}
         for name, value in flat_fields(cls, fields).items():
             section, _, inner = name.rpartition(".")
-            (sections.setdefault(section, {}) if section else built)[inner] = _tuples(value)
-        for section, values in sections.items():
-            if section != "memory":
-                built[section] = section_types(cls)[section](**values)
-        model = built.get("model") or ModelConfig()
+            parts[section][inner] = value
+        built = {section: kind(**parts[section]) for section, kind in SECTIONS.items() if section != "memory"}
         try:
-            built["memory"] = MemoryConfig.from_dict({"dim": model.dim, **sections.get("memory", {})})
+            built["memory"] = MemoryConfig(**{"dim": built["model"].dim, **parts["memory"]})
         except ValueError as error:  # a memory by itself has no section
             raise ValueError(f"memory.{error}") from None
-        return cls(**built)
+        return cls(**built, **parts[""])
 
 
-def section_types(config: type[RunConfig]) -> dict[str, type]:
-    """The fields of a configuration that are dataclasses themselves, and which."""
-    hints = get_type_hints(config)
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "memory": MemoryConfig,
+    "training": TrainingConfig,
+}
+
+
+def run_settings(config: type[RunConfig]) -> dict[str, Setting]:
+    """All settings of a run by name, those of its parts as ``section.field``."""
+    parts = {"": config, **SECTIONS}
     return {
-        entry.name: hints[entry.name]
-        for entry in dataclasses.fields(config)
-        if dataclasses.is_dataclass(hints[entry.name])
+        f"{section}.{name}".lstrip("."): found
+        for section, part in parts.items()
+        for name, found in settings_of(part).items()
     }
-
-
-def field_types(config: type[RunConfig]) -> dict[str, Any]:
-    """The type of every field, those of the sections as ``section.field``."""
-    sections, types = section_types(config), {}
-    for name, hint in get_type_hints(config).items():
-        if name in sections:
-            types.update({f"{name}.{inner}": kind for inner, kind in get_type_hints(sections[name]).items()})
-        else:
-            types[name] = hint
-    return types
 
 
 def flat_fields(config: type[RunConfig], fields: object, place: str = "") -> dict[str, Any]:
@@ -215,16 +208,14 @@ def flat_fields(config: type[RunConfig], fields: object, place: str = "") -> dic
     should hold fields and does not.
     """
     where = f" in {place}" if place else ""
-    sections, known = section_types(config), field_types(config)
+    known = run_settings(config)
     flat: dict[str, Any] = {}
     for name, value in _entries("a configuration", fields, where):
-        if name in sections:
-            found = [(f"{name}.{inner}", item) for inner, item in _entries(name, value, where)]
-        else:
-            found = [(str(name), value)]
-        for full, item in found:
+        is_section = isinstance(name, str) and name in SECTIONS
+        inside = [(f"{name}.{inner}", item) for inner, item in _entries(name, value, where)] if is_section else []
+        for full, item in inside if is_section else [(str(name), value)]:
             if full not in known:
-                raise ValueError(f"unknown configuration field {full!r}{where}; {instead(full, [*known, *sections])}")
+                raise ValueError(f"unknown configuration field {full!r}{where}; {instead(full, [*known, *SECTIONS])}")
             if full in flat:
                 raise ValueError(f"configuration field {full!r} is given twice{where}")
             flat[full] = item
@@ -248,10 +239,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _entries(what: str, fields: object, where: str) -> Iterable[tuple[Any, Any]]:

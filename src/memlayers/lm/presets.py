@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from memlayers.config import MemoryConfig
 from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
 from memlayers.lm.data import DataConfig
+from memlayers.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,18 +17,10 @@ class Comparison(RunConfig):
     is as good as its baselines.
     """
 
-    base_learning_rate: float | None = None  # of the N layers without a memory; None: training.learning_rate
-    deep_learning_rate: float | None = None  # of the 2N layers; None: training.learning_rate
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("base_learning_rate", "deep_learning_rate"):
-            rate = getattr(self, name)
-            if rate is not None:
-                try:
-                    dataclasses.replace(self.training, learning_rate=rate)
-                except ValueError as error:
-                    raise ValueError(str(error).replace("training.learning_rate", name)) from None
+    base_learning_rate: float | None = setting(
+        None, "of the N layers without a memory; None: training.learning_rate", above=0
+    )
+    deep_learning_rate: float | None = setting(None, "of the 2N layers; None: training.learning_rate", above=0)
 
     def run(self) -> RunConfig:
         """The model that the preset is named for: N layers, with the memory if it has one."""

@@ -1,5 +1,0 @@
-import sys
-
-from memlayers.cli import main
-
-sys.exit(main())

@@ -1,0 +1,94 @@
+"""Arguments: words that were typed become values of settings, and settings become a help text."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from memlayers.cli.options_file import read_value
+from memlayers.settings import Setting, in_words, instead
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of one command: settings by ``--name VALUE``, flags without a value, one setting by its place.
+
+    A setting whose type is a tuple takes several words, or one list in brackets. Options are not abbreviated, and a
+    hyphen may stand for an underscore. `sections` are the groups of ``section.name``, with a line about each.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        summary: str,
+        settings: Mapping[str, Setting],
+        *,
+        flags: Mapping[str, str],
+        placed: str | None = None,
+        sections: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(
+            prog=f"memlayers {command}",
+            description=summary,
+            add_help=False,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        self._settings = {name: found for name, found in settings.items() if name != placed}
+        self._placed = {name: found for name, found in settings.items() if name == placed}
+        self._known = {f"--{name}" for name in (*self._settings, *flags, "help")}
+        for name, found in self._placed.items():
+            self.add_argument(name, nargs="?", metavar=name.upper(), help=_help(found))
+        self.add_argument("-h", "--help", action="store_true", help="print this and end")
+        groups = {section: self.add_argument_group(section, text) for section, text in (sections or {}).items()}
+        for name, found in self._settings.items():
+            section, _, last = name.rpartition(".")
+            many: dict[str, Any] = {"nargs": "+", "action": "extend" if name == "config" else "store"}
+            groups.get(section, self).add_argument(
+                f"--{name}", metavar=last.upper(), help=_help(found), **(many if _is_list(found.kind) else {})
+            )
+        for name, text in flags.items():
+            self.add_argument(f"--{name}", action="store_true", help=text)
+
+    def values(self, words: Sequence[str]) -> dict[str, Any]:
+        """What was typed, by name. Raises `ValueError` for what the command does not take."""
+        typed, rest = self.parse_known_args([self._with_underscores(word) for word in words])
+        if option := next((word.partition("=")[0] for word in rest if word.startswith("--")), None):
+            advice = instead(option[2:], [name[2:] for name in sorted(self._known)], spelled="--{}")
+            advice = advice if advice.startswith("did you mean") else f"see {self.prog} --help"
+            raise ValueError(f"unknown option {option}; {advice}")
+        if rest:
+            raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
+        kinds = {name: found.kind for name, found in {**self._settings, **self._placed}.items()}
+        return {name: value_of(value, kinds[name]) if name in kinds else value for name, value in vars(typed).items()}
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse refuses is an error like all others."""
+        raise ValueError(message)
+
+    def _with_underscores(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        name = name[:2] + name[2:].replace("-", "_")
+        return name + equals + value if name in self._known else word
+
+
+def value_of(typed: Any, kind: Any) -> Any:
+    """A word, or words for a list, as a value; what is no value of that type stays as it is, for a check to refuse."""
+    if isinstance(typed, list):
+        if len(typed) == 1 and typed[0].startswith("["):
+            return read_value(typed[0])
+        return [value_of(word, get_args(kind)[0]) for word in typed]
+    if str in (kind, *get_args(kind)) or get_origin(kind) is Literal:
+        return typed
+    return None if typed == "None" else read_value(typed)
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) is tuple
+
+
+def _help(found: Setting) -> str:
+    text = found.help
+    if found.has_default and (found.default is not None or type(None) in get_args(found.kind)):
+        default = found.default if isinstance(found.default, str) else json.dumps(found.default)
+        text += f" ({in_words(found.kind)}; default: {default})"
+    return text.replace("%", "%%")

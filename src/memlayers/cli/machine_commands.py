@@ -1,0 +1,38 @@
+"""bench and info: what this machine can do, and what a run would need on it."""
+
+import sys
+
+from memlayers.bench.run import BenchConfig, run
+from memlayers.cli.configuration import Call
+from memlayers.info import hardware, operations, versions
+from memlayers.tables import Lines, two_columns
+
+
+def run_bench(call: Call) -> None:
+    """memlayers bench"""
+    print(run(BenchConfig(**call.options), say=_say))
+
+
+def run_info(call: Call) -> None:
+    """memlayers info"""
+    lines = machine()
+    if call.options["what"] is not None or call.fields or (call.base is not None and call.base.chosen):
+        from memlayers.cli.model_commands import asked_for  # imports transformers, which the rest does without
+
+        lines += asked_for(call)
+    print(two_columns(lines))
+
+
+def machine() -> Lines:
+    """Versions, devices, and what runs each operation."""
+    found = hardware()
+    return [
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+        ("cpu", f"{found['cpu']}, {found['cpu_cores']} cores, {found['threads']} threads"),
+        ("gpu", f"{found['gpu']}, {found['gpu_gigabytes']} GiB" if found["gpu"] else "none"),
+        *operations().items(),
+    ]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

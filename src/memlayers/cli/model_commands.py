@@ -1,0 +1,241 @@
+"""eval, generate, doctor: the commands that use a trained model; and what info says of one."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from memlayers import models
+from memlayers.cli.configuration import Base, Call
+from memlayers.diagnosis import DoctorError, doctor
+from memlayers.lm.build import build_model, build_optimizer, pick_device, resolve_precision
+from memlayers.lm.checkpoint import DESCRIPTION, Checkpoints
+from memlayers.lm.config import RunConfig
+from memlayers.lm.data import Corpus, open_corpus
+from memlayers.lm.evaluate import evaluate
+from memlayers.lm.footprint import available_memory, footprint
+from memlayers.lm.generate import generate
+from memlayers.lm.presets import preset, preset_names
+from memlayers.lm.run import RunFolder
+from memlayers.optim import MemoryAdamW
+from memlayers.parameters import count_parameters
+from memlayers.tables import Lines, perplexity_text
+
+BATCH_WINDOWS = 4
+MOST_TOKENS = 512  # of a window
+
+
+def run_eval(call: Call) -> None:
+    """memlayers eval"""
+    options, folder = call.options, RunFolder(call.options["run"])
+    result, config = folder.read_result(), folder.read_config()
+    data = _entry(result, "data", folder.result)
+    corpus = open_corpus(options["corpus"] or _entry(data, "folder", folder.result))
+    if corpus.tokenizer_sha256 != _entry(data, "tokenizer_sha256", folder.result):
+        raise ValueError(
+            f"corpus must have the tokenizer of the run, got {str(corpus.folder)!r}, which has another one"
+        )
+    device = pick_device()
+    evaluation = evaluate(
+        folder.load_model(device),
+        getattr(corpus, options["split"]),
+        tokens=options["tokens"],
+        context=config.model.context,
+        precision=resolve_precision(config.training.precision, device),
+    ).to_dict()
+    print(json.dumps(evaluation, indent=2) if options["json"] else quality(evaluation))
+
+
+def run_generate(call: Call) -> None:
+    """memlayers generate"""
+    print(generate(**call.options))
+
+
+def run_doctor(call: Call) -> None:
+    """memlayers doctor"""
+    saved = open_saved(Path(call.options["checkpoint"]))
+    folder = call.options["corpus"] or (saved.corpus if saved.corpus and Path(saved.corpus).is_dir() else None)
+    corpus = None if folder is None else _open_corpus(folder, saved)
+    model, device = saved.load(), pick_device()
+    ids_BT = _random_ids(model) if corpus is None else _validation_ids(corpus, model)
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that loses its signature
+    optimizer = MemoryAdamW(model) if saved.config is None else build_optimizer(saved.config, model)
+    report = doctor(model, {"input_ids": ids_BT.to(device)}, optimizer=optimizer)
+    if corpus is None:
+        report = report.with_failures_as_warnings({"usage"})
+    source = "random tokens, so usage cannot fail" if corpus is None else f"validation text of {folder}"
+    tokens = f"{ids_BT.numel():,} tokens: {source}"
+    print(
+        json.dumps({"tokens": tokens, **report.to_dict()}, indent=2) if call.options["json"] else f"{tokens}\n{report}"
+    )
+    if not report.ok:
+        raise DoctorError(f"{len(report.failures)} of {len(report.findings)} checks failed")
+
+
+class Saved(NamedTuple):
+    """A model on disk."""
+
+    load: Callable[[], PreTrainedModel]
+    config: RunConfig | None = None  # of the run that trained it
+    corpus: str | None = None  # folder of the text that it was trained on
+    tokenizer_sha256: str | None = None
+
+
+def open_saved(folder: Path) -> Saved:
+    """What a folder holds. Raises `ValueError` if it is none of a run, a checkpoint and a saved model."""
+    run = RunFolder(folder)
+    if run.finished:
+        data = run.read_result()["data"]
+        return Saved(run.load_model, run.read_config(), data.get("folder"), data.get("tokenizer_sha256"))
+    if (folder / DESCRIPTION).is_file():
+        content = Checkpoints(folder.parent).named(folder.name).content
+        try:
+            config, data = RunConfig.from_dict(content["config"]), content["data"]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{folder / DESCRIPTION} is of another version: {error}") from error
+        # A checkpoint does not say where its text is; without being told, a run puts it beside its own folder.
+        corpus = folder.absolute().parents[2] / "corpus"
+        return Saved(lambda: _load(folder), config, str(corpus), data.get("tokenizer_sha256"))
+    if run.checkpoints.is_dir():
+        raise ValueError(
+            f"checkpoint must be the folder of a finished run, got {str(folder)!r}, which did not finish; "
+            f"name one of its checkpoints in {str(run.checkpoints)!r}"
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"checkpoint must be the folder of a run, of a checkpoint in one, or of a saved model, got {str(folder)!r}"
+        )
+    return Saved(lambda: _load(folder))
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        places = {*config.get("auto_map", {})} - {"AutoConfig"}
+        names = config.get("architectures") or []
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} must describe a model of transformers ({error})") from None
+    if places and "AutoModelForCausalLM" not in places:
+        raise ValueError(
+            f"checkpoint must hold a causal language model, got {str(folder)!r} with a {' or '.join(names)}: call "
+            f"memlayers.doctor(model, batch) with a batch of its own"
+        )
+    for name in names:  # known to the Auto classes from now on
+        getattr(models, name, None)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged: {error}") from error
+
+
+def _open_corpus(folder: str, saved: Saved) -> Corpus:
+    corpus = open_corpus(folder)
+    if saved.tokenizer_sha256 not in (None, corpus.tokenizer_sha256):
+        raise ValueError(f"corpus must have the tokenizer of the run, got {folder!r}, which has another one")
+    return corpus
+
+
+def _validation_ids(corpus: Corpus, model: PreTrainedModel) -> Tensor:
+    """Windows [B, T] from the beginning of the validation text."""
+    vocab_size, length = _limits(model)
+    if corpus.vocab_size > vocab_size:
+        raise ValueError(f"corpus must have at most the {vocab_size} tokens of the model, got {corpus.vocab_size}")
+    tokens = corpus.validation.shards[0].tokens
+    length = min(length, len(tokens))
+    windows = min(BATCH_WINDOWS, len(tokens) // max(1, length))
+    if length < 2:
+        raise ValueError(f"corpus must have at least 2 tokens of validation text, got {length}")
+    return torch.from_numpy(np.asarray(tokens[: windows * length], dtype=np.int64)).view(windows, length)
+
+
+def _random_ids(model: PreTrainedModel) -> Tensor:
+    vocab_size, length = _limits(model)
+    return torch.randint(vocab_size, (BATCH_WINDOWS, length), generator=torch.Generator().manual_seed(0))
+
+
+def _limits(model: PreTrainedModel) -> tuple[int, int]:
+    """Its vocabulary, and the tokens of a window."""
+    config = model.config.get_text_config()
+    return config.vocab_size, min(MOST_TOKENS, getattr(config, "max_position_embeddings", None) or MOST_TOKENS)
+
+
+def quality(evaluation: Mapping[str, Any]) -> str:
+    """An evaluation, and the usage of each memory."""
+    per_word = perplexity_text(evaluation["perplexity_per_word"])
+    lines = [
+        f"perplexity {evaluation['perplexity']:.2f} per token, {per_word} per word, "
+        f"{evaluation['bits_per_byte']:.4f} bits per byte (over {evaluation['tokens']:,} tokens)"
+    ]
+    for name, report in evaluation["usage"].items():
+        overall = report["overall"]
+        lines.append(
+            f"{name}: usage {overall['usage']:.1f} %, KL {overall['kl']:.3f}, "
+            f"top-1 usage {overall['top1_usage']:.1f} % of {report['slots']:,} slots (over {report['tokens']:,} tokens)"
+        )
+    return "\n".join(lines)
+
+
+def asked_for(call: Call) -> Lines:
+    """What `memlayers info` says of the run, the preset or the configuration that it was given."""
+    what, base = call.options["what"], call.base
+    assert base is not None
+    vocab_size = None
+    if what is not None:
+        if base.chosen:
+            raise ValueError(f"{what!r} is a configuration already: give no --preset or --config beside it")
+        if what in preset_names():
+            base = Base.of(RunConfig, preset(what))
+        else:
+            folder = RunFolder(what)
+            base = Base.of(RunConfig, folder.read_config())
+            if folder.finished and "data.vocab_size" not in call.fields:
+                vocab_size = _entry(_entry(folder.read_result(), "data", folder.result), "vocab_size", folder.result)
+    config = base.configuration(call.fields)
+    return _described(config, vocab_size or config.data.vocab_size)
+
+
+def _described(config: RunConfig, vocab_size: int) -> Lines:
+    """The model of a configuration: its sizes, its parameters, and the memory that its training needs."""
+    model, lines = config.model, []
+    counts = count_parameters(build_model(config, vocab_size=vocab_size, eot_id=0, device="meta"))
+    sizes = f"{model.family}, {model.layers} layers, dim {model.dim}, {model.heads} heads, context {model.context}"
+    lines.append(("model", f"{sizes}, vocabulary {vocab_size:,}"))
+    if config.memory_layers:
+        memory = config.memory
+        lines.append(
+            (
+                "memory",
+                f"layers {', '.join(map(str, config.memory_layers))}: {memory.slots:,} slots, {memory.heads} heads "
+                f"x {memory.topk} neighbours, query width {memory.query_dim}",
+            )
+        )
+    lines += [(f"{part} parameters", f"{number:,}") for part, number in counts.items()]
+    return lines + _needed(config, vocab_size)
+
+
+def _needed(config: RunConfig, vocab_size: int) -> Lines:
+    """Bytes of a training step, with row gradients and as a dense optimizer would need them, and what there is."""
+    device = pick_device()
+    precision = resolve_precision(config.training.precision, device)
+    needed = [
+        footprint(config, vocab_size=vocab_size, precision=precision, device=device.type, dense=dense).lines()
+        for dense in ([False, True] if config.memory_layers else [False])
+    ]
+    rows = [
+        (f"  {line[0][0]}", "".join(f"{text:<15}" for _, text in line).rstrip()) for line in zip(*needed, strict=True)
+    ]
+    kinds = f"{'row optimizer':<15}dense AdamW" if config.memory_layers else "AdamW"
+    available = f"{available_memory(device) / 1e9:,.2f} GB on {device}"
+    return [("a training step needs", kinds), *rows, ("available", available)]
+
+
+def _entry(content: Any, name: str, file: Path) -> Any:
+    if not isinstance(content, Mapping) or name not in content:
+        raise ValueError(f"{file} is damaged: it has no {name!r}")
+    return content[name]

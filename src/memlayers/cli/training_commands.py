@@ -1,0 +1,123 @@
+"""train, compare, prepare: the commands that make a model, a comparison, token files."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from memlayers.cli.configuration import Call
+from memlayers.cli.model_commands import quality
+from memlayers.experiments.compare import compare
+from memlayers.lm.data import MANIFEST, Corpus, DataConfig, open_corpus, prepare
+from memlayers.lm.data.prepare import is_occupied
+from memlayers.lm.data.sources import open_sources
+from memlayers.lm.dry_run import dry_run
+from memlayers.lm.run import check_output
+from memlayers.lm.train import train, training_windows
+from memlayers.settings import settings_of
+from memlayers.tables import two_columns
+
+
+def run_train(call: Call) -> None:
+    """memlayers train"""
+    options = call.options
+    if options["overwrite"] and options["resume"]:
+        raise ValueError("overwrite and resume exclude each other: a run is either replaced or goes on")
+    if options["dry_run"]:
+        _dry_run(call)
+        return
+    if options["output"] is None:
+        raise ValueError("output must be given: --output FOLDER, for the run")
+    config, corpus = _with_data_of_corpus(call)
+    result = train(config, options["output"], corpus=corpus, overwrite=options["overwrite"], resume=options["resume"])
+    run = result["training"]
+    print(
+        f"{result['parameters']['total']:,} parameters, {run['tokens']:,} tokens in {run['seconds']:,.0f} s "
+        f"({run['tokens_per_s']:,.0f} tokens/s)\n{quality(result['validation'])}\nrun: {options['output']}"
+    )
+
+
+def _dry_run(call: Call) -> None:
+    config, corpus = _with_data_of_corpus(call)
+    if isinstance(corpus, str | None):
+        output, data = call.options["output"], config.data
+        folder = corpus or (None if output is None else str(Path(output).parent / "corpus"))
+        if folder is not None and is_occupied(Path(folder)):
+            corpus = prepare(data, folder)  # which opens and compares what is there, and writes nothing
+        else:
+            open_sources(data.sources, text_field=data.text_field, id_field=data.id_field)
+            corpus = None
+    if corpus is not None:
+        training_windows(config, corpus)
+    lines = dry_run(config, corpus=corpus).lines()
+    if corpus is None:
+        lines = [("corpus", "the text was not tokenised yet"), *lines]
+    print(two_columns(lines))
+
+
+def run_compare(call: Call) -> None:
+    """memlayers compare"""
+    config, corpus = _with_data_of_corpus(call)
+    output = Path(call.options["output"])
+    compare(config, output, corpus=corpus, test_tokens=call.options["test_tokens"], say=_say)
+    print((output / "table.md").read_text())
+    print(f"{output / 'table.md'}, {output / 'results.json'}, {output / 'loss.png'}")
+
+
+def run_prepare(call: Call) -> None:
+    """memlayers prepare"""
+    config, folder = call.configuration(), call.options["output"]
+    was_ready = _is_ready(folder)
+    if not was_ready:
+        check_output(Path(folder))
+    start = time.perf_counter()
+    corpus = prepare(config.data, folder)
+    print(_described(corpus, None if was_ready else time.perf_counter() - start))
+
+
+def _described(corpus: Corpus, seconds: float | None) -> str:
+    """A prepared corpus, and how fast it was made; no `seconds`: it was there already."""
+    lines = [("corpus", f"{corpus.folder}{'' if seconds is not None else ', which was ready'}")]
+    num_bytes = 0
+    for name in ("train", "validation", "test"):
+        split = getattr(corpus, name)
+        num_bytes += split.num_bytes
+        shards = f", {len(split.shards)} shard{'' if len(split.shards) == 1 else 's'}" if name == "train" else ""
+        text = f"{split.num_documents:,} documents, {split.num_tokens:,} tokens, {split.num_words:,} words{shards}"
+        lines.append((name, text))
+    lines.append(("vocabulary", f"{corpus.vocab_size:,} tokens"))
+    left_out = [("blank", "blank_documents"), ("malformed", "malformed_records")]
+    lines.append(("left out", ", ".join(f"{corpus.manifest[field]:,} {what}" for what, field in left_out)))
+    if seconds is not None:
+        lines.append(("time", f"{seconds:,.1f} s ({num_bytes / 1e6 / seconds:,.1f} MB/s of text)"))
+    return two_columns(lines)
+
+
+def _with_data_of_corpus(call: Call) -> tuple[Any, Any]:
+    """The configuration, and the corpus or its folder. A ready corpus that is named says what the data are."""
+    folder = call.options["corpus"]
+    assert call.base is not None
+    if folder is None or not _is_ready(folder) or call.base.names_data(call.fields):
+        return call.configuration(), folder
+    if "data.weights" not in (*call.fields, *call.base.files):  # which need the sources
+        call.configuration()  # mistakes show before a large corpus is verified
+    corpus = open_corpus(folder, progress=True)
+    return call.configuration(_data_of(corpus.manifest["asked"])), corpus
+
+
+def _data_of(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a corpus was asked for, as fields of a configuration."""
+    names = [name for name in settings_of(DataConfig) if name in asked]
+    entries = [
+        entry["name"] for entry in asked["sources"] if any(file["format"] != "stdlib" for file in entry["files"])
+    ]
+    return {f"data.{name}": asked[name] for name in names} | {"data.sources": entries}
+
+
+def _is_ready(folder: str) -> bool:
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
