@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from memlayers.available import available_memory
+from memlayers.available import available_memory, is_lack_of_memory
 from memlayers.lm.build import batch_loss, build_model, build_optimizer
 from memlayers.lm.config import RunConfig
 from memlayers.lm.evaluate import ComputePrecision, autocast
@@ -166,10 +166,7 @@ def require_memory(
 
 def explain_out_of_memory(error: BaseException, need: Footprint) -> str | None:
     """What to tell a user whose training ran out of memory; None for any other error."""
-    is_one = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
-    if not is_one:
+    if not is_lack_of_memory(error):
         return None
     return (
         f"out of memory: a training step needs about {size_text(need.total)} for its tensors, as below, and some more "

@@ -18,7 +18,7 @@ from memlayers.ops.row_sum import Part, dense_sum
 from memlayers.ops.search import search_backward_reference, search_reference
 from memlayers.values import ValueTable, value_tables
 
-_SEARCH_BLOCK = 8 * 2**20  # half scores that the kernel of a CPU holds at once
+_SEARCH_BLOCK = 8 * 2**20  # bytes of half scores that the kernel of a CPU holds at once
 _ENTRY = 28  # bytes of an entry in the kernel that sorts them: two arrays of keys, a weight, an address
 
 # Half scores, or gradients of half scores, that are held at once on a GPU, for at least so many queries.
