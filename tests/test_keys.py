@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from memlayers import FlatKeys, ProductKeys
+from memlayers import FlatKeys, NormalisedKeys, ProductKeys
 
 
 def all_scores(keys, query):
@@ -78,9 +78,15 @@ def test_flat_search_in_blocks_equals_search_in_one(monkeypatch, topk):
     assert torch.equal(slots, expected.indices[..., :topk])
 
 
-def test_flat_keys_search_262_144_slots_without_holding_all_scores():
-    keys = FlatKeys(1, 512**2, 4, 32)
-    query = torch.randn(256, 1, 4)  # all scores at once would be 268 MB
+def test_flat_keys_find_more_than_a_block_holds():
+    keys = FlatKeys(1, 16_500, 2, 16_450)
+    query = torch.randn(2, 1, 2)
+    torch.testing.assert_close(keys(query).scores, all_scores(keys, query).topk(16_450).values)
+
+
+def test_flat_keys_search_262_144_keys_without_holding_all_scores():
+    keys = FlatKeys(4, 256**2, 4, 32)
+    query = torch.randn(256, 4, 4)  # all scores at once would be 268 MB
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         scores = keys(query).scores
     held = max(event.self_cpu_memory_usage for event in profile.events())
@@ -94,3 +100,12 @@ def test_sub_keys_start_uniform_in_the_paper_s_bounds(kind):
     bound = (16 if kind == "product" else 32) ** -0.5
     assert keys.weight.abs().max() <= bound
     assert keys.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_a_vector_shorter_than_a_thousandth_is_divided_by_a_thousandth():
+    keys = NormalisedKeys(1, 6, 8, 5, dtype=torch.float64)
+    query = torch.randn(7, 1, 8, dtype=torch.float64)
+    query /= query.norm(dim=-1, keepdim=True)
+    expected = keys(query).scores
+    torch.testing.assert_close(keys(query * 2e-3).scores, expected)
+    torch.testing.assert_close(keys(query * 5e-4).scores, expected / 2)

@@ -199,6 +199,9 @@ def test_a_mask_handed_over_counts_as_one_passed_and_yields_to_it():
     layer.mask = mask
     assert torch.equal(layer(x), expected)
     assert not torch.allclose(layer(x, torch.ones(2, 5)), expected)
+    assert torch.equal(layer(x.view(10, 12)), expected.view(10, 12))  # the block has flattened its tokens
+    with pytest.raises(ValueError, match=r"mask must have the leading shape of x, \[2, 4\], got \[2, 5\]"):
+        layer(x[:, :4])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

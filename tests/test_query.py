@@ -65,13 +65,15 @@ def test_one_token_in_training_is_an_error_and_not_in_evaluation():
     assert norm.eval()(torch.randn(1, 2, 3)).shape == (1, 2, 3)
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_counts_once(use_reentrant):
+def test_checkpointing_counts_once(use_reentrant, masked):
     plain = MaskedBatchNorm(2, 3)
     recomputed = copy.deepcopy(plain)
     query = torch.randn(7, 2, 3, requires_grad=True)
-    plain(query).square().sum().backward()
-    checkpoint(recomputed, query, use_reentrant=use_reentrant).square().sum().backward()
+    mask = torch.arange(7) < 5 if masked else None
+    plain(query, mask).square().sum().backward()
+    checkpoint(recomputed, query, mask, use_reentrant=use_reentrant).square().sum().backward()
     torch.testing.assert_close(recomputed.running_mean, plain.running_mean)
     torch.testing.assert_close(recomputed.running_var, plain.running_var)
 
@@ -115,7 +117,8 @@ def test_16_bit_queries_are_normalised_in_float32():
 def test_rms_norm_is_torch_s_per_head():
     norm = HeadRMSNorm(2, 8)
     query = torch.randn(5, 2, 8)
-    torch.testing.assert_close(norm(query), nn.functional.rms_norm(query, (8,), eps=1e-6))
+    for size in (1.0, 1e-3):  # a small one is where eps counts
+        torch.testing.assert_close(norm(size * query), nn.functional.rms_norm(size * query, (8,), eps=1e-6))
 
 
 @pytest.mark.parametrize("hidden", [(), (5,), (5, 4)], ids=str)

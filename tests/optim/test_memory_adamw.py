@@ -98,6 +98,15 @@ def test_it_steps_as_adamw_and_row_adam_do_apart():
         assert torch.equal(a, b), name
 
 
+def test_the_defaults():
+    dense, _, tables = MemoryAdamW(make()).param_groups
+    assert {name: dense[name] for name in ("lr", "betas", "eps", "weight_decay")} == {
+        "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0,
+    }  # fmt: skip
+    shared = ("value_lr", "betas", "eps", "max_grad_norm", "schedule_values", "rounding", "moments")
+    assert [tables[name] for name in shared] == [1e-3, (0.9, 0.999), 1e-8, None, False, "stochastic", "float32"]
+
+
 def test_a_scheduler_moves_the_dense_rate_only():
     model = make()
     optimizer = MemoryAdamW(model, lr=0.1, value_lr=0.25)
@@ -144,6 +153,16 @@ def test_a_round_trip_of_the_state_in_mid_run_changes_nothing(dtype, rounding, t
             assert torch.equal(value, state2[number][name]), name
 
 
+def test_loading_casts_dense_states_as_torch_does_and_states_of_tables_not():
+    model, narrow = make(), make().bfloat16()
+    optimizer, other = MemoryAdamW(model), MemoryAdamW(narrow)
+    loss_of(model).backward()
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state[narrow[0].weight]["exp_avg"].dtype == torch.bfloat16
+    assert other.state[narrow[2].values.weight]["exp_avg"].dtype == torch.float32
+
+
 def test_value_rounding_reaches_the_tables():
     weights = {}
     for rounding in ("nearest", "stochastic"):
@@ -163,6 +182,24 @@ def test_value_moments_reach_the_tables():
     optimizer.step()
     dtypes = {name: value.dtype for name, value in optimizer.state[model[2].values.weight].items()}
     assert dtypes == {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16, "steps": torch.int32}
+
+
+def test_clipping_and_schedules_of_values_reach_the_tables():
+    model = make()
+    optimizer = MemoryAdamW(model, value_lr=0.5, value_max_grad_norm=0.25, schedule_values=True)
+    assert optimizer.param_groups[-1]["max_grad_norm"] == 0.25
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    before = model[2].values.weight.detach().clone()
+    loss_of(model).backward()
+    optimizer.step()
+    assert (model[2].values.weight - before).abs().max().item() == pytest.approx(0.25, rel=1e-2)
+
+
+def test_a_parameter_that_two_modules_share_is_in_one_group_once():
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    model[1].weight = model[0].weight
+    (group,) = MemoryAdamW(model).param_groups
+    assert group["params"] == [model[0].weight]
 
 
 def test_after_loading_a_state_schedulers_still_reach_the_steps():

@@ -401,6 +401,24 @@ def test_release_gives_dense_gradients_back(make):
 
 
 @each
+def test_release_leaves_a_table_alone_that_has_another_owner_by_now(make):
+    table = ValueTable(30, 4)
+    first = make([table])
+    table.release()
+    second = make([table])
+    first.release()
+    assert table.row_gradient.owner() is second
+
+
+@each
+def test_zero_grad_clears_a_dense_gradient_from_before(make):
+    table = ValueTable(30, 4)
+    table.weight.grad = torch.ones(30, 4)
+    make([table]).zero_grad()
+    assert table.weight.grad is None
+
+
+@each
 def test_it_cannot_be_copied_nor_given_more_groups(make):
     optimizer = make([ValueTable(3, 2)])
     with pytest.raises(TypeError, match="cannot be copied"):
@@ -425,6 +443,24 @@ def test_bad_settings_are_named_and_no_table_is_taken(make, settings, named):
     with pytest.raises(ValueError, match=named):
         make(tables, **settings)
     assert all(table.row_gradient is None for table in tables)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (RowAdam, {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "moments": "float32"}),
+        (RowAdagrad, {"lr": 1e-2, "eps": 1e-10, "per_row": False}),
+        (RowSGD, {"lr": 1e-3}),
+    ],
+)
+def test_the_defaults(kind, settings):
+    (group,) = kind([ValueTable(3, 2)]).param_groups
+    shared = {"max_grad_norm": None, "schedule_values": False, "rounding": "stochastic", "updates": 0}
+    assert {name: value for name, value in group.items() if name != "params"} == {
+        **settings,
+        **shared,
+        "value_lr": settings["lr"],
+    }
 
 
 @each
