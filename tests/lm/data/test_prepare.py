@@ -68,6 +68,40 @@ def corpus(source, tmp_path_factory):
 # What comes out
 
 
+def test_a_corpus_is_the_one_that_every_version_of_this_format_makes(tmp_path, monkeypatch):
+    """Literals: shards, their order and all hashes are those of version 0.1.0."""
+    monkeypatch.setattr(encode, "SHARD_TOKENS", 2500)
+    words = ["tea", "cup", "pot", "milk"]
+    rows = [{"id": n, "text": " ".join(words[(n * n + k * (n + 1)) % 4] for k in range(n % 7 + 3))} for n in range(300)]
+    source = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"text": "no id"}])
+    manifest = make(source, tmp_path / "corpus", vocab_size=257).manifest
+    assert manifest["corpus_sha256"] == "f4d2dd632669ba8d0a5ac9259e84677e50eaac9cc0f93c6fe8385e5cc5ec10f3"
+    shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+    assert {shard["name"]: [digest[:16] for digest in shard["sha256"].values()] for shard in shards} == {
+        "train-00000": ["a1a03c25d47cdfbc", "f2d22bb7726e19fc"],
+        "train-00001": ["366e19e3dfb82f12", "1cb3753950bd341e"],
+        "train-00002": ["3d84bc7d3916c7d0", "be321bfd31e5537e"],
+        "validation": ["e8ada44beed8cc22", "204f28f24dfb4c78"],
+        "test": ["5bec269a505231b9", "565785d22bf6a117"],
+    }
+
+
+def test_documents_of_equal_rank_keep_their_order():
+    entries = np.zeros(1000, spans.PART)
+    entries["rank"], entries["tokens"], entries["words"] = np.arange(1000) % 3, 1, np.arange(1000)
+    ordered, tokens = spans.by_rank(entries, np.arange(1000, dtype=np.uint16))
+    expected = [*range(0, 1000, 3), *range(1, 1000, 3), *range(2, 1000, 3)]
+    assert ordered["words"].tolist() == tokens.tolist() == expected
+
+
+def test_sizes_that_the_documentation_names():
+    assert encode.SHARD_TOKENS == 16_777_216
+    assert spans.MERGED_BYTES == 33_554_432
+    settings = DataConfig()
+    assert (settings.vocab_size, settings.tokenizer_megabytes, settings.resolved_holdout_percent()) == (8192, 16.0, 5)
+    assert DataConfig(sources=("a",)).resolved_holdout_percent() == 1
+
+
 @pytest.mark.parametrize("shard_tokens", [1 << 24, 1000])
 def test_every_document_comes_back_in_the_split_of_its_id(source, tmp_path, monkeypatch, shard_tokens):
     monkeypatch.setattr(encode, "SHARD_TOKENS", shard_tokens)

@@ -137,7 +137,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_files(sources, whole, tmp
 
 def test_an_interrupted_run_goes_on_where_it_was(sources, whole, tmp_path, monkeypatch):
     error = interrupt(sources, tmp_path / "corpus")
-    assert ".corpus.partial; the same command goes on from there" in error.__notes__[0]
+    assert ".corpus.partial; the same command resumes there" in error.__notes__[0]
     assert [path.name for path in tmp_path.iterdir()] == [".corpus.partial"]
     with pytest.raises(ValueError, match="holds no prepared corpus"):
         open_corpus(tmp_path / "corpus")
@@ -191,14 +191,22 @@ def test_a_damaged_span_is_made_again(sources, whole, tmp_path):
         (tmp_path / "corpus").rename(tmp_path / name.replace("/", "-"))
 
 
-def test_what_failed_at_the_last_step_is_not_done_again(sources, whole, tmp_path, monkeypatch):
-    def fail(*_):
-        raise PermissionError
+def fail_at_the_last_step(sources, folder):
+    rename = os.rename
 
-    with monkeypatch.context() as patch:
+    def fail(aside, target):
+        if target == folder:
+            raise PermissionError
+        rename(aside, target)
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "rename", fail)
         with pytest.raises(PermissionError):
-            prepare(config(sources), tmp_path / "corpus", progress=False)
+            prepare(config(sources), folder, progress=False)
+
+
+def test_what_failed_at_the_last_step_is_not_done_again(sources, whole, tmp_path, monkeypatch):
+    fail_at_the_last_step(sources, tmp_path / "corpus")
     monkeypatch.setattr(prepare_module, "survey_documents", lambda *_: pytest.fail("read everything again"))
     monkeypatch.setattr(encode, "encode_texts", lambda *_: pytest.fail("encoded again"))
     prepare(config(sources), tmp_path / "corpus", progress=False)
@@ -252,14 +260,8 @@ def test_changed_sources_do_not_cost_what_was_begun(tmp_path, sources):
     refuses((str(source),), tmp_path / "corpus", "sources with other contents")
 
 
-def test_another_request_does_not_cost_what_only_lacks_its_name(sources, whole, tmp_path, monkeypatch):
-    def fail(*_):
-        raise PermissionError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", fail)
-        with pytest.raises(PermissionError):
-            prepare(config(sources), tmp_path / "corpus", progress=False)
+def test_another_request_does_not_cost_what_only_lacks_its_name(sources, whole, tmp_path):
+    fail_at_the_last_step(sources, tmp_path / "corpus")
     refuses(sources, tmp_path / "corpus", "vocab_size 268, asked for 262", vocab_size=262)
     prepare(config(sources), tmp_path / "corpus", progress=False)
     assert contents(tmp_path / "corpus") == whole
@@ -377,7 +379,7 @@ def test_a_full_disk_is_named_with_the_room_that_is_needed(sources, whole, tmp_p
     assert error.errno == errno.ENOSPC
     assert error.filename == str(tmp_path / "corpus")
     assert "MB are free, and all of it about 0 MB" in str(error)
-    assert "goes on from there" in error.__notes__[0]
+    assert "resumes there" in error.__notes__[0]
     prepare(config(sources), tmp_path / "corpus", progress=False)
     assert contents(tmp_path / "corpus") == whole
 
@@ -437,10 +439,12 @@ def test_without_locks_the_first_to_finish_is_used(sources, whole, tmp_path, mon
     rename = os.rename
 
     def overtaken(aside, folder):
+        if folder.name != "corpus":
+            return rename(aside, folder)
         monkeypatch.setattr(os, "rename", rename)
         prepare(config(sources), tmp_path / "other", progress=False)
         rename(tmp_path / "other", folder)
-        rename(aside, folder)
+        return rename(aside, folder)
 
     monkeypatch.setattr(os, "rename", overtaken)
     assert contents(prepare(config(sources), tmp_path / "corpus", progress=False).folder) == whole

@@ -6,7 +6,7 @@
     spans.py       the files of a span; merging the held-out documents
     corpus.py      what comes out, opened
 
-Each step leaves a sealed record when it is done, and a run with the same request goes on after the last of them.
+Each step leaves a sealed record when it is done, and a run with the same request resumes after the last of them.
 """
 
 import errno
@@ -24,8 +24,8 @@ import numpy as np
 from memlayers.files import (
     describe_files,
     find_damage,
-    flush,
     move_into_place,
+    new_folder,
     read_if_whole,
     sole_user,
     write_sealed,
@@ -46,7 +46,7 @@ from memlayers.lm.data.corpus import (
 from memlayers.lm.data.request import describe_request, differences, open_what_is_here
 from memlayers.lm.data.sources import Source, open_sources
 from memlayers.lm.data.spans import HELD_OUT, Span, merge_parts, read_spans
-from memlayers.lm.data.survey import Survey, survey_documents
+from memlayers.lm.data.survey import survey_documents
 from memlayers.lm.data.tokenize import (
     SMALLEST_VOCABULARY,
     load_tokenizer,
@@ -71,16 +71,26 @@ class OtherRequestError(ValueError):
 def prepare(config: "DataConfig", folder: str | Path, *, progress: bool = True) -> Corpus:
     """Tokenise the sources into `folder`, or open it if that is what it already holds.
 
-    Works in `.<name>.partial` beside it, which is renamed at the end, so that `folder` is complete or not there. A run
-    that is killed, interrupted, or out of disk loses the shard that it was at; the same call again goes on from there
-    and ends with the same files. A second process waits for the first. Memory: the tokenizer's sample, a shard, a few
-    batches, whatever the size of the text.
+    The work is done in `.<name>.partial` beside it, which is renamed at the end, so `folder` is complete or not there.
+    A run that is killed, interrupted, or out of disk loses the shard that it was at; the same call again resumes at the
+    last complete shard and ends with the same files. A second process waits for the first. Memory: the tokenizer's
+    sample, a shard, a few batches, whatever the size of the text.
 
-    Raises `ValueError` for sources that are missing, empty, malformed or changed while they were read, for a split
-    that is left without documents, for a vocabulary that the text does not have, and for a `folder` that holds
-    anything else, or the beginning of another corpus beside it, which are left as they are. A corpus that is there is
-    verified, and compared with what is asked for; a source that cannot be read here is then taken to be the one of
-    that name.
+    A corpus that is there is verified, and compared with what is asked for; a source that cannot be read here is then
+    taken to be the one of that name.
+
+    Args:
+        config: Which documents, and how they become tokens.
+        folder: Where the corpus is, or will be.
+        progress: Whether bars are shown on stderr.
+
+    Returns:
+        The corpus, opened.
+
+    Raises:
+        ValueError: Sources are missing, empty, malformed, or changed while they were read; a split is left without
+            documents; the text does not have the vocabulary; `folder` holds anything else, or the beginning of another
+            corpus lies beside it. What is there is left as it is.
     """
     folder = Path(os.path.realpath(folder))  # a link stays one, to the folder that is made
     if is_occupied(folder):
@@ -120,7 +130,7 @@ def _reuse(folder: Path, config: "DataConfig", progress: bool) -> Corpus:
 
 
 def _make(aside: Path, entries: list[list[Source]], config: "DataConfig", progress: bool) -> None:
-    """Everything that a corpus consists of, in `aside`, and nothing else."""
+    """Leave in `aside` everything that a corpus consists of, and nothing else."""
     made = read_if_whole(aside / MANIFEST)
     held = read_if_whole(aside / SURVEY)
     asked = describe_request(config, entries, (made or held).get("asked"), progress)
@@ -137,7 +147,7 @@ def _make(aside: Path, entries: list[list[Source]], config: "DataConfig", progre
 def _first_pass(
     aside: Path, entries: list[list[Source]], config: "DataConfig", asked: dict[str, Any], progress: bool
 ) -> dict[str, Any]:
-    """Survey and tokenizer, and the record of them."""
+    """Survey the documents and train the tokenizer; returns the record of both, which is written last."""
     survey = survey_documents(entries, config, progress)
     for files, described in zip(entries, asked["sources"], strict=True):
         for source, file in zip(files, described["files"], strict=True):
@@ -151,14 +161,13 @@ def _first_pass(
         tokenizer = train_tokenizer(_counted(survey.sample, bar), min(config.vocab_size, most))
     vocab_size = tokenizer.get_vocab_size()
     _require_vocabulary(config, vocab_size, sample_bytes)
-    save_tokenizer(tokenizer, aside / TOKENIZER)
-    for path in (*(aside / TOKENIZER).iterdir(), aside / TOKENIZER):
-        flush(path)
+    with new_folder(aside / TOKENIZER) as tokenizer_folder:
+        save_tokenizer(tokenizer, tokenizer_folder)
     record = {
         "asked": asked,
         "shard_tokens": encode.SHARD_TOKENS,
         "versions": _versions(),
-        **_survey_figures(survey),
+        **survey.figures,
         "vocab_size": vocab_size,
         "eot_id": tokenizer.token_to_id(END_OF_TEXT),
         "dtype": token_dtype(vocab_size).str,
@@ -180,16 +189,6 @@ def _require_vocabulary(config: "DataConfig", most: int, sample_bytes: int) -> N
         )
 
 
-def _survey_figures(survey: Survey) -> dict[str, Any]:
-    return {
-        "corpus_sha256": survey.corpus_sha256,
-        "files": survey.files,
-        "num_bytes": survey.num_bytes,
-        "blank_documents": survey.blank_documents,
-        "malformed_records": survey.malformed_records,
-    }
-
-
 def _counted(texts: list[bytes], bar: Any) -> Iterator[str]:
     for text in texts:
         yield text.decode()
@@ -199,7 +198,7 @@ def _counted(texts: list[bytes], bar: Any) -> Iterator[str]:
 def _second_pass(
     aside: Path, entries: list[list[Source]], config: "DataConfig", held: dict[str, Any], progress: bool
 ) -> dict[str, Any]:
-    """What is missing of the token files; returns the manifest, but for what was asked."""
+    """Write what is missing of the token files; returns the manifest, but for what was asked."""
     dtype = np.dtype(held["dtype"])
     spans = read_spans(aside)
     files = {name for span in spans for name in (span.record, *span.file_hashes())}
@@ -225,7 +224,7 @@ def _second_pass(
 
 
 def _split_entry(aside: Path, split: str, spans: list[Span], dtype: np.dtype) -> dict[str, Any]:
-    """What the manifest says of a split. The parts of a held-out one are merged for it."""
+    """Return what the manifest says of a split. The parts of a held-out one are merged for it."""
     counts = [span.counts[split] for span in spans]
     total = {name: sum(count[name] for count in counts) for name in counts[0]}
     if split in HELD_OUT:
@@ -256,10 +255,10 @@ def _versions() -> dict[str, str]:
 
 
 def _refuse_other_request(aside: Path, made: dict[str, Any], held: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raises `OtherRequestError` unless what lies in `aside` was begun for this request, by this version.
+    """Raise `OtherRequestError` unless what lies in `aside` was begun for this request, by this version.
 
-    It may be days of work, and what differs a letter: only its owner can say that it may go. What is finished but for
-    its name is of use whatever version made it.
+    It may be days of work, and the difference a letter: only its owner can say that it may be removed. What is finished
+    but for its name is of use whatever version made it.
     """
     found = differences((made or held)["asked"], asked) if made or held else []
     if held and not made:
@@ -287,12 +286,12 @@ def _described_tokenizer(held: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _give_up(aside: Path, folder: Path, error: BaseException) -> None:
-    """After a failure: keep what a restart can go on from, and say so, or leave nothing."""
+    """Keep, after a failure, what a restart can resume from, and say so; or leave nothing."""
     held = read_if_whole(aside / SURVEY)
     if not (held or read_if_whole(aside / MANIFEST)) or isinstance(error, encode.ChangedError):
         shutil.rmtree(aside, ignore_errors=True)
     elif aside.exists():
-        error.add_note(f"What is done is kept in {aside}; the same command goes on from there.")
+        error.add_note(f"What is done is kept in {aside}; the same command resumes there.")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         free = shutil.disk_usage(folder.parent).free
         needed = f", and all of it about {_rough_size(held) / 1e6:,.0f} MB" if held else ""

@@ -2,9 +2,9 @@
 
 import hashlib
 import heapq
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memlayers.lm.data.corpus import SPLITS, progress_bar
@@ -24,20 +24,15 @@ class Measured(NamedTuple):
     digest: bytes  # SHA-256 over the documents of its file up to it
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What the first pass found. `files` has the SHA-256 over the documents of each file of each source."""
+class Survey(NamedTuple):
+    """What the first pass found: figures for the record of it, and a sample of the training documents.
 
-    files: list[list[str]]
-    num_bytes: int
-    blank_documents: int
-    malformed_records: int
+    Of the figures, ``files`` has the SHA-256 over the documents of each file of each source, and ``corpus_sha256`` is
+    that over these hashes in their order.
+    """
+
+    figures: dict[str, Any]
     sample: list[bytes]
-
-    @property
-    def corpus_sha256(self) -> str:
-        """SHA-256 over the hashes of the files, in their order."""
-        return hashlib.sha256("".join(digest for files in self.files for digest in files).encode()).hexdigest()
 
 
 def survey_documents(entries: Sequence[Sequence[Source]], config: "DataConfig", progress: bool) -> Survey:
@@ -70,7 +65,14 @@ def survey_documents(entries: Sequence[Sequence[Source]], config: "DataConfig", 
                 f"data.sources: none of the {sum(counts.values())} documents falls into the {split} split with "
                 f"data.holdout_percent {percent}; give more documents or another data.holdout_percent"
             )
-    return Survey(hashes, num_bytes, left_out["blank"], left_out["malformed"], sample.texts())
+    figures = {
+        "corpus_sha256": hashlib.sha256("".join(itertools.chain(*hashes)).encode()).hexdigest(),
+        "files": hashes,
+        "num_bytes": num_bytes,
+        "blank_documents": left_out["blank"],
+        "malformed_records": left_out["malformed"],
+    }
+    return Survey(figures, sample.texts())
 
 
 def measured_documents(
