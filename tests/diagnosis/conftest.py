@@ -50,3 +50,38 @@ def block():
 @pytest.fixture
 def batch():
     return torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def _found(report, check):
+    (finding,) = [finding for finding in report.findings if finding.check == check]
+    return finding
+
+
+@pytest.fixture
+def found():
+    return _found
+
+
+def _fails(report, check, says):
+    """The check failed, says so in these words, and names the memory."""
+    finding = _found(report, check)
+    assert finding.state == "fail", report
+    assert says in finding.message
+    assert finding.memory in ("mlp", "mlp.memory")
+    assert finding.advice
+    assert not report.ok
+    return finding
+
+
+@pytest.fixture
+def fails():
+    return _fails
+
+
+def _only(report, *checks):
+    assert {finding.check for finding in report.failures} == set(checks), report
+
+
+@pytest.fixture
+def only():
+    return _only

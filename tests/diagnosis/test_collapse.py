@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from memlayers import MemoryConfig, MemoryLayer
+from memlayers import MemoryConfig, MemoryLayer, doctor
 from memlayers.diagnosis.collapse import complaints, expected_effective, expected_usage, first_of_alike, judge, spread
+from memlayers.optim import MemoryAdamW
 
 
 @pytest.mark.parametrize(("slots", "reads"), [(7, 30), (64, 500), (1000, 37), (1000, 5000), (3, 20_000)])
@@ -98,3 +99,36 @@ def test_tokens_that_come_again_are_counted_once():
     assert first_of_alike(again).sum() <= 100
     assert first_of_alike(again)[:50].all()
     assert first_of_alike(torch.ones(9, 32)).sum() == 1
+
+
+# In an examination.
+
+
+@pytest.mark.parametrize("norm", ["batch", "rms", "none"])
+@pytest.mark.parametrize("num_subkeys", [6, 64])
+def test_collapsed_query(make_block, batch, norm, num_subkeys, fails, only):
+    block = make_block(query_norm=norm, num_subkeys=num_subkeys)
+    with torch.no_grad():  # all queries almost equal
+        if norm == "batch":
+            block.mlp.query.norm.weight.fill_(1e-4)
+            block.mlp.query.norm.bias.normal_()
+        else:
+            block.mlp.query.projections[0].weight.mul_(1e-4)
+    report = doctor(block, batch, optimizer=MemoryAdamW(block))
+    fails(report, "usage", "the query has collapsed")
+    only(report, "usage")
+
+
+def test_equal_tokens_are_no_collapse(block, found):
+    block.dropout.p = 0.0
+    report = doctor(block, torch.ones(8, 16, 16))
+    assert found(report, "usage").state == "skip"
+
+
+def test_one_collapsed_head_and_half_a_query_are_seen(make_block, batch, fails):
+    for first, last, says in ((0, 8, "of head 0 alone"), (8, 12, "in the first codebook of head 1")):
+        block = make_block(heads=4, num_subkeys=16, query_norm="rms")
+        with torch.no_grad():
+            block.mlp.query.projections[0].weight[first:last] = 0
+        finding = fails(doctor(block, batch), "usage", says)
+        assert "query_norm='batch'" in finding.advice
