@@ -106,6 +106,7 @@ def replaced_together(folder: str | os.PathLike[str], *, stale: str = "", last: 
     target.mkdir(parents=True, exist_ok=True)
     aside = target / f".saving-{secrets.token_hex(4)}"  # inside, so on the same file system: moves are atomic
     aside.mkdir()
+    shutil.copymode(target, aside)  # which says who may read the files
     try:
         yield aside
         _flush_all(aside)

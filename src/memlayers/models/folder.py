@@ -75,6 +75,11 @@ def write_placement(folder: Path, placement: MemoryPlacement, auto_map: Mapping[
     """Writes ``memory_config.json`` of a whole model, and the module that `auto_map` points to."""
     text = json.dumps(placement.to_dict(), indent=2) + "\n"
     (folder / MEMORY_CONFIG_NAME).write_text(text, encoding="utf-8")
+    write_remote_code(folder, auto_map)
+
+
+def write_remote_code(folder: Path, auto_map: Mapping[str, str]) -> None:
+    """Writes the module that `auto_map` in ``config.json`` points to."""
     classes = ", ".join(sorted({place.rpartition(".")[2] for place in auto_map.values()}))
     (folder / f"{REMOTE_MODULE}.py").write_text(REMOTE_CODE.format(names=classes), encoding="utf-8")
 

@@ -18,6 +18,7 @@ from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappe
 from memlayers.torch_private import is_wrapper_subclass
 
 VALUES = 16  # values of a tensor that are kept
+_PLAIN = (Tensor, nn.Parameter)  # these wrap nothing
 
 
 class TensorIdentity(NamedTuple):
@@ -130,7 +131,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
 def _values(tensors: list[Tensor]) -> list[str]:
     samples = []
     for tensor in tensors:
-        if tensor.is_meta or tensor.is_complex() or is_wrapper_subclass(tensor):
+        if tensor.is_meta or tensor.is_complex() or (type(tensor) not in _PLAIN and is_wrapper_subclass(tensor)):
             samples.append(torch.empty(0, dtype=torch.bfloat16, device="cpu"))
             continue
         count = min(VALUES, tensor.numel())

@@ -29,6 +29,7 @@ from memlayers.models.folder import (
     read_description,
     stored_tensors,
     write_description,
+    write_remote_code,
 )
 from memlayers.models.identity import BaseIdentity, base_buffers, identity_of, recorded_base
 from memlayers.models.install import build_memories
@@ -53,7 +54,7 @@ def write_memory(
     kind: Any = type(model)
     auto_class = getattr(kind, "auto_class_name", None)
     with replaced_together(folder, stale=WEIGHTS) as aside:
-        files = _write_weights(aside, placed.tensors, max_shard_size, mode=folder.stat().st_mode & 0o666)
+        files = _write_weights(aside, placed.tensors, max_shard_size)
         if auto_class is not None:
             _write_model_config(model, aside)
         description = Description(placed.placement, placed.names, base, files)
@@ -107,7 +108,7 @@ def _base_of(model: nn.Module) -> BaseIdentity:
     return BaseIdentity(**{**vars(before), "tensors": tensors})
 
 
-def _write_weights(aside: Path, tensors: dict[str, Tensor], size: int | str, *, mode: int) -> dict[str, Any]:
+def _write_weights(aside: Path, tensors: dict[str, Tensor], size: int | str) -> dict[str, Any]:
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="memory{suffix}.safetensors", max_shard_size=size
     )
@@ -117,7 +118,6 @@ def _write_weights(aside: Path, tensors: dict[str, Tensor], size: int | str, *, 
         shard = {key: tensors[key].detach().cpu().contiguous() for key in keys}
         save_file(shard, aside / name, metadata={"format": "pt"})
         del shard
-        (aside / name).chmod(mode)  # safetensors keeps its files from others
         files[name] = {"size": (aside / name).stat().st_size, "sha256": file_sha256(aside / name)}
     return files
 
@@ -128,7 +128,8 @@ def _write_model_config(model: Any, aside: Path) -> None:
     config.dtype = str(model.dtype).removeprefix("torch.")
     # How the base was loaded; the next one may load it otherwise.
     config.__dict__.pop("quantization_config", None)
-    config.save_pretrained(aside)
+    config.plain_class.save_pretrained(config, aside)  # ours writes a description, too, and aside once more
+    write_remote_code(aside, config.auto_map)
 
 
 @dataclass(frozen=True)
