@@ -32,11 +32,9 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from memlayers.ops import gpu
-from memlayers.ops.read import dot_on_gpu, read_on_gpu
-from memlayers.ops.row_step import row_adam_on_gpu_
-from memlayers.ops.row_sum import row_norm_on_gpu
-from memlayers.ops.search import search_backward_on_gpu
-from memlayers.ops.select import select_on_gpu
+from memlayers.ops.table import run
+
+on_gpu = partial(run, "cuda")  # the name of an operation, and its arguments
 
 HEADS, TOPK, SUBKEYS, WIDTH, HALF = 4, 32, 1024, 1024, 256
 SLOTS, READS = SUBKEYS**2, HEADS * TOPK
@@ -87,20 +85,20 @@ def read_case(dtype: torch.dtype, tokens: int, device: str, of_outputs: bool = F
     rows = SLOTS if device == "meta" else tokens * READS
     table_SV, slots_TK = torch.zeros(rows, WIDTH, dtype=dtype, device=device), slots_of(tokens, device)
     if of_outputs:
-        dot_on_gpu(table_SV, slots_TK, torch.zeros(tokens, WIDTH, device=device))
+        on_gpu("dot", table_SV, slots_TK, torch.zeros(tokens, WIDTH, device=device))
     else:
-        read_on_gpu(table_SV, slots_TK, torch.zeros(tokens, READS, device=device))
+        on_gpu("read", table_SV, slots_TK, torch.zeros(tokens, READS, device=device))
 
 
 def select_case(tokens: int, device: str) -> None:
-    select_on_gpu(*torch.randn(2, HEADS, tokens, SUBKEYS, device=device), TOPK)
+    on_gpu("select", *torch.randn(2, HEADS, tokens, SUBKEYS, device=device), TOPK)
 
 
 def backward_case(tokens: int, device: str) -> None:
     query = torch.zeros(tokens, HEADS, 2 * HALF, device=device)
     keys = torch.zeros(2, HEADS, SUBKEYS, HALF, device=device)
     slots = torch.arange(tokens * READS, device=device).view(tokens, HEADS, TOPK) * (SUBKEYS + 1) % SLOTS
-    search_backward_on_gpu(torch.ones(tokens, HEADS, TOPK, device=device), slots, query, keys)
+    on_gpu("search_backward", torch.ones(tokens, HEADS, TOPK, device=device), slots, query, keys)
 
 
 def gradient(tokens: int, device: str) -> tuple[int, list[list[Tensor]]]:
@@ -116,12 +114,12 @@ def adam_case(dtype: torch.dtype, tokens: int, device: str) -> None:
     table_SV = torch.zeros(slots, WIDTH, dtype=dtype, device=device)
     moments, steps_S = torch.zeros(2, slots, WIDTH, device=device), torch.zeros(slots, dtype=torch.int32, device=device)
     seed = 0 if dtype == torch.bfloat16 else -1
-    row_adam_on_gpu_(table_SV, *moments, steps_S, *factors, 1e-3, 0.9, 0.999, 1e-8, seed=seed)
+    on_gpu("row_adam_", table_SV, *moments, steps_S, *factors, 1e-3, 0.9, 0.999, 1e-8, seed=seed)
 
 
 def norm_case(tokens: int, device: str) -> None:
     slots, factors = gradient(tokens, device)
-    row_norm_on_gpu(*factors, slots)
+    on_gpu("row_norm", *factors, slots)
 
 
 READ_TOKENS, STEP_TOKENS = 16384, 2048

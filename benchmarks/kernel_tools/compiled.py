@@ -1,7 +1,7 @@
 """What a GPU would run, found out without one: the launches of a call are recorded instead of run, and compiled.
 
     with recorded() as launches:
-        read_on_gpu(table_SV, slots_TK, weights_TK)  # of tensors on "meta", of any size
+        run("cuda", "read", table_SV, slots_TK, weights_TK)  # of tensors on "meta", of any size
     print(compile_launch(launches[0], SM_90))
 
 Needs Triton 3.6 or later, and a process in which it does not interpret. (What it calls within Triton differs in 3.4 and

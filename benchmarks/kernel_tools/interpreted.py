@@ -1,7 +1,7 @@
 """Kernels under Triton's interpreter, every access to memory watched: is it legal, is there a race, what is moved?
 
     with checked() as launches:
-        read(table_SV, slots_TK, weights_TK)
+        run("cuda", "read", table_SV, slots_TK, weights_TK)
     print(launches[0].arguments["table"].loaded)
 
 A GPU would not say that a kernel reads beside its tensors, and shows a race now and then. Here each argument's pointer

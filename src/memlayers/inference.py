@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from memlayers.checks import require_int
 from memlayers.layer import MemoryLayer, memory_layers
 from memlayers.ops import gpu
-from memlayers.ops.infer import infer
+from memlayers.ops.infer import Layer, infer
 
 _CAPTURED_ON = ("cuda",)
 MOST_CAPTURED = 16  # tokens: what `memlayers.ops.gpu.infer` has kernels for
@@ -80,7 +80,7 @@ class Captures:
 
     def _capture(self, x_TD: Tensor, arguments: tuple[Any, ...]) -> "CapturedCall | None":
         kernels = gpu.kernels("infer")
-        if kernels is None or not kernels.takes(x_TD, *arguments):
+        if kernels is None or not kernels.takes(Layer(x_TD, *arguments)):
             return None  # the reference copies from the host, which no graph can
         with torch.cuda.device(x_TD.device):
             if self._pool is None:

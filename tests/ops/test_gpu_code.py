@@ -23,12 +23,9 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
 from kernel_tools.compiled import GFX942, SM_80, SM_90, Compiled, Launch, compile_launch, parse_sass, recorded
 from memlayers.ops import gpu
 from memlayers.ops.gpu.launch import launch
-from memlayers.ops.infer import infer_on_gpu
-from memlayers.ops.read import dot_on_gpu, read_on_gpu, sum_rows_on_gpu
-from memlayers.ops.row_step import row_adagrad_on_gpu_, row_adam_on_gpu_, row_sgd_on_gpu_
-from memlayers.ops.row_sum import row_norm_on_gpu
-from memlayers.ops.search import search_backward_on_gpu, search_on_gpu
-from memlayers.ops.select import select_on_gpu
+from memlayers.ops.table import run
+
+on_gpu = partial(run, "cuda")  # the name of an operation, and its arguments
 
 # T tokens, H heads, K neighbours, N sub-keys, V width, C half of a head's query.
 PAPER = {"T": 4096, "H": 4, "K": 32, "N": 1024, "V": 1024, "C": 256}
@@ -61,10 +58,10 @@ def table_and_states(rule, S, V, dtype, state_dtype=torch.float32):
 
 
 STEPS = {
-    "adam": partial(row_adam_on_gpu_, beta1=0.9, beta2=0.999, eps=1e-8),
-    "adagrad": partial(row_adagrad_on_gpu_, eps=1e-8),
-    "row adagrad": partial(row_adagrad_on_gpu_, eps=1e-8),
-    "sgd": row_sgd_on_gpu_,
+    "adam": partial(on_gpu, "row_adam_", beta1=0.9, beta2=0.999, eps=1e-8),
+    "adagrad": partial(on_gpu, "row_adagrad_", eps=1e-8),
+    "row adagrad": partial(on_gpu, "row_adagrad_", eps=1e-8),
+    "sgd": partial(on_gpu, "row_sgd_"),
 }
 
 
@@ -73,7 +70,7 @@ def row_step(rule, sizes, dtype, state_dtype=torch.float32, grad_dtype=torch.flo
     wholes = table_and_states(rule, N * N, V, dtype, state_dtype)
     factors = [meta(T, H * K, dtype=torch.int64)], [meta(T, H * K)], [meta(T, V, dtype=grad_dtype)]
     is_rounded = any(whole.dtype == torch.bfloat16 for whole in wholes)
-    STEPS[rule](*wholes, *factors, lr=1e-3, scale=meta(), seed=12345 if is_rounded else -1)
+    STEPS[rule](*wholes, *factors, lr=1e-3, max_norm=0.5, seed=12345 if is_rounded else -1)
 
 
 def call(operation, sizes, dtype):
@@ -82,23 +79,23 @@ def call(operation, sizes, dtype):
     slots, weights, outputs = meta(T, H * K, dtype=torch.int64), meta(T, H * K), meta(T, V)
     query, keys, table = meta(T, H, 2 * C, dtype=dtype), meta(2, H, N, C, dtype=dtype), meta(N * N, V, dtype=dtype)
     if operation == "select":
-        select_on_gpu(*(meta(H, T, N, dtype=dtype) for _ in range(2)), K)
+        on_gpu("select", *(meta(H, T, N, dtype=dtype) for _ in range(2)), K)
     elif operation == "search":
-        search_on_gpu(query, keys, K)
+        on_gpu("search", query, keys, K)
     elif operation == "search backward":
-        search_backward_on_gpu(meta(T, H, K), meta(T, H, K, dtype=torch.int64), query, keys)
+        on_gpu("search_backward", meta(T, H, K), meta(T, H, K, dtype=torch.int64), query, keys)
     elif operation == "read":
-        read_on_gpu(table, slots, weights)
+        on_gpu("read", table, slots, weights)
     elif operation == "dot":
-        dot_on_gpu(table, slots, outputs)
+        on_gpu("dot", table, slots, outputs)
     elif operation == "sum of rows":
-        sum_rows_on_gpu(slots, weights, outputs.to(dtype), N * N)
+        on_gpu("sum_rows", slots, weights, outputs.to(dtype), N * N)
     elif operation == "norm":
-        row_norm_on_gpu([slots], [weights], [outputs.to(dtype)], N * N)
+        on_gpu("row_norm", [slots], [weights], [outputs.to(dtype)], N * N)
     elif operation == "infer":
         of_query = [meta(H, 2 * C, dtype=dtype) for _ in range(4)]
         x, projection, bias = meta(T, 128, dtype=dtype), meta(H * 2 * C, 128, dtype=dtype), meta(H * 2 * C, dtype=dtype)
-        infer_on_gpu(x, projection, bias, *of_query, 1e-5, keys, K, table)
+        on_gpu("infer", x, projection, bias, *of_query, 1e-5, keys, K, table)
     else:
         row_step(operation, sizes, dtype)
 
@@ -200,7 +197,8 @@ def test_a_launch_is_specialized_as_triton_would(begin, size, any_size, is_wide)
 
 def test_nothing_is_run_or_left_behind():
     with recorded() as launches:
-        read_on_gpu(meta(2**21, 2048), meta(7, 3, dtype=torch.int64), meta(7, 3))  # 17 GB, and more than 2**31 elements
+        # 17 GB, and more than 2**31 elements.
+        on_gpu("read", meta(2**21, 2048), meta(7, 3, dtype=torch.int64), meta(7, 3))
     (found,) = launches
     assert found.name == "_read_kernel"
     assert found.arguments[0].shape == (2**21, 2048)

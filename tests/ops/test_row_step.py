@@ -5,9 +5,10 @@ import torch
 from torch.library import opcheck
 
 from memlayers.ops import cpu, row_step
+from memlayers.ops.read import dot
 from memlayers.ops.rounding import round_to_bfloat16
 from memlayers.ops.row_step import row_adagrad_, row_adam_, row_sgd_
-from memlayers.ops.row_sum import Part, SummedRows, row_norm
+from memlayers.ops.row_sum import SummedRows, parts_of, row_norm, sum_parts
 
 # Slots, [(tokens, rows a token) of each part], width.
 CASES = [
@@ -90,11 +91,12 @@ def summed(slots, weights, grads, num_slots):
 def test_the_kernel_does_what_the_reference_does_in_float64(rule, case, monkeypatch):
     num_slots, _, width = case
     step, tensors = operation(rule, num_slots, width)
-    gradient, scale = factors(*case), torch.tensor(0.3)
+    gradient = factors(*case)
+    max_norm = 0.3 * summed(*gradient, num_slots).norm().item()
     result, expected = copies(tensors), copies(tensors, torch.float64)
-    step(*result, *gradient, scale=scale)
+    step(*result, *gradient, max_norm=max_norm)
     monkeypatch.setattr(cpu, "kernels", lambda operation: None)
-    step(*expected, *gradient, scale=scale.double())
+    step(*expected, *gradient, max_norm=max_norm)
     for one, other, before in zip(result, expected, tensors, strict=True):
         torch.testing.assert_close(one, other.to(one.dtype), rtol=3e-6, atol=3e-6)
         assert not torch.equal(one, before)
@@ -210,12 +212,47 @@ def test_the_number_of_threads_changes_no_bit(rule, case, dtype):
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
             results.append(copies(tensors))
-            scale = 1 / row_norm(*gradient, case[0])
-            step(*results[-1], *gradient, scale=scale, seed=5 if dtype == torch.bfloat16 else -1)
+            step(*results[-1], *gradient, max_norm=1.0, seed=5 if dtype == torch.bfloat16 else -1)
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize(("max_norm", "length"), [(None, 5.0), (2.0, 2.0), (50.0, 5.0)])
+def test_clipping_is_by_the_norm_of_the_summed_gradient(max_norm, length, path):
+    """Two parts, whose sum has the norm 5; each of them, or their products, would have another."""
+    table = torch.zeros(4, 2)
+    slots, weights = [torch.tensor([[0, 2]]), torch.tensor([[2]])], [torch.tensor([[1.0, 2.0]]), torch.tensor([[-1.0]])]
+    grads = [torch.tensor([[3.0, 0.0]]), torch.tensor([[6.0, -4.0]])]
+    row_sgd_(table, slots, weights, grads, lr=1.0, max_norm=max_norm)
+    expected = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 4.0], [0.0, 0.0]]) * -length / 5
+    torch.testing.assert_close(table, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_clipped_step_is_bit_for_bit_that_of_scaled_sums(rule, dtype, path):
+    """Whose scale is that of the norm that `row_norm` gives, in float32; a limit above the norm changes no bit."""
+    step, tensors = operation(rule, 60, 33, dtype)
+    gradient, seed = factors(60, [(9, 3), (4, 2)], 33), 5 if dtype == torch.bfloat16 else -1
+    (rows, _, sums), norm = sum_parts(parts_of(*gradient), 60).compact(), row_norm(*gradient, 60)
+    scaled = [rows[:, None]], [torch.ones(len(rows), 1)], [sums * (0.25 / (norm + 1e-6)).clamp(max=1.0)]
+    for limit, of in ((0.25, scaled), (1e9, gradient)):
+        clipped, expected = copies(tensors), copies(tensors)
+        step(*clipped, *gradient, max_norm=limit, seed=seed)
+        step(*expected, *of, seed=seed)
+        for one, other in zip(clipped, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6 if limit < 1 and dtype == torch.float32 else 0, atol=1e-7)
+
+
+def test_a_backward_that_needs_the_rows_of_before_a_step_is_an_error(path):
+    """Kernels write where autograd does not look."""
+    table, slots = torch.randn(9, 3, requires_grad=True), torch.tensor([[2, 4]])
+    scores = dot(table, slots, torch.ones(1, 3, requires_grad=True))
+    row_sgd_(table, [slots], [torch.ones(1, 2)], [torch.ones(1, 3)], lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        scores.sum().backward()
 
 
 def test_small_numbers_of_adam_are_exact_in_float32(path):
@@ -319,9 +356,9 @@ def test_no_shape_depends_on_data_off_the_cpu(rule, num_slots):
     gradient = [[one.to("meta") for one in column] for column in factors(num_slots, [(4, 3), (1, 2)], 2)]
     function = getattr(row_step, rule.replace(" ", "_"))
     settings = {"adam": ADAM, "sgd": {"lr": 0.1}}.get(rule, ADAGRAD)
-    scale = torch.ones((), device="meta")
-    row_step.step_(function, tensors[0], tensors[1:], gradient, scale, 3, **settings)
-    rows = row_step.sum_parts([Part(*part) for part in zip(*gradient, strict=True)], num_slots)
+    parts = parts_of(*gradient)
+    row_step.step_(row_step.Step(function, tensors[0], tuple(tensors[1:]), parts, 1.0, 3, settings))
+    rows = sum_parts(parts, num_slots)
     with pytest.raises(RuntimeError, match="meta"):
         rows.compact()
 
@@ -331,8 +368,8 @@ def test_operations_are_registered_as_torch_expects(rule, path):
     torch.use_deterministic_algorithms(False)  # opcheck compares what it does not initialise
     step, tensors = operation(rule, 13, 5)
     gradient = factors(13, [(4, 3), (2, 1)], 5)
-    for scale in (None, torch.tensor(0.5)):
-        opcheck(step.func, (*tensors, *gradient), {**step.keywords, "scale": scale})
+    for max_norm in (None, 0.5):
+        opcheck(step.func, (*tensors, *gradient), {**step.keywords, "max_norm": max_norm})
 
 
 def test_the_norm_is_registered_as_torch_expects(path):
@@ -347,6 +384,6 @@ def test_a_table_of_more_than_2_31_elements():
     rows, neighbours = slots.flatten(), slots.flatten() - 1
     table[rows] = torch.ones(4, width, dtype=torch.bfloat16)
     table[neighbours] = torch.full((4, width), 3.0, dtype=torch.bfloat16)
-    row_sgd_(table, [slots], [torch.ones(4, 1)], [torch.ones(4, width)], lr=0.5, scale=None, seed=-1)
+    row_sgd_(table, [slots], [torch.ones(4, 1)], [torch.ones(4, width)], lr=0.5, max_norm=None, seed=-1)
     assert torch.equal(table[rows], torch.full((4, width), 0.5, dtype=torch.bfloat16))
     assert torch.equal(table[neighbours], torch.full((4, width), 3.0, dtype=torch.bfloat16))

@@ -7,70 +7,54 @@ Letters: T tokens, D model width, H heads, Q query width of a head, F = H * Q fe
 C = Q / 2, K neighbours, S slots, V value width.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops import cpu, gpu
 from memlayers.ops.precision import wide_dtype
 from memlayers.ops.read import read
 from memlayers.ops.search import search
-
-# Not a `torch.library.custom_op`, whose wrappers cost more than the arithmetic of one token.
-_library = torch.library.Library("memlayers", "FRAGMENT")
-_library.define(
-    "infer(Tensor x, Tensor projection, Tensor? bias, Tensor mean, Tensor var, Tensor gain, Tensor shift, float eps, "
-    "Tensor keys, int topk, Tensor table) -> Tensor"
-)
-# y [T, V] of a layer with a linear query network and BatchNorm by its running statistics.
-infer = torch.ops.memlayers.infer.default
+from memlayers.ops.table import operation
 
 
-def infer_reference(
-    x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps, keys_2HNC, topk, table_SV
-) -> Tensor:
-    """The layer's own operations."""
-    query_TF = F.linear(x_TD, projection_FD, bias_F)
-    mean_F, var_F, gain_F, shift_F = (stat_HQ.flatten() for stat_HQ in (mean_HQ, var_HQ, gain_HQ, shift_HQ))
+class Layer(NamedTuple):
+    """The arguments of `infer`: tokens, and a layer with a linear query network and BatchNorm by running statistics."""
+
+    x_TD: Tensor
+    projection_FD: Tensor
+    bias_F: Tensor | None
+    mean_HQ: Tensor
+    var_HQ: Tensor
+    gain_HQ: Tensor
+    shift_HQ: Tensor
+    eps: float
+    keys_2HNC: Tensor
+    topk: int
+    table_SV: Tensor
+
+    @property
+    def stats(self) -> tuple[Tensor, ...]:
+        """Mean, variance, gain and shift of the features."""
+        return self.mean_HQ, self.var_HQ, self.gain_HQ, self.shift_HQ
+
+
+def infer_reference(layer: Layer) -> Tensor:
+    """y [T, V], by the layer's own operations."""
+    query_TF = F.linear(layer.x_TD, layer.projection_FD, layer.bias_F)
+    mean_F, var_F, gain_F, shift_F = (stat_HQ.flatten() for stat_HQ in layer.stats)
     # In at least the dtype of the statistics, float32, as `MaskedBatchNorm` computes.
     wide_TF = query_TF.to(torch.promote_types(query_TF.dtype, mean_F.dtype))
     gain_F, shift_F = gain_F.to(wide_TF.dtype), shift_F.to(wide_TF.dtype)
-    query_TF = F.batch_norm(wide_TF, mean_F, var_F, gain_F, shift_F, eps=eps).to(query_TF.dtype)
-    scores_THK, slots_THK = search(query_TF.view(-1, *mean_HQ.shape), keys_2HNC, topk)
-    return read(table_SV, slots_THK.flatten(1), scores_THK.softmax(-1).flatten(1))
+    query_TF = F.batch_norm(wide_TF, mean_F, var_F, gain_F, shift_F, eps=layer.eps).to(query_TF.dtype)
+    scores_THK, slots_THK = search(query_TF.view(-1, *layer.mean_HQ.shape), layer.keys_2HNC, layer.topk)
+    return read(layer.table_SV, slots_THK.flatten(1), scores_THK.softmax(-1).flatten(1))
 
 
-def _infer_on_cpu(x_TD, *arguments) -> Tensor:
-    *rest, topk, table_SV = arguments
-    keys_2HNC, num_slots = rest[-1], len(table_SV)
-    tensors = [x_TD, *(given for given in rest if isinstance(given, Tensor))]
-    is_plain = (
-        all(tensor.dtype == torch.float32 for tensor in tensors)
-        and table_SV.dtype != torch.float64
-        and all(tensor.is_contiguous() for tensor in (*tensors[1:], table_SV))
-        and num_slots == keys_2HNC.shape[2] ** 2
-        and 1 <= topk <= keys_2HNC.shape[2] <= 2**16
-    )
-    kernels = cpu.kernels("infer") if is_plain else None
-    if kernels is None:
-        return infer_reference(x_TD, *arguments)
-    return kernels.infer(x_TD.contiguous(), *arguments)
-
-
-def infer_on_gpu(x_TD: Tensor, *arguments) -> Tensor:
-    """By the kernels for few tokens, where they know the dtypes and K; else by those of search and read."""
-    kernels = gpu.kernels("infer")
-    if kernels is None or not kernels.takes(x_TD, *arguments):
-        return infer_reference(x_TD, *arguments)
-    return kernels.infer(x_TD, *arguments)
-
-
-def _fake(x_TD, *arguments) -> Tensor:
+def _empty(x_TD, *arguments) -> Tensor:
     table_SV = arguments[-1]
     return x_TD.new_empty(x_TD.shape[0], table_SV.shape[1], dtype=wide_dtype(table_SV.dtype))
 
 
-_library.impl("infer", infer_reference, "CompositeExplicitAutograd")
-_library.impl("infer", _infer_on_cpu, "CPU")
-_library.impl("infer", infer_on_gpu, "CUDA")
-torch.library.register_fake("memlayers::infer", _fake, lib=_library)
+infer = operation("infer", infer_reference, _empty, pack=lambda *arguments: (Layer(*arguments),))

@@ -10,123 +10,22 @@ Sums are accumulated in float32 (float64 for float64), and so is what is returne
 never materialised as a whole. Letters: T tokens, K rows a token, S slots, V width, M = T * K.
 """
 
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops import cpu, gpu
 from memlayers.ops.precision import wide_dtype, without_autocast
 from memlayers.ops.record import MARK, record_
-from memlayers.ops.row_sum import Part, dense_sum, kernel_part
+from memlayers.ops.row_sum import dense_sum, parts_of
+from memlayers.ops.table import operation
 from memlayers.torch_private import dot_in_bags
 
 # Elements of gathered rows held at once where rows must be gathered at all: 16 MB in float32.
 _CHUNK_ELEMENTS = 2**22
 
 
-@torch.library.custom_op("memlayers::read", mutates_args=())
-def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """y [T, V]; backward gives the table an ordinary dense gradient."""
-    return _read(table_SV, slots_TK, weights_TK)
-
-
-@torch.library.custom_op("memlayers::read_row_mode", mutates_args=())
-def read_row_mode(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor, mark_1: Tensor, log: Tensor) -> Tensor:
-    """y [T, V]; backward records a row gradient in `log` and leaves the table's gradient None.
-
-    mark_1: the one-element companion parameter; its gradient shows that something was recorded.
-    log: the handle of the table's `RowGradient`, mutated in backward only (see `memlayers.ops.record`).
-    """
-    return _read(table_SV, slots_TK, weights_TK)
-
-
-@torch.library.custom_op("memlayers::dot", mutates_args=())
-def dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
-    """d [T, K]; backward gives the table an ordinary dense gradient."""
-    return _dot(table_SV, slots_TK, outputs_TV)
-
-
-@torch.library.custom_op("memlayers::sum_rows", mutates_args=())
-def sum_rows(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots: int) -> Tensor:
-    """g [S, V], zero where no entry names the slot."""
-    return dense_sum([Part(slots_TK, weights_TK, outputs_TV)], num_slots).grad_PV
-
-
-@sum_rows.register_kernel("cpu")
-def _(slots_TK, weights_TK, outputs_TV, num_slots):
-    part = Part(slots_TK, weights_TK, outputs_TV)
-    kernels = cpu.kernels("rows") if outputs_TV.dtype != torch.float64 else None
-    if kernels is None:
-        return dense_sum([part], num_slots).grad_PV
-    g_SV = torch.zeros(num_slots, outputs_TV.shape[1], dtype=torch.float32)
-    entries = kernels.SortedEntries([kernel_part(part)], num_slots)
-    kernels.step_(kernels.SGD, entries, g_SV, None, None, None, scale=1.0, lr=-1.0)  # one step up from zero
-    return g_SV
-
-
-@read.register_kernel("cuda")
-def read_on_gpu(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """By the kernel; the reference for a float64 table."""
-    kernels = gpu.kernels("read")
-    if kernels is None or not kernels.takes(table_SV):
-        return read_reference(table_SV, slots_TK, weights_TK)
-    return kernels.read(table_SV, slots_TK, weights_TK)
-
-
-@read_row_mode.register_kernel("cuda")
-def read_row_mode_on_gpu(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor, mark_1: Tensor, log: Tensor) -> Tensor:
-    """The same; what differs is its backward."""
-    return read_on_gpu(table_SV, slots_TK, weights_TK)
-
-
-@dot.register_kernel("cuda")
-def dot_on_gpu(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
-    """By the kernel; the reference for a float64 table."""
-    kernels = gpu.kernels("read")
-    if kernels is None or not kernels.takes(table_SV):
-        return dot_reference(table_SV, slots_TK, outputs_TV)
-    return kernels.dot(table_SV, slots_TK, outputs_TV)
-
-
-@sum_rows.register_kernel("cuda")
-def sum_rows_on_gpu(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots: int) -> Tensor:
-    """By the kernel of the row step: one step up from zero."""
-    part = Part(slots_TK, weights_TK, outputs_TV)
-    kernels = gpu.kernels("rows") if outputs_TV.dtype != torch.float64 else None
-    if kernels is None:
-        return dense_sum([part], num_slots).grad_PV
-    g_SV = outputs_TV.new_zeros(num_slots, outputs_TV.shape[1], dtype=torch.float32)
-    entries = kernels.SortedEntries([part], num_slots)
-    kernels.step_(kernels.SGD, entries, g_SV, None, None, None, scale=None, seed=-1, lr=-1.0)
-    return g_SV
-
-
-def _read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    kernels = _kernels(table_SV)
-    if kernels is not None:
-        return kernels.read(table_SV, slots_TK.long().contiguous(), weights_TK.float().contiguous())
-    return read_reference(table_SV, slots_TK, weights_TK)
-
-
-def _dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
-    kernels = _kernels(table_SV)
-    if kernels is not None:
-        return kernels.dot(table_SV, slots_TK.long().contiguous(), outputs_TV.float().contiguous())
-    return dot_reference(table_SV, slots_TK, outputs_TV)
-
-
-def _kernels(table_SV: Tensor) -> ModuleType | None:
-    if table_SV.device.type != "cpu" or table_SV.dtype == torch.float64:
-        return None
-    if not table_SV.is_contiguous() or table_SV.numel() == 0:
-        return None
-    return cpu.kernels("read")
-
-
 def read_reference(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """`read` in PyTorch's own operations."""
+    """y [T, V]."""
     dtype = wide_dtype(table_SV.dtype)
     if slots_TK.numel() == 0:
         return table_SV.new_zeros(slots_TK.shape[0], table_SV.shape[1], dtype=dtype)
@@ -140,7 +39,7 @@ def read_reference(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Te
 
 
 def dot_reference(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
-    """`dot` in PyTorch's own operations."""
+    """d [T, K]."""
     dtype = wide_dtype(table_SV.dtype)
     outputs_TV = outputs_TV.to(dtype).contiguous()
     num_tokens, topk = slots_TK.shape
@@ -158,6 +57,11 @@ def dot_reference(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Ten
             rows_CKV = F.embedding(slots_TK[tokens], table_SV).to(dtype)
             d_TK[tokens] = (rows_CKV @ outputs_TV[tokens, :, None]).squeeze(-1)
     return d_TK
+
+
+def sum_rows_reference(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots: int) -> Tensor:
+    """g [S, V], zero where no entry names the slot."""
+    return dense_sum(parts_of([slots_TK], [weights_TK], [outputs_TV]), num_slots).grad_PV
 
 
 def _chunks(slots_TK: Tensor, table_SV: Tensor) -> list[slice]:
@@ -224,11 +128,23 @@ def _sum_backward(ctx, grad_SV):
     return None, grad_TK, grad_TV, None
 
 
-read.register_fake(_empty_outputs)
-read_row_mode.register_fake(_empty_outputs)
-dot.register_fake(_empty_weights)
-sum_rows.register_fake(_empty_rows)
-read.register_autograd(_read_backward, setup_context=_save_read)
-read_row_mode.register_autograd(_read_row_mode_backward, setup_context=_save_read)
-dot.register_autograd(_dot_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-sum_rows.register_autograd(_sum_backward, setup_context=_save_sum)
+# Backward gives the table an ordinary dense gradient.
+read = operation("read", read_reference, _empty_outputs, backward=_read_backward, save=_save_read)
+# Backward records a row gradient in `log`, the handle of the table's `RowGradient` (see `memlayers.ops.record`), and
+# leaves the table's gradient None; the gradient of `mark_1`, a companion parameter, shows that something was recorded.
+read_row_mode = operation(
+    "read_row_mode",
+    read_reference,
+    _empty_outputs,
+    backward=_read_row_mode_backward,
+    save=_save_read,
+    pack=lambda table_SV, slots_TK, weights_TK, mark_1, log: (table_SV, slots_TK, weights_TK),
+)
+dot = operation(
+    "dot",
+    dot_reference,
+    _empty_weights,
+    backward=_dot_backward,
+    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+sum_rows = operation("sum_rows", sum_rows_reference, _empty_rows, backward=_sum_backward, save=_save_sum)

@@ -25,7 +25,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from memlayers.ops.row_sum import Part, SummedRows, dense_sum, row_norm, sum_parts
+from memlayers.ops.row_sum import Part, SummedRows, dense_sum, parts_of, row_norm, sum_parts
+from memlayers.ops.table import operation
 from memlayers.torch_private import after_backward, current_backward, version
 
 _numbers = itertools.count(1)
@@ -38,8 +39,7 @@ _row_gradients: "weakref.WeakValueDictionary[int, RowGradient]" = weakref.WeakVa
 MARK = 1e-23
 
 
-@torch.library.custom_op("memlayers::record_", mutates_args=("handle",))
-def record_(handle: Tensor, slots_TK: Tensor, weights_TK: Tensor, grad_TV: Tensor) -> None:
+def _record(handle: Tensor, slots_TK: Tensor, weights_TK: Tensor, grad_TV: Tensor) -> None:
     """Append one call's factored gradient to the `RowGradient` of the handle."""
     row_gradient = _row_gradients.get(int(handle[0]))
     if row_gradient is None or row_gradient.owner() is None:
@@ -62,9 +62,7 @@ def _is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-@record_.register_fake
-def _(handle, slots_TK, weights_TK, grad_TV):
-    return None
+record_ = operation("record_", _record, lambda *_: None)
 
 
 class RowGradient:
@@ -99,7 +97,7 @@ class RowGradient:
             self._forget()
             self._mark.grad = torch.full_like(self._mark, MARK)
             self._seen = (self._mark.grad, version(self._mark.grad))
-        self._add(Part(slots_TK, weights_TK, grad_TV))
+        self._add(*parts_of([slots_TK], [weights_TK], [grad_TV]))
 
     @property
     def is_empty(self) -> bool:

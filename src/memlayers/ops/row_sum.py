@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops import cpu, gpu
 from memlayers.ops.precision import wide_dtype
+from memlayers.ops.table import operation
 
 # Elements of summed rows that an update handles at a time: 4 MB in float32, so that its passes run in cache.
 _CHUNK_ELEMENTS = 2**20
@@ -68,53 +68,25 @@ class SummedRows(NamedTuple):
             yield index, None if self.live_P is None else self.live_P[piece], self.grad_PV[piece]
 
 
-@torch.library.custom_op("memlayers::row_norm", mutates_args=())
-def row_norm(slots: Sequence[Tensor], weights: Sequence[Tensor], grads: Sequence[Tensor], num_slots: int) -> Tensor:
+def row_norm_reference(parts: list[Part], num_slots: int) -> Tensor:
     """Euclidean norm of the summed rows of at least one part; float32, float64 if the gradients are."""
-    return _norm(slots, weights, grads, num_slots)
+    return sum_parts(parts, num_slots).norm()
 
 
-@row_norm.register_fake
-def _(slots, weights, grads, num_slots):
-    return grads[0].new_empty((), dtype=wide_dtype(*(grad.dtype for grad in grads)))
+def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """What to multiply a gradient of this norm by, so that it has at most the other; a scalar on the norm's device."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-@row_norm.register_kernel("cpu")
-def _(slots, weights, grads, num_slots):
-    kernels = cpu.kernels("rows")
-    if kernels is None or wide_dtype(*(grad.dtype for grad in grads)) == torch.float64:
-        return _norm(slots, weights, grads, num_slots)
-    parts = zip(slots, weights, grads, strict=True)
-    entries = kernels.SortedEntries([kernel_part(Part(*part)) for part in parts], num_slots)
-    return kernels.square_sum(entries).sqrt().float()
+def parts_of(slots: Sequence[Tensor], weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Part]:
+    """The parts whose factors the lists hold. Raises `ValueError` unless their shapes fit each other."""
+    parts = [Part(*factors) for factors in zip(slots, weights, grads, strict=True)]
+    for part in parts:
+        _check(part)
+    return parts
 
 
-@row_norm.register_kernel("cuda")
-def row_norm_on_gpu(
-    slots: Sequence[Tensor], weights: Sequence[Tensor], grads: Sequence[Tensor], num_slots: int
-) -> Tensor:
-    """By the kernel; the reference for float64 gradients."""
-    kernels = gpu.kernels("rows")
-    if kernels is None or wide_dtype(*(grad.dtype for grad in grads)) == torch.float64:
-        return _norm(slots, weights, grads, num_slots)
-    parts = [Part(*part) for part in zip(slots, weights, grads, strict=True)]
-    return kernels.square_sum(kernels.SortedEntries(parts, num_slots)).sqrt()
-
-
-def _norm(slots, weights, grads, num_slots: int) -> Tensor:
-    return sum_parts([Part(*part) for part in zip(slots, weights, grads, strict=True)], num_slots).norm()
-
-
-def kernel_part(part: Part) -> Part:
-    """The part as the kernels take it: contiguous, slots int64, the rest float32."""
-    check_part(part)
-    return Part(
-        part.slots_TK.long().contiguous(), part.weights_TK.float().contiguous(), part.grad_TV.float().contiguous()
-    )
-
-
-def check_part(part: Part) -> None:
-    """Raises `ValueError` unless the shapes fit each other."""
+def _check(part: Part) -> None:
     slots_TK, weights_TK, grad_TV = part
     if slots_TK.ndim != 2 or slots_TK.shape != weights_TK.shape or grad_TV.shape[:-1] != slots_TK.shape[:1]:
         raise ValueError(
@@ -152,8 +124,6 @@ class _Entries:
     """
 
     def __init__(self, parts: list[Part], num_slots: int):
-        for part in parts:
-            check_part(part)
         dtype = wide_dtype(*(part.grad_TV.dtype for part in parts))
         self.num_slots = num_slots
         weight_M = _joined([part.weights_TK.flatten().to(dtype) for part in parts])
@@ -206,3 +176,15 @@ def _check_range(slots_M: Tensor, weight_M: Tensor, num_slots: int) -> None:
 def _joined(pieces: list[Tensor]) -> Tensor:
     """Their concatenation; a merged gradient is a single piece as large as the table, and is not copied."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _empty_norm(slots, weights, grads, num_slots):
+    return grads[0].new_empty((), dtype=wide_dtype(*(grad.dtype for grad in grads)))
+
+
+row_norm = operation(
+    "row_norm",
+    row_norm_reference,
+    _empty_norm,
+    pack=lambda slots, weights, grads, num_slots: (parts_of(slots, weights, grads), num_slots),
+)

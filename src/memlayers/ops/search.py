@@ -7,40 +7,13 @@ the N * N sums have one.
 Letters: T tokens, H heads, Q query width of a head, C = Q / 2, N sub-keys a codebook, K neighbours.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from memlayers.ops import cpu, gpu
 from memlayers.ops.precision import wide_dtype, without_autocast
 from memlayers.ops.select import halves, select_pairs
+from memlayers.ops.table import operation
 from memlayers.torch_private import multiplies_fast
-
-
-@torch.library.custom_op("memlayers::search", mutates_args=())
-def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """(scores [T, H, K] descending, differentiable, at least float32; slots [T, H, K] int64)."""
-    return search_reference(query_THQ, weight_2HNC, topk)
-
-
-@torch.library.custom_op("memlayers::search_backward", mutates_args=())
-def search_backward(
-    grad_THK: Tensor,
-    slots_THK: Tensor,
-    query_THQ: Tensor,
-    weight_2HNC: Tensor,
-    of_query: bool = True,
-    of_weight: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of query and keys, in their dtypes; one that is not wanted is empty."""
-    grads = search_backward_reference(grad_THK, slots_THK, query_THQ, weight_2HNC)
-    return _wanted(*grads, of_query, of_weight)
-
-
-def _wanted(grad_query_THQ: Tensor, grad_weight_2HNC: Tensor, of_query: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
-    query = grad_query_THQ if of_query else grad_query_THQ.new_empty(0)
-    return query, grad_weight_2HNC if of_weight else grad_weight_2HNC.new_empty(0)
 
 
 def half_scores(query_THQ: Tensor, weight_2HNC: Tensor) -> Tensor:
@@ -51,16 +24,24 @@ def half_scores(query_THQ: Tensor, weight_2HNC: Tensor) -> Tensor:
 
 
 def search_reference(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The same in operations of PyTorch and `select`."""
-    first_HTN, second_HTN = half_scores(query_THQ, weight_2HNC)
+    """(scores [T, H, K] descending, differentiable, at least float32; slots [T, H, K] int64)."""
+    first_HTN, second_HTN = half_scores(in_fast_dtype(query_THQ), in_fast_dtype(weight_2HNC))
     scores_HTK, slots_HTK = select_pairs(first_HTN, second_HTN, topk)
     return scores_HTK.transpose(0, 1).contiguous(), slots_HTK.transpose(0, 1).contiguous()
 
 
 def search_backward_reference(
-    grad_THK: Tensor, slots_THK: Tensor, query_THQ: Tensor, weight_2HNC: Tensor
+    grad_THK: Tensor,
+    slots_THK: Tensor,
+    query_THQ: Tensor,
+    weight_2HNC: Tensor,
+    of_query: bool = True,
+    of_weight: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Scattered to half scores, then the gradients of two dense products."""
+    """Gradients of query and keys, in their dtypes; one that is not wanted is empty.
+
+    They are scattered to half scores; then they are the gradients of two dense products.
+    """
     num_tokens, heads, _ = grad_THK.shape
     num_subkeys = weight_2HNC.shape[2]
     zeros_THN = grad_THK.new_zeros(num_tokens, heads, num_subkeys)
@@ -71,81 +52,29 @@ def search_backward_reference(
         grad_query_2HTC = grad_2HTN @ weight_2HNC
         grad_weight_2HNC = grad_2HTN.transpose(-1, -2) @ query_2HTC
     grad_query_THQ = grad_query_2HTC.permute(2, 1, 0, 3).reshape(query_THQ.shape)
-    return grad_query_THQ.to(query_THQ.dtype).contiguous(), grad_weight_2HNC.contiguous()
+    grad_query_THQ = grad_query_THQ.to(query_THQ.dtype).contiguous()
+    return _wanted(grad_query_THQ, grad_weight_2HNC.contiguous(), of_query, of_weight)
 
 
-@search.register_kernel("cpu")
-def _(query_THQ, weight_2HNC, topk):
-    query_THQ, weight_2HNC = _in_fast_dtype(query_THQ), _in_fast_dtype(weight_2HNC)
-    kernels = _kernels(query_THQ, weight_2HNC)
-    if kernels is None:
-        return search_reference(query_THQ, weight_2HNC, topk)
-    return kernels.search(query_THQ, weight_2HNC, topk)
+def _wanted(grad_query_THQ: Tensor, grad_weight_2HNC: Tensor, of_query: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
+    query = grad_query_THQ if of_query else grad_query_THQ.new_empty(0)
+    return query, grad_weight_2HNC if of_weight else grad_weight_2HNC.new_empty(0)
 
 
-@search_backward.register_kernel("cpu")
-def _(grad_THK, slots_THK, query_THQ, weight_2HNC, of_query=True, of_weight=True):
-    query, weight = query_THQ.float(), weight_2HNC.float()  # no dense product, so nothing is gained by 16 bits
-    kernels = None if query_THQ.dtype == torch.float64 else _kernels(query, weight)
-    if kernels is None:
-        grads = search_backward_reference(grad_THK, slots_THK, query_THQ, weight_2HNC)
-        return _wanted(*grads, of_query, of_weight)
-    grads = kernels.search_backward(
-        grad_THK.float().contiguous(),
-        slots_THK.contiguous(),
-        query.contiguous(),
-        weight.contiguous(),
-        of_query,
-        of_weight,
-    )
-    return grads[0].to(query_THQ.dtype), grads[1].to(weight_2HNC.dtype)
-
-
-@search.register_kernel("cuda")
-def search_on_gpu(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """By the kernels where they know the dtypes and K."""
-    kernels = gpu.kernels("search")
-    if kernels is None or not kernels.takes(query_THQ, weight_2HNC, topk):
-        return search_reference(query_THQ, weight_2HNC, topk)
-    return kernels.search(query_THQ, weight_2HNC, topk)
-
-
-@search_backward.register_kernel("cuda")
-def search_backward_on_gpu(
-    grad_THK: Tensor,
-    slots_THK: Tensor,
-    query_THQ: Tensor,
-    weight_2HNC: Tensor,
-    of_query: bool = True,
-    of_weight: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """By the kernels where they know the dtypes and K."""
-    kernels = gpu.kernels("search")
-    if kernels is None or not kernels.takes(query_THQ, weight_2HNC, grad_THK.shape[-1]):
-        grads = search_backward_reference(grad_THK, slots_THK, query_THQ, weight_2HNC)
-        return _wanted(*grads, of_query, of_weight)
-    return kernels.search_backward(grad_THK, slots_THK, query_THQ, weight_2HNC, of_query, of_weight)
-
-
-def _in_fast_dtype(values: Tensor) -> Tensor:
-    """16-bit products are a hundred times slower than float32 where the processor has none."""
-    is_slow = values.dtype in (torch.bfloat16, torch.float16) and not multiplies_fast(values.dtype)
+def in_fast_dtype(values: Tensor) -> Tensor:
+    """On a CPU in float32 where it has no 16-bit products: by software they are a hundred times slower."""
+    is_16_bits = values.dtype in (torch.bfloat16, torch.float16)
+    is_slow = is_16_bits and values.device.type == "cpu" and not multiplies_fast(values.dtype)
     return values.float() if is_slow else values
 
 
-def _kernels(query_THQ: Tensor, weight_2HNC: Tensor) -> ModuleType | None:
-    return cpu.kernels("search") if query_THQ.dtype == weight_2HNC.dtype == torch.float32 else None
-
-
-@search.register_fake
-def _(query_THQ, weight_2HNC, topk):
+def _empty_hits(query_THQ, weight_2HNC, topk):
     shape = (*query_THQ.shape[:2], topk)
     dtype = wide_dtype(query_THQ.dtype)
     return query_THQ.new_empty(shape, dtype=dtype), query_THQ.new_empty(shape, dtype=torch.int64)
 
 
-@search_backward.register_fake
-def _(grad_THK, slots_THK, query_THQ, weight_2HNC, of_query=True, of_weight=True):
+def _empty_gradients(grad_THK, slots_THK, query_THQ, weight_2HNC, of_query=True, of_weight=True):
     contiguous = torch.contiguous_format
     query, weight = (torch.empty_like(like, memory_format=contiguous) for like in (query_THQ, weight_2HNC))
     return _wanted(query, weight, of_query, of_weight)
@@ -183,5 +112,11 @@ def _save_for_second(ctx, inputs, output):
     ctx.wanted = inputs[4:]
 
 
-search.register_autograd(_backward, setup_context=_save)
-search_backward.register_autograd(_second_backward, setup_context=_save_for_second)
+search = operation("search", search_reference, _empty_hits, backward=_backward, save=_save)
+search_backward = operation(
+    "search_backward",
+    search_backward_reference,
+    _empty_gradients,
+    backward=_second_backward,
+    save=_save_for_second,
+)

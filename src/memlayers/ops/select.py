@@ -7,53 +7,24 @@ staircase of pairs (119 at K = 32) is scored, never the K * K grid and never all
 Letters: N sub-keys a codebook, K neighbours, P pairs of the staircase, ... any leading shape.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from memlayers.ops import cpu, gpu
 from memlayers.ops.precision import wide_dtype, widened
+from memlayers.ops.table import operation
 
 _LOW_WORD = 0xFFFFFFFF  # ties are broken by what is packed here, so it bounds the slots: 2**32
 
 
-@torch.library.custom_op("memlayers::select", mutates_args=())
-def select_pairs(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def select_reference(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """The K best pair sums of each row.
 
     first_N, second_N: [..., N], half scores. Returns (scores [..., K] descending, slots [..., K] int64, the slot of
     (i, j) being i * N + j). Equal sums go to the lower slot. Scores are differentiable, and at least float32.
     """
-    return select_reference(widened(first_N), widened(second_N), topk)
-
-
-@select_pairs.register_kernel("cpu")
-def _(first_N, second_N, topk):
     first_N, second_N = widened(first_N), widened(second_N)
-    kernels = cpu.kernels("select") if first_N.dtype == second_N.dtype == torch.float32 else None
-    if kernels is None:
-        return select_reference(first_N, second_N, topk)
-    leading, num_subkeys = first_N.shape[:-1], first_N.shape[-1]
-    if first_N.ndim != 3 or first_N.stride(-1) != 1 or second_N.stride(-1) != 1:
-        first_N, second_N = (half.contiguous().view(1, -1, num_subkeys) for half in (first_N, second_N))
-    scores_K, slots_K = kernels.select(first_N, second_N, topk)
-    return scores_K.view(*leading, topk), slots_K.view(*leading, topk)
-
-
-@select_pairs.register_kernel("cuda")
-def select_on_gpu(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """By the kernel where it knows the dtypes and K."""
-    kernels = gpu.kernels("select")
-    if kernels is None or not kernels.takes(first_N, second_N, topk):
-        return select_reference(widened(first_N), widened(second_N), topk)
-    leading, num_subkeys = first_N.shape[:-1], first_N.shape[-1]
-    if first_N.ndim != 3:
-        first_N, second_N = (half.reshape(1, -1, num_subkeys) for half in (first_N, second_N))
-    scores_K, slots_K = kernels.select(first_N, second_N, topk)
-    return scores_K.view(*leading, topk), slots_K.view(*leading, topk)
-
-
-def select_reference(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The same in PyTorch's own operations."""
     num_subkeys = first_N.shape[-1]
     index_N = torch.arange(num_subkeys, device=first_N.device)
     first_K, second_K = best(first_N, index_N, topk), best(second_N, index_N, topk)
@@ -76,14 +47,28 @@ def check_halves(first_N: Tensor, second_N: Tensor, topk: int) -> None:
         )
 
 
+def select_by(
+    select_into: Callable[..., None], first_N: Tensor, second_N: Tensor, topk: int, softmax: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What kernels of [A, B, N] with adjacent scores find, for any leading shape; scores are float32."""
+    leading, num_subkeys = first_N.shape[:-1], first_N.shape[-1]
+    if first_N.ndim != 3:
+        first_N, second_N = (half.reshape(1, -1, num_subkeys) for half in (first_N, second_N))
+    first_N, second_N = (half if half.stride(-1) == 1 else half.contiguous() for half in (first_N, second_N))
+    shape = (*first_N.shape[:-1], topk)
+    scores_K = first_N.new_empty(shape, dtype=torch.float32)
+    slots_K = first_N.new_empty(shape, dtype=torch.int64)
+    select_into(first_N, second_N, scores_K, slots_K, softmax=softmax)
+    return scores_K.view(*leading, topk), slots_K.view(*leading, topk)
+
+
 def halves(slots: Tensor, num_subkeys: int) -> tuple[Tensor, Tensor]:
     """The sub-keys (i, j) of each slot i * N + j."""
     first = torch.div(slots, num_subkeys, rounding_mode="floor")
     return first, slots - first * num_subkeys
 
 
-@select_pairs.register_fake
-def _(first_N, second_N, topk):
+def _empty_pairs(first_N, second_N, topk):
     shape = (*first_N.shape[:-1], topk)
     dtype = wide_dtype(first_N.dtype, second_N.dtype)
     return first_N.new_empty(shape, dtype=dtype), first_N.new_empty(shape, dtype=torch.int64)
@@ -104,7 +89,7 @@ def _scatter_to_halves(ctx, grad_K, _):
     return *grads, None
 
 
-select_pairs.register_autograd(_scatter_to_halves, setup_context=_save_slots)
+select_pairs = operation("select", select_reference, _empty_pairs, backward=_scatter_to_halves, save=_save_slots)
 
 
 def staircase(topk: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -52,5 +52,5 @@ class RowAdagrad(RowOptimizer):
         shape = weight_SV.shape[:1] if group["per_row"] else weight_SV.shape
         return {"square_sum": torch.zeros(shape, dtype=wide_dtype(weight_SV.dtype), device=weight_SV.device)}
 
-    def update(self, weight_SV, state, factors, group, *, lr, scale, seed):
-        row_adagrad_(weight_SV, state["square_sum"], *factors, lr=lr, eps=group["eps"], scale=scale, seed=seed)
+    def update(self, weight_SV, state, factors, group, *, lr, max_norm, seed):
+        row_adagrad_(weight_SV, state["square_sum"], *factors, lr=lr, eps=group["eps"], max_norm=max_norm, seed=seed)

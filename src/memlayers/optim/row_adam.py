@@ -66,7 +66,7 @@ class RowAdam(RowOptimizer):
             "steps": torch.zeros(len(weight_SV), dtype=torch.int32, device=weight_SV.device),
         }
 
-    def update(self, weight_SV, state, factors, group, *, lr, scale, seed):
+    def update(self, weight_SV, state, factors, group, *, lr, max_norm, seed):
         moments = state["exp_avg"], state["exp_avg_sq"]
         beta1, beta2 = group["betas"]
         row_adam_(
@@ -78,6 +78,6 @@ class RowAdam(RowOptimizer):
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
-            scale=scale,
+            max_norm=max_norm,
             seed=seed,
         )

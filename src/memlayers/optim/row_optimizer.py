@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.checks import require_choice, require_number
-from memlayers.ops.row_sum import row_norm
 from memlayers.optim.table_owner import TableOwner
 from memlayers.values import ValueTable, value_tables
 
@@ -89,7 +88,7 @@ class RowOptimizer(TableOwner):
         group: dict[str, Any],
         *,
         lr: float,
-        scale: Tensor | None,
+        max_norm: float | None,
         seed: int,
     ) -> None:
         """One step of a table and its state, in place (see `memlayers.ops.row_step`)."""
@@ -103,10 +102,6 @@ class RowOptimizer(TableOwner):
             if parts is None:
                 continue
             slots, weights, grads = (list(factors) for factors in zip(*parts, strict=True))
-            scale = None
-            if group["max_grad_norm"] is not None:
-                norm = row_norm(slots, weights, grads, len(table.weight))
-                scale = (group["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
             state = self.state[table.weight]
             if not state:
                 state.update(self.new_state(table.weight, group))
@@ -114,7 +109,8 @@ class RowOptimizer(TableOwner):
             is_stochastic = group["rounding"] == "stochastic" and has_bfloat16
             # Another for each step and table, and the same when a run is resumed.
             seed = group["updates"] * len(self._tables) + number if is_stochastic else -1
-            self.update(table.weight, state, (slots, weights, grads), group, lr=lr, scale=scale, seed=seed)
+            factors = slots, weights, grads
+            self.update(table.weight, state, factors, group, lr=lr, max_norm=group["max_grad_norm"], seed=seed)
         group["updates"] += 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:

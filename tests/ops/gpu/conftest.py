@@ -31,24 +31,9 @@ def _kernels_in_operations():
     """Interpreted, an operation on tensors of the CPU does what it would do on those of a GPU."""
     if not IS_INTERPRETED:
         return
-    from memlayers.ops import infer, read, row_step, row_sum, search, select
+    from memlayers.ops import gpu, table
 
-    implementations = {
-        select.select_pairs: select.select_on_gpu,
-        search.search: search.search_on_gpu,
-        search.search_backward: search.search_backward_on_gpu,
-        read.read: read.read_on_gpu,
-        read.read_row_mode: read.read_row_mode_on_gpu,
-        read.dot: read.dot_on_gpu,
-        read.sum_rows: read.sum_rows_on_gpu,
-        row_sum.row_norm: row_sum.row_norm_on_gpu,
-        row_step.row_adam_: row_step.row_adam_on_gpu_,
-        row_step.row_adagrad_: row_step.row_adagrad_on_gpu_,
-        row_step.row_sgd_: row_step.row_sgd_on_gpu_,
-    }
-    for operation, on_gpu in implementations.items():
-        operation.register_kernel("cpu")(on_gpu)
-    infer._library.impl("infer", infer.infer_on_gpu, "CPU", allow_override=True)
+    table.DEVICES["cpu"] = gpu
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from memlayers import MemoryConfig, MemoryLayer
 from memlayers.inference import MOST_CAPTURED
 from memlayers.ops.gpu import infer as kernels
-from memlayers.ops.infer import infer
+from memlayers.ops.infer import Layer, infer
 from memlayers.ops.select import select_reference
+from memlayers.ops.table import references
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -62,7 +63,7 @@ def only_kernels(monkeypatch):
     def reference(*_):
         raise AssertionError("the reference was used")
 
-    monkeypatch.setattr("memlayers.ops.infer.infer_reference", reference)
+    monkeypatch.setitem(references, "infer", reference)
 
 
 @pytest.fixture
@@ -119,14 +120,14 @@ def test_many_tokens_take_the_other_operations_kernels(dtype, device, monkeypatc
     assert kernels.FEW_TOKENS == MOST_CAPTURED
     monkeypatch.setattr(kernels, "FEW_TOKENS", 1)
     given = arguments(SIZES[0], 2, dtype, device)
-    assert not kernels.takes(*given)
-    assert kernels.takes(given[0][1:], *given[1:])
+    assert not kernels.takes(Layer(*given))
+    assert kernels.takes(Layer(given[0][1:], *given[1:]))
     assert_close(infer(*given), given)
 
 
 def test_what_the_kernels_do_not_know_is_left_to_the_reference(device):
     plain = arguments(SIZES[1], 2, torch.float32, device)
-    assert kernels.takes(*plain)
+    assert kernels.takes(Layer(*plain))
     for place, change in {
         0: torch.Tensor.double,  # x is of another dtype than its weights
         1: torch.Tensor.half,
@@ -136,7 +137,8 @@ def test_what_the_kernels_do_not_know_is_left_to_the_reference(device):
         9: lambda topk: 1000,
         10: torch.Tensor.double,
     }.items():
-        assert not kernels.takes(*(change(given) if place == i else given for i, given in enumerate(plain))), place
+        changed = (change(given) if place == i else given for i, given in enumerate(plain))
+        assert not kernels.takes(Layer(*changed)), place
     given = [one.double() if isinstance(one, torch.Tensor) else one for one in plain]
     torch.testing.assert_close(infer(*given), exact(plain))
 
@@ -145,7 +147,7 @@ def test_it_is_four_kernels(device, monkeypatch):
     launched = []
     for module in ("infer", "read", "select"):
         monkeypatch.setattr(f"memlayers.ops.gpu.{module}.launch", lambda kernel, grid, *_, **__: launched.append(grid))
-    kernels.infer(*arguments(SIZES[1], 1, torch.float32, "meta"))
+    kernels.infer(Layer(*arguments(SIZES[1], 1, torch.float32, "meta")))
     assert len(launched) == 3  # and the projection
 
 

@@ -1,16 +1,15 @@
 """Nothing waits for the device: host code asks for no value, and its shapes depend on none."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlayers import MemoryConfig, MemoryLayer, RowAdagrad, RowAdam, RowSGD, ValueTable
-from memlayers.ops.infer import infer_on_gpu
-from memlayers.ops.read import dot_on_gpu, read_on_gpu, sum_rows_on_gpu
-from memlayers.ops.row_step import row_adagrad_on_gpu_, row_adam_on_gpu_, row_sgd_on_gpu_
-from memlayers.ops.row_sum import row_norm_on_gpu
-from memlayers.ops.search import search_backward_on_gpu, search_on_gpu
-from memlayers.ops.select import select_on_gpu
+from memlayers.ops.table import run
+
+on_gpu = partial(run, "cuda")  # the name of an operation, and its arguments
 
 aten = torch.ops.aten
 # item, bool, float and int of a tensor; results of a size that depends on values.
@@ -77,18 +76,18 @@ def factors(device, tokens=3, topk=2, slots=9, width=5):
 def test_reads_and_their_gradients(device):
     table, (slots, weights, outputs) = torch.randn(9, 5, device=device), factors(device)
     with NoSync():
-        read_on_gpu(table, slots, weights)
-        dot_on_gpu(table.bfloat16(), slots, outputs)
-        sum_rows_on_gpu(slots, weights, outputs, 9)
-        row_norm_on_gpu([slots] * 2, [weights] * 2, [outputs] * 2, 9)
+        on_gpu("read", table, slots, weights)
+        on_gpu("dot", table.bfloat16(), slots, outputs)
+        on_gpu("sum_rows", slots, weights, outputs, 9)
+        on_gpu("row_norm", [slots] * 2, [weights] * 2, [outputs] * 2, 9)
 
 
 def test_select_and_search(device):
     query, keys = torch.randn(2, 1, 6, device=device), torch.randn(2, 1, 7, 3, device=device)
     with NoSync():
-        select_on_gpu(query, query.flip(0), 2)
-        scores, slots = search_on_gpu(query, keys, 2)
-        search_backward_on_gpu(scores, slots, query, keys)
+        on_gpu("select", query, query.flip(0), 2)
+        scores, slots = on_gpu("search", query, keys, 2)
+        on_gpu("search_backward", scores, slots, query, keys)
 
 
 @pytest.mark.parametrize("rule", ["adam", "adagrad", "row adagrad", "sgd"])
@@ -96,16 +95,16 @@ def test_select_and_search(device):
 def test_row_steps(rule, dtype, device):
     table, moments = torch.randn(9, 5, device=device).to(dtype), torch.rand(2, 9, 5, device=device)
     gradient = [[factor] for factor in factors(device)]
-    more = {"scale": torch.ones((), device=device), "seed": -1 if dtype == torch.float32 else 5}
+    more = {"max_norm": 0.5, "seed": -1 if dtype == torch.float32 else 5}
     steps = torch.zeros(9, dtype=torch.int32, device=device)
     with NoSync():
         if rule == "adam":
-            row_adam_on_gpu_(table, *moments, steps, *gradient, 0.1, 0.9, 0.99, 1e-6, **more)
+            on_gpu("row_adam_", table, *moments, steps, *gradient, 0.1, 0.9, 0.99, 1e-6, **more)
         elif rule == "sgd":
-            row_sgd_on_gpu_(table, *gradient, 0.1, **more)
+            on_gpu("row_sgd_", table, *gradient, 0.1, **more)
         else:
             state = moments[0] if rule == "adagrad" else moments[0, :, 0].contiguous()
-            row_adagrad_on_gpu_(table, state, *gradient, 0.1, 1e-6, **more)
+            on_gpu("row_adagrad_", table, state, *gradient, 0.1, 1e-6, **more)
 
 
 @pytest.mark.parametrize("optimizer", [RowAdam, RowAdagrad, RowSGD])
@@ -127,7 +126,7 @@ def test_infer(device):
     projection, keys = torch.randn(heads * 2 * half, dim, device=device), torch.randn(2, heads, 5, half, device=device)
     table = torch.randn(num_subkeys**2, 6, device=device)
     with NoSync():
-        infer_on_gpu(torch.randn(tokens, dim, device=device), projection, None, *of_query, 1e-5, keys, 2, table)
+        on_gpu("infer", torch.randn(tokens, dim, device=device), projection, None, *of_query, 1e-5, keys, 2, table)
 
 
 @pytest.mark.parametrize("is_training", [True, False], ids=["training", "evaluation"])

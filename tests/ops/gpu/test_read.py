@@ -4,6 +4,7 @@ import torch
 from memlayers import RowAdam, ValueTable
 from memlayers.ops.gpu import read as kernels
 from memlayers.ops.read import dot, read
+from memlayers.ops.table import references
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # S, T, K, V: a row in parts of a warp, in a warp and a masked one, in two programs of two warps; nothing to do.
@@ -24,8 +25,8 @@ def _only_the_kernels(monkeypatch):
     def reference(*_):
         raise AssertionError("the reference was used")
 
-    monkeypatch.setattr("memlayers.ops.read.read_reference", reference)
-    monkeypatch.setattr("memlayers.ops.read.dot_reference", reference)
+    for name in ("read", "read_row_mode", "dot"):
+        monkeypatch.setitem(references, name, reference)
 
 
 def inputs(size, dtype, device):

@@ -10,7 +10,8 @@ from memlayers.ops.gpu import rows
 from memlayers.ops.read import sum_rows
 from memlayers.ops.rounding import round_to_bfloat16
 from memlayers.ops.row_step import row_adagrad_, row_adam_, row_sgd_
-from memlayers.ops.row_sum import Part, row_norm
+from memlayers.ops.row_sum import parts_of, row_norm
+from memlayers.ops.table import references
 
 RULES = ["adam", "adagrad", "row adagrad", "sgd"]
 ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6}
@@ -65,7 +66,7 @@ def read_slots(slots, weights, grads):
     return torch.cat([s[w != 0] for s, w in zip(slots, weights, strict=True)]).unique()
 
 
-def expected_of(rule, tensors, gradient, scale=None):
+def expected_of(rule, tensors, gradient, max_norm=None):
     """The reference in float64, on the CPU."""
     results = [tensor.cpu() for tensor in copies(tensors, torch.float64)]
     wide = [
@@ -73,7 +74,9 @@ def expected_of(rule, tensors, gradient, scale=None):
     ]
     settings = {"adam": ADAM, "sgd": {"lr": 0.1}}.get(rule, ADAGRAD)
     function = getattr(row_step, rule.replace(" ", "_"))
-    row_step.step_(function, results[0], results[1:], wide, scale, -1, **settings)
+    parts = parts_of(*wide)
+    if parts:
+        row_step.step_(row_step.Step(function, results[0], tuple(results[1:]), parts, max_norm, -1, settings))
     return results
 
 
@@ -91,8 +94,9 @@ def test_it_does_what_the_reference_does_in_float64(rule, case, device):
     step, tensors = operation(rule, case[0], case[2], device)
     gradient = factors(*case, device)
     results = copies(tensors)
-    step(*results, *gradient, scale=torch.tensor(0.3, device=device))
-    assert_close(results, expected_of(rule, tensors, gradient, torch.tensor(0.3)))
+    max_norm = 0.3 * row_norm(*gradient, case[0]).item()
+    step(*results, *gradient, max_norm=max_norm)
+    assert_close(results, expected_of(rule, tensors, gradient, max_norm))
     assert not torch.equal(results[0], tensors[0])
 
 
@@ -150,7 +154,7 @@ def test_what_the_kernels_do_not_take_is_left_to_the_reference(rule, kind, devic
         tensors, gradient = copies(tensors, torch.float64), [copies(column, torch.float64) for column in gradient]
     elif kind == "columns first":
         tensors = [t.t().contiguous().t() if t.ndim == 2 else t for t in tensors]
-    assert not rows.takes(tensors[0], tuple(tensors[1:]), gradient[2])
+    monkeypatch.setattr(rows, "SortedEntries", None)  # what every launch needs
     results = [t.clone() for t in tensors]
     if device.type == "cpu":  # whose reference refuses the slots of no row
         gradient[0][0] = gradient[0][0].clamp(max=29)
@@ -224,12 +228,13 @@ def test_the_random_bits_are_the_reference_s(seed, device):
     ("rule", "dtypes"),
     [("adam", "table"), ("adam", "states"), ("adam", "both"), ("adagrad", "both"), ("row adagrad", "table")],
 )
-def test_what_is_bfloat16_is_computed_in_float32_and_rounded_once(rule, dtypes, seed, device):
+def test_what_is_bfloat16_is_computed_in_float32_and_rounded_once(rule, dtypes, seed, device, monkeypatch):
     dtype, state_dtype = (torch.bfloat16 if dtypes in (name, "both") else torch.float32 for name in ("table", "states"))
     step, narrow = operation(rule, 20, 33, device, dtype, state_dtype)
     gradient = factors(20, [(4, 3)], 33, device)
     wide = copies(narrow, torch.float32)
-    assert rows.takes(narrow[0], tuple(narrow[1:]), gradient[2])
+    for name in ("row_adam_", "row_adagrad_"):
+        monkeypatch.setitem(references, name, None)
     step(*narrow, *gradient, seed=seed)
     step(*wide, *gradient)
     read = read_slots(*gradient)
@@ -250,7 +255,7 @@ def test_two_runs_give_the_same_bits(device):
     gradient = factors(7, [(6, 3)], 40, device)
     results = [copies(tensors) for _ in range(2)]
     for result in results:
-        step(*result, *gradient, scale=1 / row_norm(*gradient, 7), seed=5)
+        step(*result, *gradient, max_norm=1.0, seed=5)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -312,14 +317,13 @@ def test_nothing_of_the_host_s_part_depends_on_data(rule, monkeypatch):
     monkeypatch.setattr(rows, "launch", lambda kernel, grid, *arguments, **settings: launched.append(kernel.__name__))
     _, tensors = operation(rule, 60, 7, "meta")
     gradient = factors(60, [(9, 3), (2, 4)], 7, "meta")
-    parts = [Part(*part) for part in zip(*gradient, strict=True)]
-    entries = rows.SortedEntries(parts, 60)
-    first, second, steps = (*tensors[1:], None, None, None)[:3]
-    number = getattr(rows, rule.replace(" ", "_").upper())
-    rows.step_(number, entries, tensors[0], first, second, steps, scale=torch.ones((), device="meta"), lr=0.1)
-    assert rows.square_sum(entries).shape == ()
+    function, settings = (
+        getattr(row_step, rule.replace(" ", "_")),
+        {"adam": ADAM, "sgd": {"lr": 0.1}}.get(rule, ADAGRAD),
+    )
+    rows.step_(row_step.Step(function, tensors[0], tuple(tensors[1:]), parts_of(*gradient), 0.5, -1, settings))
     step = ["_count_reads"] if rule == "adam" else []
-    expected = ["_number_entries"] * 2 + ["_reorder"] + step + ["_walk", "_finish"] * 2
+    expected = ["_number_entries"] * 2 + ["_reorder", "_walk", "_finish"] + step + ["_walk", "_finish"]  # sorted once
     assert launched == expected
 
 

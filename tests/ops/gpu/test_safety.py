@@ -12,12 +12,9 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
 
 from kernel_tools.interpreted import checked
 from memlayers.ops import gpu
-from memlayers.ops.infer import infer_on_gpu
-from memlayers.ops.read import dot_on_gpu, read_on_gpu, sum_rows_on_gpu
-from memlayers.ops.row_step import row_adagrad_on_gpu_, row_adam_on_gpu_, row_sgd_on_gpu_
-from memlayers.ops.row_sum import row_norm_on_gpu
-from memlayers.ops.search import search_backward_on_gpu, search_on_gpu
-from memlayers.ops.select import select_on_gpu
+from memlayers.ops.table import run
+
+on_gpu = partial(run, "cuda")  # the name of an operation, and its arguments
 
 DTYPES = [torch.float32, torch.bfloat16]
 SLOTS, WIDTH = 23, 37
@@ -40,7 +37,7 @@ def test_select(sizes):
     rows, num_subkeys, topk = sizes
     padded = numbers(2, rows, num_subkeys + 3, dtype=torch.bfloat16)[..., :num_subkeys]
     with checked() as launches:
-        select_on_gpu(*(half[None] for half in padded), topk)
+        on_gpu("select", *(half[None] for half in padded), topk)
         gpu.kernels("select").select(*numbers(2, 1, num_subkeys, rows).mT, topk, softmax=True)
     assert len(launches) == 2
 
@@ -50,8 +47,8 @@ def test_search_and_its_gradients(dtype):
     tokens, heads, half, num_subkeys, topk = 3, 2, 5, 13, 3
     query, keys = numbers(tokens, heads, 2 * half, dtype=dtype), numbers(2, heads, num_subkeys, half, dtype=dtype)
     with checked() as launches:
-        scores, slots = search_on_gpu(query, keys, topk)
-        search_backward_on_gpu(numbers(*scores.shape), slots, query, keys)
+        scores, slots = on_gpu("search", query, keys, topk)
+        on_gpu("search_backward", numbers(*scores.shape), slots, query, keys)
     assert len(launches) >= 2
 
 
@@ -69,19 +66,19 @@ def test_read_and_dot(sizes, dtype, few_programs):
     strided = numbers(SLOTS, width + 5, dtype=dtype)[:, 2 : width + 2]
     with checked() as launches:
         for whole in (table, strided):
-            read_on_gpu(whole, slots, numbers(tokens, topk))
-            dot_on_gpu(whole, slots, numbers(tokens, width))
+            on_gpu("read", whole, slots, numbers(tokens, topk))
+            on_gpu("dot", whole, slots, numbers(tokens, width))
     assert len(launches) == 4
 
 
 def rows_and_states(rule, dtype, width=WIDTH, state_dtype=torch.float32):
     table, first, second = (numbers(SLOTS, width, dtype=dtype), *numbers(2, SLOTS, width, dtype=state_dtype).square())
     if rule == "adam":
-        step = partial(row_adam_on_gpu_, beta1=0.9, beta2=0.99, eps=1e-6)
+        step = partial(on_gpu, "row_adam_", beta1=0.9, beta2=0.99, eps=1e-6)
         return step, (table, first, second, torch.randint(3, (SLOTS,), dtype=torch.int32))
     if rule == "sgd":
-        return row_sgd_on_gpu_, (table,)
-    return partial(row_adagrad_on_gpu_, eps=1e-6), (table, first if rule == "adagrad" else torch.rand(SLOTS))
+        return partial(on_gpu, "row_sgd_"), (table,)
+    return partial(on_gpu, "row_adagrad_", eps=1e-6), (table, first if rule == "adagrad" else torch.rand(SLOTS))
 
 
 def factors(*sizes, width=WIDTH, dtype=torch.float32, num_slots=SLOTS):
@@ -106,7 +103,7 @@ def test_row_steps(rule, dtype, block_length):
             *wholes,
             *factors((5, 3), (7, 1), dtype=dtype),
             lr=0.1,
-            scale=torch.tensor(0.5),
+            max_norm=0.5,
             seed=3 * (dtype != torch.float32) - 1,
         )
     assert len(launches) >= 4
@@ -123,8 +120,8 @@ def test_row_steps_of_other_widths(width, block_length):
 
 def test_norm_and_sum_of_rows(block_length):
     with checked() as launches:
-        row_norm_on_gpu(*factors((5, 3), (2, 7)), SLOTS)
-        sum_rows_on_gpu(*(column[0] for column in factors((5, 3))), SLOTS)
+        on_gpu("row_norm", *factors((5, 3), (2, 7)), SLOTS)
+        on_gpu("sum_rows", *(column[0] for column in factors((5, 3))), SLOTS)
     assert len(launches) >= 4
 
 
@@ -133,7 +130,8 @@ def test_infer(tokens, dtype):
     dim, heads, half, num_subkeys, topk = 7, 1, 5, 11, 5
     of_query = [numbers(heads, 2 * half).abs() + 0.1 for _ in range(4)]
     with checked() as launches:
-        infer_on_gpu(
+        on_gpu(
+            "infer",
             numbers(tokens, dim, dtype=dtype),
             numbers(heads * 2 * half, dim, dtype=dtype),
             numbers(heads * 2 * half, dtype=dtype),
@@ -154,8 +152,8 @@ def test_a_read_moves_each_row_once(dtype, few_programs):
     weights, outputs = numbers(tokens, topk), numbers(tokens, width)
     rows = tokens * topk * width * table.element_size()
     with checked() as launches:
-        y = read_on_gpu(table, slots, weights)
-        d = dot_on_gpu(table, slots, outputs)
+        y = on_gpu("read", table, slots, weights)
+        d = on_gpu("dot", table, slots, outputs)
     reading, dotting = launches
     assert reading.arguments["table"].loaded == dotting.arguments["table"].loaded == rows
     for found, name, others in ((reading, "weights", weights), (dotting, "outputs", outputs)):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from memlayers.lm.footprint.live_bytes import LiveBytes
 from memlayers.ops import cpu, gpu
 from memlayers.ops.read import dot_reference, read_reference
-from memlayers.ops.row_step import adam, step_
+from memlayers.ops.row_step import Step, adam, step_
 from memlayers.ops.row_sum import Part, dense_sum
 from memlayers.ops.search import search_backward_reference, search_reference
 from memlayers.values import ValueTable, value_tables
@@ -116,7 +116,7 @@ class InsideOperations:
 
         return {
             "search": by(search_reference),
-            "search_backward": by(lambda *args: search_backward_reference(*args[:4])),
+            "search_backward": by(search_backward_reference),
             "read": by(read_reference),
             "read_row_mode": by(lambda *args: read_reference(*args[:3])),
             "dot": by(dot_reference),
@@ -128,9 +128,10 @@ class InsideOperations:
         (parts,) = (parts for table, parts in self._parts.items() if table.weight is weight_SV)
 
         def step(weight_SV: Tensor, states: list[Tensor], factors: Any) -> None:
-            step_(adam, weight_SV, states, factors, None, -1, lr=1.0, beta1=0.0, beta2=0.0, eps=1.0)
+            settings = {"lr": 1.0, "beta1": 0.0, "beta2": 0.0, "eps": 1.0}
+            step_(Step(adam, weight_SV, tuple(states), [Part(*part) for part in factors], None, -1, settings))
 
-        self.live.without_data(step, weight_SV, list(args[:3]), [list(factor) for factor in zip(*parts, strict=True)])
+        self.live.without_data(step, weight_SV, list(args[:3]), [list(part) for part in parts])
 
 
 def _scratch(size: int) -> None:

@@ -17,6 +17,7 @@ from memlayers.ops.cpu.products import ROWS, products
 from memlayers.ops.cpu.read import KINDS, add_rows, read
 from memlayers.ops.cpu.search import search
 from memlayers.ops.cpu.select import best_of_half, best_pairs, pair_plan, scratch_width, softmax_of
+from memlayers.ops.infer import Layer
 
 FEW_TOKENS = 4  # up to which reading the weights is what costs
 
@@ -25,34 +26,37 @@ _SIDE_BY_SIDE = 16  # rows read side by side
 _DONE = 30  # field of the number of tasks done, in no cache line with one that others read
 
 
-def infer(
-    x_TD: Tensor,
-    projection_FD: Tensor,
-    bias_F: Tensor | None,
-    mean_HQ: Tensor,
-    var_HQ: Tensor,
-    gain_HQ: Tensor,
-    shift_HQ: Tensor,
-    eps: float,
-    keys_2HNC: Tensor,
-    topk: int,
-    table_SV: Tensor,
-) -> Tensor:
-    """y [T, V]. All contiguous, and float32 but for the table."""
-    if len(x_TD) <= FEW_TOKENS:
-        return _decode(x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps, keys_2HNC, topk, table_SV)
+def infer(layer: Layer) -> Tensor:
+    """The operation, for what is contiguous, and float32 but for the table."""
+    if not _takes(layer):
+        return NotImplemented
+    if len(layer.x_TD) <= FEW_TOKENS:
+        return _decode(layer)
     # BatchNorm and the bias of the projection are one pass over the query, in its place.
-    scale_HQ = torch.rsqrt(var_HQ + eps).mul_(gain_HQ)
-    offset_HQ = shift_HQ - mean_HQ * scale_HQ
-    if bias_F is not None:
-        offset_HQ.addcmul_(bias_F.view_as(scale_HQ), scale_HQ)
-    query_THQ = torch.mm(x_TD, projection_FD.t()).view(-1, *mean_HQ.shape)
+    scale_HQ = torch.rsqrt(layer.var_HQ + layer.eps).mul_(layer.gain_HQ)
+    offset_HQ = layer.shift_HQ - layer.mean_HQ * scale_HQ
+    if layer.bias_F is not None:
+        offset_HQ.addcmul_(layer.bias_F.view_as(scale_HQ), scale_HQ)
+    query_THQ = torch.mm(layer.x_TD, layer.projection_FD.t()).view(-1, *scale_HQ.shape)
     torch.addcmul(offset_HQ, query_THQ, scale_HQ, out=query_THQ)
-    weights_THK, slots_THK = search(query_THQ, keys_2HNC, topk, softmax=True)
-    return read(table_SV, slots_THK.flatten(1), weights_THK.flatten(1))
+    weights_THK, slots_THK = search(query_THQ, layer.keys_2HNC, layer.topk, softmax=True)
+    return read(layer.table_SV, slots_THK.flatten(1), weights_THK.flatten(1))
 
 
-def _decode(x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps, keys_2HNC, topk, table_SV) -> Tensor:
+def _takes(layer: Layer) -> bool:
+    given = [one for one in layer if isinstance(one, Tensor)]
+    num_subkeys = layer.keys_2HNC.shape[2]
+    return (
+        all(tensor.dtype == torch.float32 for tensor in given[:-1])
+        and layer.table_SV.dtype in KINDS
+        and all(tensor.is_contiguous() for tensor in given[1:])
+        and len(layer.table_SV) == num_subkeys**2
+        and 1 <= layer.topk <= num_subkeys <= 2**16
+    )
+
+
+def _decode(layer: Layer) -> Tensor:
+    x_TD, keys_2HNC, table_SV, topk = layer.x_TD.contiguous(), layer.keys_2HNC, layer.table_SV, layer.topk
     tokens, dim = x_TD.shape
     _, heads, num_subkeys, half = keys_2HNC.shape
     width, features = table_SV.shape[1], 2 * heads * half
@@ -65,12 +69,9 @@ def _decode(x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps
         _decode_kernel,
         threads_for(1 << 30),
         x_TD.data_ptr(),
-        projection_FD.data_ptr(),
-        0 if bias_F is None else bias_F.data_ptr(),
-        mean_HQ.data_ptr(),
-        var_HQ.data_ptr(),
-        gain_HQ.data_ptr(),
-        shift_HQ.data_ptr(),
+        layer.projection_FD.data_ptr(),
+        0 if layer.bias_F is None else layer.bias_F.data_ptr(),
+        *(stat_HQ.data_ptr() for stat_HQ in layer.stats),
         keys_2HNC.data_ptr(),
         table_SV.data_ptr(),
         y_TV.data_ptr(),
@@ -83,7 +84,7 @@ def _decode(x_TD, projection_FD, bias_F, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps
         topk,
         width,
         scratch,
-        round(eps * 2**60),
+        round(layer.eps * 2**60),
         pair_plan(topk).data_ptr(),
         KINDS[table_SV.dtype],
         *[0] * (_DONE - 21),

@@ -50,6 +50,15 @@ def team() -> Callable[[int, int, int], None]:
     return openmp_threads
 
 
+def what_threads() -> str:
+    """On which threads kernels run, in words."""
+    if team() is python_threads:
+        return (
+            "Python's, since PyTorch's OpenMP runtime is not found: kernels start later, and share no pool with PyTorch"
+        )
+    return "PyTorch's OpenMP runtime"
+
+
 def python_threads(function: int, argument: int, threads: int) -> None:
     """The same on threads of Python's."""
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)

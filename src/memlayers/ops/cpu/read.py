@@ -35,20 +35,29 @@ _ROWS = 16  # rows read side by side
 
 
 def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """float32 [T, V]. All arguments contiguous, weights float32."""
+    """The operation, for contiguous tables that are not float64."""
+    if not _takes(table_SV):
+        return NotImplemented
     y_TV = torch.empty(slots_TK.shape[0], table_SV.shape[1], dtype=torch.float32)
-    _launch(_read, table_SV, slots_TK, weights_TK, y_TV)
+    _launch(_read, table_SV, slots_TK, weights_TK.float().contiguous(), y_TV)
     return y_TV
 
 
 def dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
-    """float32 [T, K]. All arguments contiguous, outputs float32."""
+    """The operation, for contiguous tables that are not float64."""
+    if not _takes(table_SV):
+        return NotImplemented
     d_TK = torch.empty(slots_TK.shape, dtype=torch.float32)
-    _launch(_dot, table_SV, slots_TK, d_TK, outputs_TV)
+    _launch(_dot, table_SV, slots_TK, d_TK, outputs_TV.float().contiguous())
     return d_TK
 
 
+def _takes(table_SV: Tensor) -> bool:
+    return table_SV.dtype in KINDS and table_SV.is_contiguous() and table_SV.numel() > 0
+
+
 def _launch(function, table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor) -> None:
+    slots_TK = slots_TK.long().contiguous()
     num_tokens, topk = slots_TK.shape
     num_slots, width = table_SV.shape
     # A few tokens are shared out by columns, and many by tokens.

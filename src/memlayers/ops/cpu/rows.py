@@ -31,8 +31,10 @@ from memlayers.ops.cpu.vectors import (
     store_bfloat16,
     subtract,
 )
+from memlayers.ops.row_step import RULES, Step, adam
+from memlayers.ops.row_sum import Part, clipping_scale, parts_of
 
-# The rules, by the number that stands for them in a field.
+# The rules, by the number that stands for them in a field: their places in `RULES`.
 ADAM, ADAGRAD, ROW_ADAGRAD, SGD = 0, 1, 2, 3
 
 _ENTRIES = 256  # entries of a task
@@ -42,8 +44,11 @@ _DIGIT = 11  # bits of a slot that a pass of the sort looks at
 class SortedEntries:
     """The entries of several parts that are reads (their weight is not 0), by slot."""
 
-    def __init__(self, parts: list[tuple[Tensor, Tensor, Tensor]], num_slots: int):
-        """parts: (slots [T, K] int64, weights [T, K] float32, gradients of the output [T, V] float32), contiguous."""
+    def __init__(self, parts: list[Part], num_slots: int):
+        parts = [
+            Part(slots_TK.long().contiguous(), weights_TK.float().contiguous(), grad_TV.float().contiguous())
+            for slots_TK, weights_TK, grad_TV in parts
+        ]
         most = sum(slots_TK.numel() for slots_TK, _, _ in parts)
         if num_slots > 2**32 or most > 2**32:
             raise ValueError(f"at most 2**32 slots and entries are sorted, got {num_slots} and {most}")
@@ -88,35 +93,61 @@ class SortedEntries:
         return *pointers, self.count, self.width
 
 
-def square_sum(entries: SortedEntries) -> Tensor:
-    """The sum of the squares of the summed rows, a float64 scalar."""
+def step_(step: Step) -> None:
+    """Row steps of float32 or bfloat16 tables with float32 states, all contiguous."""
+    wholes = step.table_SV, *step.states
+    dtypes = [torch.int32 if step.rule is adam and state.ndim == 1 else torch.float32 for state in step.states]
+    are_known = step.table_SV.dtype in (torch.float32, torch.bfloat16) and dtypes == [s.dtype for s in step.states]
+    if not (are_known and all(whole.is_contiguous() for whole in wholes)):
+        return NotImplemented
+    entries = SortedEntries(step.parts, len(step.table_SV))
+    scale = 1.0 if step.max_norm is None else float(clipping_scale(_norm(entries), step.max_norm))
+    _launch_step(RULES.index(step.rule), entries, *wholes, scale=scale, seed=step.seed, **step.settings)
+    return None
+
+
+def row_norm(parts: list[Part], num_slots: int) -> Tensor:
+    """The operation, for all but float64 gradients."""
+    if any(part.grad_TV.dtype == torch.float64 for part in parts):
+        return NotImplemented
+    return _norm(SortedEntries(parts, num_slots))
+
+
+def sum_rows(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots: int) -> Tensor:
+    """The operation, for all but float64 outputs."""
+    if outputs_TV.dtype == torch.float64:
+        return NotImplemented
+    g_SV = torch.zeros(num_slots, outputs_TV.shape[1], dtype=torch.float32)
+    entries = SortedEntries(parts_of([slots_TK], [weights_TK], [outputs_TV]), num_slots)
+    _launch_step(SGD, entries, g_SV, scale=1.0, seed=-1, lr=-1.0)  # one step up from zero
+    return g_SV
+
+
+def _norm(entries: SortedEntries) -> Tensor:
+    """Of the summed rows, a float32 scalar."""
     tasks = (entries.count + _ENTRIES - 1) // _ENTRIES
     threads = threads_for(tasks)
     buffer = torch.empty(threads, entries.width + LANES, dtype=torch.float32)
     sums = torch.zeros(tasks, dtype=torch.float64)
     launch(_square_sum, threads, *entries.fields(), buffer.data_ptr(), sums.data_ptr())
-    return torch.tensor(sums.numpy().sum())  # in one order, however many threads there are
+    return torch.tensor(sums.numpy().sum()).sqrt().float()  # in one order, however many threads there are
 
 
-def step_(
+def _launch_step(
     rule: int,
     entries: SortedEntries,
     table_SV: Tensor,
-    first_SV: Tensor | None,
-    second_SV: Tensor | None,
-    steps_S: Tensor | None,
+    first_SV: Tensor | None = None,
+    second_SV: Tensor | None = None,
+    steps_S: Tensor | None = None,
     *,
     scale: float,
+    seed: int,
     lr: float,
     beta1: float = 0.0,
     beta2: float = 0.0,
     eps: float = 0.0,
-    seed: int = -1,
 ) -> None:
-    """Update the rows of a float32 or bfloat16 table, in place; states are float32, contiguous.
-
-    seed: of stochastic rounding; negative: to the nearest.
-    """
     tasks = (entries.count + _ENTRIES - 1) // _ENTRIES
     threads = threads_for(tasks)
     # The summed row, and the last few elements of a row and of its states, where they fill no vector.

@@ -15,6 +15,7 @@ from memlayers.ops.cpu.intrinsics import f32, fetch_add, i32, i64, kernel, part
 from memlayers.ops.cpu.launch import ERROR, FIRST_FIELD, NEXT_TASK, THREAD, launch, threads_for
 from memlayers.ops.cpu.select import select_into
 from memlayers.ops.cpu.vectors import LANES, add_scaled, fill, load, store
+from memlayers.ops.search import in_fast_dtype
 
 _BLOCK = 2**21  # half scores held at once: 8 MB, which stay in cache between product and selection
 _TOKENS = 64  # tokens of a task
@@ -22,7 +23,10 @@ _COLUMNS = 64  # columns of the keys' gradient that a task sums
 
 
 def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, *, softmax: bool = False) -> tuple[Tensor, Tensor]:
-    """float32 -> (scores [T, H, K], or their softmax; slots [T, H, K] int64)."""
+    """The operation, where products are computed in float32; with `softmax`, that of the K scores in their place."""
+    query_THQ, weight_2HNC = in_fast_dtype(query_THQ), in_fast_dtype(weight_2HNC)
+    if not query_THQ.dtype == weight_2HNC.dtype == torch.float32:
+        return NotImplemented
     num_tokens, heads, _ = query_THQ.shape
     _, _, num_subkeys, half = weight_2HNC.shape
     scores_THK = query_THQ.new_empty(num_tokens, heads, topk)
@@ -42,9 +46,19 @@ def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, *, softmax: bool =
 
 
 def search_backward(
-    grad_THK: Tensor, slots_THK: Tensor, query_THQ: Tensor, weight_2HNC: Tensor, of_query: bool, of_weight: bool
+    grad_THK: Tensor,
+    slots_THK: Tensor,
+    query_THQ: Tensor,
+    weight_2HNC: Tensor,
+    of_query: bool = True,
+    of_weight: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of query and keys, both float32, or empty. All arguments contiguous float32, slots int64."""
+    """The operation, for all but float64: there is no dense product, so nothing would be gained by 16 bits."""
+    if torch.float64 in (query_THQ.dtype, weight_2HNC.dtype):
+        return NotImplemented
+    dtypes = query_THQ.dtype, weight_2HNC.dtype
+    grad_THK, query_THQ, weight_2HNC = (given.float().contiguous() for given in (grad_THK, query_THQ, weight_2HNC))
+    slots_THK = slots_THK.contiguous()
     num_tokens, heads, topk = slots_THK.shape
     _, _, num_subkeys, half = weight_2HNC.shape
     grad_query_THQ = torch.empty_like(query_THQ) if of_query else query_THQ.new_empty(0)
@@ -75,7 +89,7 @@ def search_backward(
     if of_weight:
         threads = threads_for(2 * heads * ((half + _COLUMNS - 1) // _COLUMNS))
         launch(_keys_gradient, threads, *shared, grad_keys_2HNC.data_ptr())
-    return grad_query_THQ, grad_keys_2HNC
+    return grad_query_THQ.to(dtypes[0]), grad_keys_2HNC.to(dtypes[1])
 
 
 @part

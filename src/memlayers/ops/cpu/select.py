@@ -35,25 +35,27 @@ from memlayers.ops.cpu.intrinsics import (
 )
 from memlayers.ops.cpu.launch import FIRST_FIELD, NEXT_TASK, THREAD, launch, threads_for
 from memlayers.ops.cpu.vectors import LANES, add, fill, load, store_ordered, store_sums
-from memlayers.ops.select import check_halves
+from memlayers.ops.select import check_halves, select_by
 
 _ROWS = 16  # rows of a task
 _LOWEST = np.int32(-(2**31))  # below the code of every score
 _RANKED = 256  # as many candidates are ranked by counting; more are sorted
 
 
-def select(first_ABN: Tensor, second_ABN: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """float32 [A, B, N] with adjacent scores -> (scores [A, B, K], slots [A, B, K] int64)."""
-    shape = (*first_ABN.shape[:2], topk)
-    scores_ABK, slots_ABK = first_ABN.new_empty(shape), torch.empty(shape, dtype=torch.int64)
-    select_into(first_ABN, second_ABN, scores_ABK, slots_ABK)
-    return scores_ABK, slots_ABK
+def select(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The operation, for all but float64."""
+    if torch.float64 in (first_N.dtype, second_N.dtype):
+        return NotImplemented
+    return select_by(select_into, first_N.float(), second_N.float(), topk)
 
 
 def select_into(
     first_ABN: Tensor, second_ABN: Tensor, scores_ABK: Tensor, slots_ABK: Tensor, *, softmax: bool = False
 ) -> None:
-    """The same into contiguous tensors; with `softmax`, that of the K scores in their place."""
+    """float32 [A, B, N] with adjacent scores -> contiguous scores [A, B, K], slots [A, B, K] int64.
+
+    softmax: that of the K scores in their place.
+    """
     rows_a, rows_b, num_subkeys = first_ABN.shape
     topk = scores_ABK.shape[-1]
     check_halves(first_ABN, second_ABN, topk)

@@ -15,6 +15,7 @@ from torch import Tensor
 from memlayers.ops.gpu import read as reading
 from memlayers.ops.gpu import select as selecting
 from memlayers.ops.gpu.launch import launch
+from memlayers.ops.infer import Layer
 
 FEW_TOKENS = 16  # up to which reading the sub-keys is what costs
 
@@ -23,53 +24,32 @@ _WARPS = 4
 _MAX_HALF = 4096  # more do not fit the registers
 
 
-def takes(
-    x_TD: Tensor,
-    projection_FD: Tensor,
-    bias_F: Tensor | None,
-    mean_HQ: Tensor,
-    var_HQ: Tensor,
-    gain_HQ: Tensor,
-    shift_HQ: Tensor,
-    eps: float,
-    keys_2HNC: Tensor,
-    topk: int,
-    table_SV: Tensor,
-) -> bool:
+def takes(layer: Layer) -> bool:
     """Whether the kernels know the dtypes and sizes: one dtype, but for the table's and for statistics in float32."""
-    same = x_TD, projection_FD, keys_2HNC, *(() if bias_F is None else (bias_F,))
+    x_TD, keys_2HNC = layer.x_TD, layer.keys_2HNC
+    same = x_TD, layer.projection_FD, keys_2HNC, *(() if layer.bias_F is None else (layer.bias_F,))
     return (
         len(x_TD) <= FEW_TOKENS
         and all(given.dtype == x_TD.dtype for given in same)
-        and all(given.dtype in (x_TD.dtype, torch.float32) for given in (mean_HQ, var_HQ, gain_HQ, shift_HQ))
+        and all(stat_HQ.dtype in (x_TD.dtype, torch.float32) for stat_HQ in layer.stats)
         and keys_2HNC.is_contiguous()
         and keys_2HNC.shape[3] <= _MAX_HALF
-        and selecting.takes(keys_2HNC[..., 0], keys_2HNC[..., 0], topk)
-        and reading.takes(table_SV)
+        and selecting.takes(keys_2HNC.shape[2], layer.topk, keys_2HNC.dtype)
+        and reading.takes(layer.table_SV)
     )
 
 
-def infer(
-    x_TD: Tensor,
-    projection_FD: Tensor,
-    bias_F: Tensor | None,
-    mean_HQ: Tensor,
-    var_HQ: Tensor,
-    gain_HQ: Tensor,
-    shift_HQ: Tensor,
-    eps: float,
-    keys_2HNC: Tensor,
-    topk: int,
-    table_SV: Tensor,
-) -> Tensor:
+def infer(layer: Layer) -> Tensor:
     """y [T, V], float32. Of 16-bit inputs only the projection is rounded to 16 bits; query and scores are not."""
-    projected_TF = F.linear(x_TD, projection_FD, bias_F)
-    scores_2THN = _half_scores(projected_TF, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps, keys_2HNC)
-    weights_THK, slots_THK = selecting.select(scores_2THN[0], scores_2THN[1], topk, softmax=True)
-    return reading.read(table_SV, slots_THK.flatten(1), weights_THK.flatten(1))
+    if not takes(layer):
+        return NotImplemented
+    projected_TF = F.linear(layer.x_TD, layer.projection_FD, layer.bias_F)
+    scores_2THN = _half_scores(projected_TF, layer.stats, layer.eps, layer.keys_2HNC)
+    weights_THK, slots_THK = selecting.select(scores_2THN[0], scores_2THN[1], layer.topk, softmax=True)
+    return reading.read(layer.table_SV, slots_THK.flatten(1), weights_THK.flatten(1))
 
 
-def _half_scores(projected_TF, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps, keys_2HNC) -> Tensor:
+def _half_scores(projected_TF: Tensor, stats: tuple[Tensor, ...], eps: float, keys_2HNC: Tensor) -> Tensor:
     tokens, (_, heads, num_subkeys, half) = len(projected_TF), keys_2HNC.shape
     scores_2THN = projected_TF.new_empty(2, tokens, heads, num_subkeys, dtype=torch.float32)
     c2 = triton.next_power_of_2(half)
@@ -79,7 +59,7 @@ def _half_scores(projected_TF, mean_HQ, var_HQ, gain_HQ, shift_HQ, eps, keys_2HN
         _half_scores_kernel,
         (2 * heads * triton.cdiv(num_subkeys, keys_of_program) if tokens else 0,),
         projected_TF,
-        *(stat_HQ.contiguous() for stat_HQ in (mean_HQ, var_HQ, gain_HQ, shift_HQ)),
+        *(stat_HQ.contiguous() for stat_HQ in stats),
         keys_2HNC,
         scores_2THN,
         eps,

@@ -26,7 +26,9 @@ def takes(table_SV: Tensor) -> bool:
 
 
 def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """y [T, V], float32. A slot outside of the table makes its token NaN, unless its weight is 0."""
+    """The operation. A slot outside of the table makes its token NaN, unless its weight is 0."""
+    if not takes(table_SV):
+        return NotImplemented
     (tokens, topk), width = slots_TK.shape, table_SV.shape[1]
     y_TV = table_SV.new_empty(tokens, width, dtype=torch.float32)
     columns, rows, warps = read_blocks(tokens, topk, width, table_SV.element_size())
@@ -36,7 +38,9 @@ def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
 
 
 def dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
-    """d [T, K], float32. A slot outside of the table has NaN."""
+    """The operation. A slot outside of the table has NaN."""
+    if not takes(table_SV):
+        return NotImplemented
     (tokens, topk), width = slots_TK.shape, table_SV.shape[1]
     d_TK = table_SV.new_empty(tokens, topk, dtype=torch.float32)
     columns, rows, warps = read_blocks(2**31, topk, width, table_SV.element_size())

@@ -17,31 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from memlayers.ops.gpu.launch import launch
-from memlayers.ops.gpu.rules import ADAGRAD, ADAM, ROW_ADAGRAD, SGD, SQUARES, apply_rule, log_of, signed32
-from memlayers.ops.row_sum import Part, check_part
-
-__all__ = ["ADAGRAD", "ADAM", "ROW_ADAGRAD", "SGD", "SortedEntries", "square_sum", "step_", "takes"]
+from memlayers.ops.gpu.rules import ADAM, ROW_ADAGRAD, SGD, SQUARES, apply_rule, log_of, signed32
+from memlayers.ops.row_step import RULES, Step, row_adagrad
+from memlayers.ops.row_sum import Part, clipping_scale, parts_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 8192  # of a row that one program can hold, for a rule that needs its mean
 _BLOCK = 512  # entries of a program of the small kernels
-
-
-def takes(table_SV: Tensor, states: tuple[Tensor, ...], grads: list[Tensor]) -> bool:
-    """Whether the kernels know these dtypes and layouts."""
-    wholes = [table_SV, *states]
-    if table_SV.dtype not in _FLOATS or any(grad.dtype not in _FLOATS for grad in grads):
-        return False
-    if table_SV.numel() == 0 or not all(whole.is_contiguous() for whole in wholes):
-        return False
-    if len(states) == 1 and states[0].ndim == 1 and table_SV.shape[1] > _WIDEST:
-        return False
-    moments = [state for state in states if state.ndim == 2]
-    numbers = [state for state in states if state.ndim == 1]
-    number_dtype = torch.int32 if moments else torch.float32
-    return all(state.dtype in (torch.float32, torch.bfloat16) for state in moments) and all(
-        state.dtype == number_dtype for state in numbers
-    )
 
 
 def block_length(count: int) -> int:
@@ -71,8 +53,6 @@ class SortedEntries:
     """The entries of several parts by slot; those that are no reads (their weight is 0) come last, as slot S."""
 
     def __init__(self, parts: list[Part], num_slots: int):
-        for part in parts:
-            check_part(part)
         self.num_slots = num_slots
         self.grad_RV = _joined([part.grad_TV for part in parts])
         self.width = self.grad_RV.shape[1]
@@ -118,36 +98,77 @@ class SortedEntries:
         )
 
 
-def square_sum(entries: SortedEntries) -> Tensor:
-    """The sum of the squares of the summed rows, a float32 scalar."""
+def step_(step: Step) -> None:
+    """Row steps of contiguous tables and states, of rows that a program can hold where a rule needs their mean."""
+    if not _takes(step):
+        return NotImplemented
+    entries = SortedEntries(step.parts, len(step.table_SV))
+    scale = None if step.max_norm is None else clipping_scale(_norm(entries), step.max_norm)
+    _launch_step(
+        RULES.index(step.rule), entries, step.table_SV, *step.states, scale=scale, seed=step.seed, **step.settings
+    )
+    return None
+
+
+def _takes(step: Step) -> bool:
+    """Whether the kernels know these dtypes and layouts."""
+    table_SV, states = step.table_SV, step.states
+    if any(given.dtype not in _FLOATS for given in (table_SV, *(part.grad_TV for part in step.parts))):
+        return False
+    if table_SV.numel() == 0 or not all(whole.is_contiguous() for whole in (table_SV, *states)):
+        return False
+    if step.rule is row_adagrad and table_SV.shape[1] > _WIDEST:
+        return False
+    moments = [state for state in states if state.ndim == 2]
+    numbers = [state for state in states if state.ndim == 1]
+    number_dtype = torch.int32 if moments else torch.float32
+    return all(state.dtype in (torch.float32, torch.bfloat16) for state in moments) and all(
+        state.dtype == number_dtype for state in numbers
+    )
+
+
+def row_norm(parts: list[Part], num_slots: int) -> Tensor:
+    """The operation, for all but float64 gradients."""
+    if any(part.grad_TV.dtype == torch.float64 for part in parts):
+        return NotImplemented
+    return _norm(SortedEntries(parts, num_slots))
+
+
+def sum_rows(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots: int) -> Tensor:
+    """The operation, for all but float64 outputs."""
+    if outputs_TV.dtype == torch.float64:
+        return NotImplemented
+    g_SV = outputs_TV.new_zeros(num_slots, outputs_TV.shape[1], dtype=torch.float32)
+    entries = SortedEntries(parts_of([slots_TK], [weights_TK], [outputs_TV]), num_slots)
+    _launch_step(SGD.value, entries, g_SV, scale=None, seed=-1, lr=-1.0)  # one step up from zero
+    return g_SV
+
+
+def _norm(entries: SortedEntries) -> Tensor:
+    """Of the summed rows, a float32 scalar."""
     length = block_length(entries.count)
     columns, _ = blocks(entries.width, SQUARES.value, are_mixed=False)
     places = triton.cdiv(entries.count, length) * triton.cdiv(entries.width, columns)
     squares_2P = entries.grad_RV.new_zeros(2, places, dtype=torch.float32)
     _walk_and_finish(SQUARES.value, entries, squares_2P, None, None, None, None, -1, (0.0,) * 7)
-    return squares_2P.sum(dtype=torch.float64).float()
+    return squares_2P.sum(dtype=torch.float64).float().sqrt()
 
 
-def step_(
-    rule: tl.constexpr,
+def _launch_step(
+    rule: int,
     entries: SortedEntries,
     table_SV: Tensor,
-    first: Tensor | None,
-    second: Tensor | None,
-    steps_S: Tensor | None,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
+    steps_S: Tensor | None = None,
     *,
     scale: Tensor | None,
+    seed: int,
     lr: float,
     beta1: float = 0.0,
     beta2: float = 0.0,
     eps: float = 0.0,
-    seed: int = -1,
 ) -> None:
-    """Update the rows of a table, and their states, in place; all contiguous, see `takes`.
-
-    scale: of the gradient, a scalar on the device. seed: of stochastic rounding of what is bfloat16; negative: to the
-    nearest.
-    """
     if steps_S is not None:
         # Before the rows, since the programs of a row's columns must all see the same count.
         launch(
@@ -161,7 +182,7 @@ def step_(
             num_warps=8,
         )
     numbers = lr, 1 - beta1, beta2, 1 - beta2, log_of(beta1), log_of(beta2), eps
-    _walk_and_finish(rule.value, entries, table_SV, first, second, steps_S, scale, seed, numbers)
+    _walk_and_finish(rule, entries, table_SV, first, second, steps_S, scale, seed, numbers)
 
 
 def _walk_and_finish(rule: int, entries, target, first, second, steps_S, scale, seed: int, numbers) -> None:

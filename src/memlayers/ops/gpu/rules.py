@@ -5,7 +5,7 @@ import math
 import triton
 import triton.language as tl
 
-# The rules, by the number that stands for them; the last one only measures.
+# The rules, by their places in `memlayers.ops.row_step.RULES`; the last one only measures.
 ADAM, ADAGRAD, ROW_ADAGRAD, SGD, SQUARES = (tl.constexpr(number) for number in range(5))
 
 

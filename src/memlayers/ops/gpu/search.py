@@ -17,13 +17,10 @@ _BLOCK = 2**25  # half scores held at once, or gradients of half scores: 128 MB 
 _FEWEST_ROWS = 4096  # of a block, whatever they take: fewer would leave a GPU waiting for launches
 
 
-def takes(query: Tensor, weight: Tensor, topk: int) -> bool:
-    """Whether the kernels know the dtypes and K."""
-    return query.dtype == weight.dtype and selection.takes(weight, weight[..., 0], topk)
-
-
 def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """(scores [T, H, K] float32, slots [T, H, K] int64)."""
+    """The operation."""
+    if not _takes(query_THQ, weight_2HNC, topk):
+        return NotImplemented
     shape = (*query_THQ.shape[:2], topk)
     scores_THK = query_THQ.new_empty(shape, dtype=torch.float32)
     slots_THK = query_THQ.new_empty(shape, dtype=torch.int64)
@@ -40,9 +37,16 @@ def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, T
 
 
 def search_backward(
-    grad_THK: Tensor, slots_THK: Tensor, query_THQ: Tensor, weight_2HNC: Tensor, of_query: bool, of_weight: bool
+    grad_THK: Tensor,
+    slots_THK: Tensor,
+    query_THQ: Tensor,
+    weight_2HNC: Tensor,
+    of_query: bool = True,
+    of_weight: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of query and keys in their dtypes; one that is not wanted is empty."""
+    """The operation."""
+    if not _takes(query_THQ, weight_2HNC, grad_THK.shape[-1]):
+        return NotImplemented
     contiguous = torch.contiguous_format
     grad_query_THQ = torch.empty_like(query_THQ, memory_format=contiguous) if of_query else query_THQ.new_empty(0)
     grad_keys_2HNC = weight_2HNC.new_zeros(weight_2HNC.shape, dtype=torch.float32) if of_weight else None
@@ -59,6 +63,10 @@ def search_backward(
                     grad_keys_2HNC[half] += _product(grad_HtN.transpose(1, 2), query_HtC)
     grad_keys = weight_2HNC.new_empty(0) if grad_keys_2HNC is None else grad_keys_2HNC.to(weight_2HNC.dtype)
     return grad_query_THQ, grad_keys
+
+
+def _takes(query: Tensor, weight: Tensor, topk: int) -> bool:
+    return query.dtype == weight.dtype and selection.takes(weight.shape[2], topk, weight.dtype)
 
 
 def _blocks(num_tokens: int, weight_2HNC: Tensor) -> list[slice]:

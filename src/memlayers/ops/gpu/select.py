@@ -13,37 +13,33 @@ import triton.language as tl
 from torch import Tensor
 
 from memlayers.ops.gpu.launch import launch
-from memlayers.ops.select import check_halves
+from memlayers.ops.select import check_halves, select_by
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _MAX_TOPK = 128, 32  # up to 4096 sub-keys, and beyond: more do not fit the registers, or compile for minutes
 _FEW_ROWS = 512  # that do not fill the processors with a warp each
 
 
-def takes(first: Tensor, second: Tensor, topk: int) -> bool:
-    """Whether `select` knows the dtypes and K."""
-    num_subkeys = first.shape[-1]
+def takes(num_subkeys: int, topk: int, *dtypes: torch.dtype) -> bool:
+    """Whether the kernel knows the sizes and the dtypes."""
     is_small = num_subkeys <= 2**16 and topk <= _MAX_TOPK[num_subkeys > 2**12]
-    return is_small and first.dtype in _DTYPES and second.dtype in _DTYPES
+    return is_small and all(dtype in _DTYPES for dtype in dtypes)
 
 
-def select(first_ABN: Tensor, second_ABN: Tensor, topk: int, *, softmax: bool = False) -> tuple[Tensor, Tensor]:
-    """[A, B, N] -> (scores [A, B, K] float32, or their softmax; slots [A, B, K] int64)."""
-    shape = (*first_ABN.shape[:2], topk)
-    scores_ABK = first_ABN.new_empty(shape, dtype=torch.float32)
-    slots_ABK = first_ABN.new_empty(shape, dtype=torch.int64)
-    select_into(first_ABN, second_ABN, scores_ABK, slots_ABK, softmax=softmax)
-    return scores_ABK, slots_ABK
+def select(first_N: Tensor, second_N: Tensor, topk: int, *, softmax: bool = False) -> tuple[Tensor, Tensor]:
+    """The operation; with `softmax`, that of the K scores in their place."""
+    if not takes(first_N.shape[-1], topk, first_N.dtype, second_N.dtype):
+        return NotImplemented
+    return select_by(select_into, first_N, second_N, topk, softmax)
 
 
 def select_into(
     first_ABN: Tensor, second_ABN: Tensor, scores_ABK: Tensor, slots_ABK: Tensor, *, softmax: bool = False
 ) -> None:
-    """The same into contiguous tensors."""
+    """[A, B, N] with adjacent scores -> contiguous scores [A, B, K] float32, slots [A, B, K] int64."""
     rows_a, rows_b, num_subkeys = first_ABN.shape
     topk = scores_ABK.shape[-1]
     check_halves(first_ABN, second_ABN, topk)
-    first_ABN, second_ABN = (half if half.stride(-1) == 1 else half.contiguous() for half in (first_ABN, second_ABN))
     strides = *first_ABN.stride()[:2], *second_ABN.stride()[:2]
     rows = rows_a * rows_b
     is_aligned = all(size % 16 == 0 for size in (num_subkeys, *strides))

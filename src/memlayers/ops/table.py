@@ -1,0 +1,169 @@
+"""The table of operations: what each takes and gives, and what computes it where. The file to read first.
+
+Each operation has a reference in PyTorch's own operations, which runs anywhere, and kernels for a CPU (`cpu`, in Numba)
+and for a GPU (`gpu`, in Triton). A function of kernels takes the arguments of the operation, or what `operation` was
+told to pack them into, and returns NotImplemented for dtypes or sizes that it does not know: then the reference runs.
+References, gradients and fakes are in the file of the operation, which registers them by `operation`.
+
+Letters: T tokens, H heads, Q query width of a head, C = Q / 2, N sub-keys a codebook, S slots, K rows that a head reads
+or, in a table's operations, a token, V value width, D model width, F = H * Q.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from memlayers.ops import cpu, gpu
+from memlayers.ops.cpu import launch
+
+
+class Operation(NamedTuple):
+    """A line of the table. kernels: module and function in `cpu` and `gpu`, with the dtypes that each knows."""
+
+    schema: str
+    kernels: str | None = None
+    cpu: str = ""
+    gpu: str = ""
+
+
+_16 = "float32, bfloat16, float16"
+_TABLES = f"tables in {_16}"
+_STEPS = {"kernels": "rows.step_", "cpu": "tables in float32, bfloat16", "gpu": _TABLES}
+_FACTORS = "Tensor[] slots, Tensor[] weights, Tensor[] grads"
+
+OPERATIONS = {
+    # From queries to the best slots.
+    "search": Operation(
+        "(Tensor query_THQ, Tensor weight_2HNC, int topk) -> (Tensor, Tensor)", "search.search", "float32", _16
+    ),
+    "search_backward": Operation(
+        "(Tensor grad_THK, Tensor slots_THK, Tensor query_THQ, Tensor weight_2HNC, bool of_query=True, "
+        "bool of_weight=True) -> (Tensor, Tensor)",
+        "search.search_backward",
+        _16,
+        _16,
+    ),
+    "select": Operation("(Tensor first_N, Tensor second_N, int topk) -> (Tensor, Tensor)", "select.select", _16, _16),
+    # From slots to the output, and back.
+    "read": Operation("(Tensor table_SV, Tensor slots_TK, Tensor weights_TK) -> Tensor", "read.read", _TABLES, _TABLES),
+    "read_row_mode": Operation(
+        "(Tensor table_SV, Tensor slots_TK, Tensor weights_TK, Tensor mark_1, Tensor log) -> Tensor",
+        "read.read",
+        _TABLES,
+        _TABLES,
+    ),
+    "dot": Operation("(Tensor table_SV, Tensor slots_TK, Tensor outputs_TV) -> Tensor", "read.dot", _TABLES, _TABLES),
+    "sum_rows": Operation(
+        "(Tensor slots_TK, Tensor weights_TK, Tensor outputs_TV, int num_slots) -> Tensor", "rows.sum_rows", _16, _16
+    ),
+    # From backward to the optimizer.
+    "record_": Operation("(Tensor(a!) handle, Tensor slots_TK, Tensor weights_TK, Tensor grad_TV) -> ()"),
+    "row_norm": Operation(f"({_FACTORS}, int num_slots) -> Tensor", "rows.row_norm", _16, _16),
+    "row_adam_": Operation(
+        f"(Tensor(a!) table_SV, Tensor(b!) exp_avg_SV, Tensor(c!) exp_avg_sq_SV, Tensor(d!) steps_S, {_FACTORS}, "
+        "float lr, float beta1, float beta2, float eps, float? max_norm=None, int seed=-1) -> ()",
+        **_STEPS,
+    ),
+    "row_adagrad_": Operation(
+        f"(Tensor(a!) table_SV, Tensor(b!) square_sum, {_FACTORS}, float lr, float eps, float? max_norm=None, "
+        "int seed=-1) -> ()",
+        **_STEPS,
+    ),
+    "row_sgd_": Operation(
+        f"(Tensor(a!) table_SV, {_FACTORS}, float lr, float? max_norm=None, int seed=-1) -> ()", **_STEPS
+    ),
+    # A whole layer.
+    "infer": Operation(
+        "(Tensor x_TD, Tensor projection_FD, Tensor? bias_F, Tensor mean_HQ, Tensor var_HQ, Tensor gain_HQ, "
+        "Tensor shift_HQ, float eps, Tensor keys_2HNC, int topk, Tensor table_SV) -> Tensor",
+        "infer.infer",
+        f"float32, {_TABLES}",
+        _16,
+    ),
+}
+
+# The kernels of each of PyTorch's devices.
+DEVICES: dict[str, ModuleType] = {"cpu": cpu, "cuda": gpu}
+
+references: dict[str, Callable[..., Any]] = {}
+_packings: dict[str, Callable[..., tuple[Any, ...]]] = {}
+# Not `torch.library.custom_op`, whose wrappers cost more than the arithmetic of one token.
+_library = torch.library.Library("memlayers", "FRAGMENT")
+
+
+def operation(
+    name: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    save: Callable[..., None] | None = None,
+    pack: Callable[..., tuple[Any, ...]] | None = None,
+) -> torch._ops.OpOverload:
+    """Registers an operation of the table; returns it.
+
+    Args:
+        name: Of the operation.
+        reference: What computes it where there are no kernels.
+        fake: What it returns, without data.
+        backward: Its gradients, as `torch.library.register_autograd` takes them.
+        save: What backward needs is saved by it.
+        pack: From the arguments of the operation those of reference and kernels; they are the same without it.
+    """
+    references[name] = reference
+    if pack is not None:
+        _packings[name] = pack
+    _library.define(name + OPERATIONS[name].schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, partial(run, None, name), "CompositeExplicitAutograd")
+    for device in DEVICES:
+        _library.impl(name, partial(run, device, name), device.upper())
+    torch.library.register_fake(f"memlayers::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"memlayers::{name}", backward, setup_context=save, lib=_library)
+    return getattr(torch.ops.memlayers, name).default
+
+
+def run(device: str | None, name: str, *arguments: Any, **keywords: Any) -> Any:
+    """Computes an operation by the kernels of a device where they know how to, by its reference otherwise."""
+    given = _packings[name](*arguments, **keywords) if name in _packings else arguments
+    written = arguments[: OPERATIONS[name].schema.count("!")]  # those that are written to come first
+    if not written:
+        return _compute(device, name, given)
+    with torch.no_grad():
+        _compute(device, name, given)
+    # Kernels write where autograd does not see it; a backward that needs what was there before must raise.
+    torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
+    return None
+
+
+def _compute(device: str | None, name: str, given: tuple[Any, ...]) -> Any:
+    where = OPERATIONS[name].kernels
+    if device is not None and where is not None:
+        module, function = where.split(".")
+        kernels = DEVICES[device].kernels(module)
+        result = NotImplemented if kernels is None else getattr(kernels, function)(*given)
+        if result is not NotImplemented:
+            return result
+    return references[name](*given)
+
+
+def describe() -> dict[str, str]:
+    """By operation: what computes it on a CPU and on a GPU, for which dtypes, or why the reference does.
+
+    And on which threads the kernels for a CPU run.
+    """
+    found = {}
+    for name, (_, where, on_cpu, on_gpu) in OPERATIONS.items():
+        if where is None:
+            continue
+        runs = (("CPU", "Numba", cpu.why_not(), on_cpu), ("GPU", "Triton", gpu.why_not(), on_gpu))
+        found[name] = ", ".join(
+            f"{kernels} on a {device} ({dtypes})" if why_not is None else f"PyTorch on a {device} ({why_not})"
+            for device, kernels, why_not, dtypes in runs
+        )
+    if cpu.why_not() is None:
+        found["threads of a CPU"] = launch.what_threads()
+    return found

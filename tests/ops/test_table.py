@@ -1,0 +1,57 @@
+"""The table says of every operation what runs it, and what it says is what runs."""
+
+import pytest
+import torch
+
+from memlayers.ops import cpu, gpu, infer, read, row_step, search, table
+from memlayers.ops.cpu import launch
+
+NAMES = {
+    *("search", "search_backward", "select", "read", "read_row_mode", "dot", "sum_rows", "record_"),
+    *("row_norm", "row_adam_", "row_adagrad_", "row_sgd_", "infer"),
+}
+
+
+def test_every_operation_is_in_the_table_and_is_registered():
+    assert {search.search.name(), read.dot.name(), row_step.row_sgd_.name(), infer.infer.name()} <= {
+        f"memlayers::{name}" for name in NAMES
+    }
+    assert table.OPERATIONS.keys() == table.references.keys() == NAMES
+
+
+@pytest.mark.parametrize("package", [cpu, gpu], ids=["cpu", "gpu"])
+def test_kernels_are_where_the_table_says(package):
+    if package.why_not() is not None:
+        pytest.skip(package.why_not())
+    for name, operation in table.OPERATIONS.items():
+        if name != "record_":
+            module, function = operation.kernels.split(".")
+            assert callable(getattr(package.kernels(module), function)), name
+
+
+def test_what_kernels_do_not_know_is_the_reference_s(monkeypatch):
+    class Kernels:
+        dot = staticmethod(lambda *_: NotImplemented)
+
+    asked = []
+    monkeypatch.setattr(cpu, "kernels", lambda module: asked.append(module) or Kernels)
+    monkeypatch.setitem(table.references, "dot", lambda *given: torch.full((1, 1), 7.0))
+    assert read.dot(torch.randn(2, 3), torch.tensor([[1]]), torch.randn(1, 3)).item() == 7
+    assert asked == ["read"]
+
+
+def test_it_says_what_runs(monkeypatch):
+    monkeypatch.setattr(cpu, "why_not", lambda: None)
+    monkeypatch.setattr(gpu, "why_not", lambda: "Triton is not installed")
+    said = table.describe()
+    assert NAMES - said.keys() == {"record_"}
+    assert said["search"] == "Numba on a CPU (float32), PyTorch on a GPU (Triton is not installed)"
+    assert said["row_adam_"].startswith("Numba on a CPU (tables in float32, bfloat16), ")
+
+
+def test_it_says_when_kernels_do_not_share_pytorch_s_threads(monkeypatch):
+    monkeypatch.setattr(cpu, "why_not", lambda: None)
+    monkeypatch.setattr(launch, "team", lambda: launch.python_threads)
+    assert table.describe()["threads of a CPU"].startswith("Python's, since PyTorch's OpenMP runtime is not found")
+    monkeypatch.setattr(launch, "team", lambda: print)
+    assert table.describe()["threads of a CPU"] == "PyTorch's OpenMP runtime"
