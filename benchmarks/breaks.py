@@ -3,8 +3,8 @@
     python benchmarks/breaks.py --seed 0 --count 60
 
 A break changes a constant, a comparison, an operator or a condition, drops a statement, or swaps two arguments. Places
-are drawn evenly over the areas. For each the tests of its module run, then, while they are green, those of its area, in a
-copy of the tree. A line of JSON a break goes to the output as it is known; the same command goes on where it was
+are drawn evenly over the areas. For each the tests of its module run, then, while they are green, those of its area, in
+a copy of the tree. A line of JSON a break goes to the output as it is known; the same command goes on where it was
 stopped. `breaks_without_effect.txt` lists breaks that change nothing that could be tested, each with the reason.
 
 The kernels in Triton are left out: their tests run in an interpreter, for minutes.

@@ -35,12 +35,17 @@ def test_slots_are_the_square_of_the_sub_keys():
         ({"query_bias": 1}, "query_bias .* got 1"),
         ({"value_dropout": 1.0}, "value_dropout .* at least 0 and below 1, got 1.0"),
         ({"dim": 10**400}, "dim must be an integer from 1 to 2\\*\\*53, got 1000"),
+        ({"dim": 2**53 + 1}, "dim must be an integer from 1 to 2\\*\\*53, got 9007199254740993"),
         ({"value_dropout": 10**400}, "value_dropout must be a finite number .* got 1000"),
     ],
 )
 def test_bad_fields_are_named_with_value_and_what_is_allowed(fields, named):
     with pytest.raises(ValueError, match=named):
         MemoryConfig(**{"dim": 8, **fields})
+
+
+def test_the_largest_integer_is_the_last_that_a_float_knows():
+    assert MemoryConfig(dim=2**53).dim == 9007199254740992
 
 
 def test_flat_keys_allow_odd_queries_and_more_neighbours_than_sub_keys():

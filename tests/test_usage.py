@@ -184,3 +184,17 @@ def test_a_call_of_more_tokens_than_the_mask_holds(monkeypatch):
         layer(torch.randn(6, 8), mask=torch.tensor([1, 1, 1, 1, 1, 0]))
         layer(torch.randn(3, 8))
     assert meter.report().tokens == 8
+
+
+def test_the_first_of_the_k_counts_as_the_best():
+    meter = UsageMeter(make(heads=1, topk=2))
+    meter.add(hits([[[1, 2]], [[1, 3]]]))
+    assert meter.report().overall.top1_usage == 100 / 16
+
+
+def test_totals_of_another_memory_are_refused():
+    meter, other = UsageMeter(make(heads=1)), UsageMeter(make(heads=2))
+    with pytest.raises(ValueError, match=r"usage must hold weight_HS of shape \[1, 16\], got \[2, 16\]"):
+        meter.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"usage must hold weight_HS of shape \[1, 16\], got None"):
+        meter.load_state_dict({})

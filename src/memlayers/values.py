@@ -91,7 +91,6 @@ class ValueTable(nn.Module):
                 "this value table already has a row optimizer; a second owner would train it twice. Call release() on "
                 "the first optimizer (or table.release()) before building another"
             )
-        self.release()
         self.row_mark = _mark(self.weight.device)
         self.row_gradient = RowGradient(owner, self.row_mark, self.weight.shape[0])
         return self.row_gradient
