@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from memlayers import MemoryConfig, MemoryLayer, doctor
-from memlayers.diagnosis.collapse import complaints, expected_effective, expected_usage, first_of_alike, judge, spread
+from memlayers.diagnosis.collapse import (
+    Spread,
+    complaints,
+    expected_effective,
+    expected_usage,
+    first_of_alike,
+    judge,
+    spread,
+)
 from memlayers.optim import MemoryAdamW
 
 
@@ -39,6 +47,40 @@ def test_equal_reads_are_a_collapse():
         assert has_collapsed
         assert "two tokens share 100% of their slots" in said
         assert found.usage == pytest.approx(6 / expected_usage(slots, 3000))
+
+
+@pytest.mark.parametrize(
+    ("name", "fine", "narrow", "collapsed"),
+    [
+        ("usage", 0.101, (0.099, 0.031), 0.029),
+        ("effective", 0.051, (0.049, 0.021), 0.019),
+        ("top1", 0.051, (0.049, 0.016), 0.014),
+        ("overlap", 0.29, (0.31, 0.49), 0.51),
+    ],
+)
+def test_what_is_narrow_and_what_is_a_collapse(name, fine, narrow, collapsed):
+    healthy = Spread(usage=1.0, effective=1.0, top1=1.0, overlap=0.0)
+    assert complaints(healthy._replace(**{name: fine})) == ([], False)
+    for value in narrow:
+        (_,), has_collapsed = complaints(healthy._replace(**{name: value}))
+        assert not has_collapsed
+    (_,), has_collapsed = complaints(healthy._replace(**{name: collapsed}))
+    assert has_collapsed
+
+
+@pytest.mark.parametrize(("tokens", "says"), [(181, None), (208, False), (240, True)])
+def test_how_often_two_tokens_may_have_one_best_sub_key(tokens, says):
+    slots = uniform_hits(heads=4, num_subkeys=16)
+    slots[:tokens, 1, 0] = 3 * 16 + slots[:tokens, 1, 0] % 16  # of 256: shares of 0.5, 0.66 and 0.88
+    said, has_collapsed = judge(slots, 256, 16)
+    assert (has_collapsed if said else None) is says
+
+
+@pytest.mark.parametrize(("tokens", "state"), [(7, "skip"), (8, "pass")])
+def test_eight_distinct_tokens_say_something(block, tokens, state, found):
+    block.dropout.p = 0.0
+    x = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    assert found(doctor(block, x), "usage").state == state
 
 
 def test_one_of_two_heads_alone_is_seen():

@@ -81,3 +81,39 @@ def test_weights_that_are_zero_by_design_are_a_warning(make_block, batch, found)
     assert report.ok, report
     assert found(report, "neighbours").state == "warn"
     assert "which `read` sets to zero" in found(report, "neighbours").message
+
+
+class NoRead(MemoryLayer):
+    def read(self, x_TD, slots_THK, weights_THK):
+        return weights_THK.flatten(1).sum(-1, keepdim=True).expand(-1, self.config.width) * x_TD
+
+
+def test_no_row_is_read(make_block, batch, fails):
+    fails(doctor(make_block(layer=NoRead), batch), "neighbours", "no row of the table is read")
+
+
+class SameSlotNowAndThen(MemoryLayer):
+    """The second slot of one token is its first."""
+
+    def __init__(self, config, **options):
+        super().__init__(config, **options)
+        self.keys.register_forward_hook(self.repeat)
+
+    def repeat(self, module, args, hits):
+        slots = hits.slots.clone()
+        slots[0, 0, 1] = slots[0, 0, 0]
+        return hits._replace(slots=slots)
+
+
+def test_one_slot_that_comes_twice_is_enough(make_block, batch, fails):
+    fails(doctor(make_block(layer=SameSlotNowAndThen), batch), "neighbours", "the same slot twice")
+
+
+@pytest.mark.parametrize(("tokens", "state"), [(4, "warn"), (40, "fail")])
+def test_few_weights_that_are_zero_are_a_warning(make_block, batch, found, tokens, state):
+    class Zeros(MemoryLayer):
+        def weigh(self, scores_THK):
+            keep = (torch.arange(len(scores_THK)) >= tokens)[:, None, None] | (torch.arange(3) < 2)
+            return torch.where(keep, scores_THK.softmax(-1), 0)
+
+    assert found(doctor(make_block(layer=Zeros), batch), "neighbours").state == state  # of 128: 1 % and 10 %

@@ -322,3 +322,28 @@ def test_a_gate_that_stays_at_zero(train, tmp_path):
         if name.endswith("mlp.gate"):
             parameter.requires_grad_(False)
     only(train(model, MemoryAdamW(model, lr=1e-3)), "gate", "its gate is still zero")
+
+
+def test_a_closed_gate_is_said_at_the_second_look_and_once(model):
+    memory = memory_of(model)
+    model.transformer.h[1].mlp = ParallelMemory(torch.nn.Linear(16, 16), memory)
+    (monitor,) = (Monitor(subject, window=64) for subject in find_subjects(model))
+    gate = model.transformer.h[1].mlp.gate
+    assert [monitor.gate() is not None for _ in range(4)] == [False, True, False, False]
+    with torch.no_grad():
+        gate.fill_(0.1)
+        assert monitor.gate() is None
+        gate.zero_()
+    assert [monitor.gate() is not None for _ in range(2)] == [False, True]
+
+
+def test_a_look_is_at_what_came_since_the_last_one(model):
+    (monitor,) = (Monitor(subject, window=64) for subject in find_subjects(model))
+    monitor.end_step()
+    assert monitor.reached() is not None
+    assert monitor.reached() is None
+    with monitor:
+        model.train()(input_ids=torch.randint(0, 50, (4, 16)))
+    assert monitor._squares.any()
+    monitor.output()
+    assert not monitor._squares.any()

@@ -1,5 +1,6 @@
 """Steps that do not write the rows that were read, or write others."""
 
+import pytest
 import torch
 
 from memlayers import RowSGD, doctor
@@ -101,3 +102,50 @@ def test_a_step_that_makes_parameters_not_finite(make_block, batch):
 
 def _others(model):
     return [p for p in model.parameters() if p is not model.memory.query.projections[0].weight]
+
+
+class Partial(torch.optim.Optimizer):
+    """Writes this share of the rows that have a gradient."""
+
+    def __init__(self, parameters, share):
+        super().__init__(parameters, {})
+        self.share = share
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None and parameter.ndim == 2 and len(parameter) == 4096:
+                live = parameter.grad.any(1).nonzero().squeeze(1)
+                parameter.data[live[: round(self.share * len(live))]] += 1
+
+
+@pytest.mark.parametrize(
+    ("share", "state", "says"),
+    [
+        (1.0, "pass", "of"),
+        (0.96, "pass", "of"),
+        (0.94, "warn", "of"),
+        (0.51, "warn", "of"),
+        (0.49, "fail", "most rows are not written: of"),
+        (0.0, "fail", "rows are never written: of"),
+    ],
+)
+def test_a_step_that_writes_some_of_the_rows(make_block, batch, found, share, state, says):
+    block = make_block(num_subkeys=64)
+    finding = found(doctor(block, batch, optimizer=Partial(block.parameters(), share)), "written")
+    assert finding.state == state, finding
+    assert finding.message.startswith(says)
+
+
+class SpillingOnce(RowSGD):
+    """Writes every other row, too."""
+
+    def update(self, weight_SV, *args, **settings):
+        super().update(weight_SV, *args, **settings)
+        weight_SV[1::2] += 1
+
+
+def test_half_of_the_rows_that_were_not_read_are_written(make_block, batch, fails):
+    block = make_block(num_subkeys=64)
+    dense = [parameter for name, parameter in block.named_parameters() if "values" not in name]
+    optimizers = [SpillingOnce(block, lr=0.1), torch.optim.SGD(dense)]
+    fails(doctor(block, batch[:2], optimizer=optimizers), "unread", "rows that were not read")
