@@ -26,8 +26,7 @@ from memlayers.hardware import hardware, versions
 from memlayers.lm.data import encode as encoding
 from memlayers.lm.data import open_corpus, prepare
 from memlayers.lm.run import RunFolder
-from memlayers.lm.train import train
-from memlayers.lm.trainer import LanguageModelTrainer
+from memlayers.lm.train import Loop, train
 
 KINDS = ("cut off", "bit flipped", "swapped", "grown", "missing")
 
@@ -66,20 +65,20 @@ class Scene:
         }
 
     def _stop_after(self, step: int) -> None:
-        original = LanguageModelTrainer.training_step
+        original = Loop.forward_backward
 
-        def stop(self: LanguageModelTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if self.state.global_step == step:
+        def stop(self: Loop, *args: Any) -> float:
+            if self.step == step:
                 raise KeyboardInterrupt
-            return original(self, *args, **kwargs)
+            return original(self, *args)
 
-        LanguageModelTrainer.training_step = stop  # type: ignore[method-assign]
+        Loop.forward_backward = stop  # type: ignore[method-assign]
         try:
             train(self.config, self.stopped, corpus=self.corpus, progress=False)
         except KeyboardInterrupt:
             pass
         finally:
-            LanguageModelTrainer.training_step = original  # type: ignore[method-assign]
+            Loop.forward_backward = original  # type: ignore[method-assign]
 
 
 def damage(file: Path, kind: str, others: list[Path], draw: random.Random) -> tuple[str, dict[Path, bytes]]:

@@ -102,7 +102,11 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
     import memlayers.lm.checkpoint as module
 
     checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(module, "FORMAT", 1)
     checkpoints.write(1, {}, fill)
-    monkeypatch.setattr(module, "FORMAT", 2)
-    with pytest.raises(ValueError, match="is a checkpoint of format 1, this version reads format 2"):
+    monkeypatch.undo()
+    message = (
+        "is a checkpoint of format 1, this version reads format 2: resume the run with the version of memlayers that"
+    )
+    with pytest.raises(ValueError, match=message):
         checkpoints.newest()

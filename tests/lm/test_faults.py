@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-import memlayers.lm.trainer as module
+import memlayers.lm.train as module
+from memlayers.lm.checkpoint import TrainingState
 from memlayers.lm.faults import TrainingFault, bad_gradient, bad_output, bad_parameter, bad_state
 from memlayers.lm.metrics import MetricsFile
 from memlayers.lm.run import RunFolder
-from memlayers.lm.train import train
-from memlayers.lm.trainer import LanguageModelTrainer
+from memlayers.lm.train import Loop, train
 from memlayers.optim import MemoryAdamW, RowAdam
 from memlayers.values import ValueTable
 
@@ -139,15 +139,15 @@ def test_a_gradient_that_is_not_a_number_is_never_stepped_on(config, tiny_corpus
 
 def test_rows_whose_gradient_overflows_stop_the_run(config, tiny_corpus, tmp_path, monkeypatch):
     """Clipping sees the dense gradients alone, so the rows are looked at apart."""
-    original = LanguageModelTrainer._clip_grad_norm
+    original = Loop.checked_norm
 
-    def overflow(self, model):
-        if self.state.global_step == 3:
-            (layer,) = module.memory_layers(self.language_model).values()
+    def overflow(self, loss):
+        if self.step == 3:
+            (layer,) = module.memory_layers(self.model).values()
             layer.values.row_gradient.scale(math.inf)
-        return original(self, model)
+        return original(self, loss)
 
-    monkeypatch.setattr(LanguageModelTrainer, "_clip_grad_norm", overflow)
+    monkeypatch.setattr(Loop, "checked_norm", overflow)
     message = stop(config, tmp_path / "run", tiny_corpus)
     assert "at step 4 of 10" in message
     assert "the gradient of rows of transformer.h.1.mlp.memory.values.weight" in message
@@ -168,15 +168,15 @@ def test_rows_that_went_bad_are_named_before_anything_else(config, tiny_corpus, 
 @pytest.mark.parametrize("when", ["checkpoint", "end"])
 def test_rows_that_went_bad_and_were_not_read_again_are_not_saved(config, tiny_corpus, tmp_path, monkeypatch, when):
     step = 4 if when == "checkpoint" else 10
-    original = LanguageModelTrainer._maybe_log_save_evaluate
+    original = Loop.finish_step
 
-    def spoil(self, *args, **kwargs):
-        if self.state.global_step == step:
-            (layer,) = module.memory_layers(self.language_model).values()
+    def spoil(self, line):
+        if self.step == step:
+            (layer,) = module.memory_layers(self.model).values()
             layer.values.weight.data[7] = math.nan
-        original(self, *args, **kwargs)
+        return original(self, line)
 
-    monkeypatch.setattr(LanguageModelTrainer, "_maybe_log_save_evaluate", spoil)
+    monkeypatch.setattr(Loop, "finish_step", spoil)
     monkeypatch.setattr(module, "evaluate", lambda *args, **kwargs: finite_evaluation())
     message = stop(config, tmp_path / "run", tiny_corpus)
     kept = "step 2" if when == "checkpoint" else "step 8"
@@ -202,20 +202,20 @@ def test_a_validation_loss_that_is_not_a_number_stops_the_run(config, tiny_corpu
 @pytest.mark.parametrize("writer", ["torch", "safetensors"])
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(config, tiny_corpus, tmp_path, monkeypatch, writer):
     """torch and safetensors raise errors of their own for what the system says."""
-    original = LanguageModelTrainer._write_state
+    original = TrainingState.save
 
     def fill(self, folder):
         original(self, folder)
-        if self.state.global_step == 4:
+        if "step-00000004" in folder.name:
             raise OSError(28, "No space left on device") if writer == "torch" else RuntimeError("write failed")
 
-    monkeypatch.setattr(LanguageModelTrainer, "_write_state", fill)
+    monkeypatch.setattr(TrainingState, "save", fill)
     message = stop(config, tmp_path / "run", tiny_corpus)
     assert message.startswith("the checkpoint of step 4 could not be written to")
     assert message.endswith("GB are free there; the last good checkpoint is of step 2")
     folder = RunFolder(tmp_path / "run")
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000002"]
-    monkeypatch.setattr(LanguageModelTrainer, "_write_state", original)
+    monkeypatch.setattr(TrainingState, "save", original)
     train(config, folder.path, corpus=tiny_corpus, progress=False, resume=True)
     assert folder.finished
 

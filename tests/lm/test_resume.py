@@ -9,8 +9,7 @@ import torch
 
 from memlayers.lm.build import build_model
 from memlayers.lm.run import RunFolder
-from memlayers.lm.train import train
-from memlayers.lm.trainer import LanguageModelTrainer
+from memlayers.lm.train import Loop, train
 
 TIMES = {"seconds", "tokens_per_s", "words_per_s"}
 
@@ -38,15 +37,15 @@ def config(tiny_config):
 @pytest.fixture
 def stop(monkeypatch):
     """Have the step that follows so many steps end the process's work."""
-    original = LanguageModelTrainer.training_step
+    original = Loop.forward_backward
     at = {"step": None}
 
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == at["step"]:
+    def forward_backward(self, batches):
+        if self.step == at["step"]:
             raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
+        return original(self, batches)
 
-    monkeypatch.setattr(LanguageModelTrainer, "training_step", training_step)
+    monkeypatch.setattr(Loop, "forward_backward", forward_backward)
 
     def after(step):
         at["step"] = step

@@ -9,14 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import memlayers.lm.trainer as module
+import memlayers.lm.train as module
 from memlayers.lm.build import build_model, resolve_precision
 from memlayers.lm.data import Windows, training_order
 from memlayers.lm.evaluate import evaluate
 from memlayers.lm.footprint import Footprint
 from memlayers.lm.run import RunFolder
-from memlayers.lm.train import train
-from memlayers.lm.trainer import LanguageModelTrainer
+from memlayers.lm.train import Loop, train
 from memlayers.optim import MemoryAdamW, row_adam
 from memlayers.parameters import count_parameters
 
@@ -34,13 +33,13 @@ def variant(config, *, model=None, training=None, **fields):
 def batches(monkeypatch):
     """The batches that models are trained on, in order."""
     seen = []
-    original = LanguageModelTrainer.compute_loss
+    original = module.batch_loss
 
-    def record(self, model, inputs, *args, **kwargs):
-        seen.append(inputs["input_ids"].clone())
-        return original(self, model, inputs, *args, **kwargs)
+    def record(model, inputs_BT, labels_BT):
+        seen.append(inputs_BT.clone())
+        return original(model, inputs_BT, labels_BT)
 
-    monkeypatch.setattr(LanguageModelTrainer, "compute_loss", record)
+    monkeypatch.setattr(module, "batch_loss", record)
     return seen
 
 
@@ -89,7 +88,7 @@ def test_the_saved_model_has_its_tokenizer_and_its_cache(tiny_run, tiny_corpus):
     assert tokenizer.encode(text) == tiny_corpus.tokenizer().encode(text)
     assert tokenizer.eos_token_id == tiny_corpus.eot_id
     model = AutoModelForCausalLM.from_pretrained(tiny_run / "model")
-    assert model.config.use_cache is True  # Trainer turns it off while it trains
+    assert model.config.use_cache is True
     assert model.config.eos_token_id == tiny_corpus.eot_id
 
 
@@ -164,9 +163,10 @@ def test_all_positions_are_trained(tiny_config, tiny_corpus, tmp_path, monkeypat
 
     monkeypatch.setattr(module, "_collate", collate)
     train(tiny_config, tmp_path / "run", corpus=tiny_corpus, progress=False)
-    for batch in pairs:
-        assert batch["input_ids"].shape == batch["labels"].shape == (4, 16)
-        assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
+    assert len(pairs) == 6
+    for inputs_BT, labels_BT in pairs:
+        assert inputs_BT.shape == labels_BT.shape == (4, 16)
+        assert torch.equal(inputs_BT[:, 1:], labels_BT[:, :-1])
 
 
 def test_a_run_can_be_repeated(tiny_config, tiny_corpus, tmp_path):
@@ -197,7 +197,7 @@ def test_evaluation_is_not_training_time(tiny_config, tiny_corpus, tmp_path, mon
         late += 1000.0
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock() + late)
+    monkeypatch.setattr("memlayers.lm.metrics.time.perf_counter", lambda: clock() + late)
     monkeypatch.setattr(module, "evaluate", slow_evaluate)
     result = train(tiny_config, tmp_path / "run", corpus=tiny_corpus, progress=False)
     assert late == 2000.0
@@ -246,14 +246,13 @@ def test_llama_trains_too(tiny_config, tiny_corpus, tmp_path):
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_config, tiny_corpus, tmp_path, monkeypatch):
     enabled = []
-    original = LanguageModelTrainer.run
+    original = Loop.run
 
-    def run(self, checkpoint):
-        blocks = self.language_model.transformer.h
-        enabled.append(all(block.gradient_checkpointing for block in blocks))
-        return original(self, checkpoint)
+    def run(self, **options):
+        enabled.append(all(block.gradient_checkpointing for block in self.model.transformer.h))
+        return original(self, **options)
 
-    monkeypatch.setattr(LanguageModelTrainer, "run", run)
+    monkeypatch.setattr(Loop, "run", run)
     plain, checkpointed = (
         train(
             variant(tiny_config, training={"gradient_checkpointing": flag}),

@@ -1,4 +1,4 @@
-"""What a configuration builds: the device and its precision, the model, its optimizer, and the loss of a batch.
+"""What a configuration builds: the device and its precision, the model, its optimizer and schedule, the loss of a batch.
 
 Shapes: B windows, T tokens of a window, C tokens of the vocabulary.
 """
@@ -47,6 +47,19 @@ def build_optimizer(config: RunConfig, model: "PreTrainedModel") -> MemoryAdamW:
         betas=training.betas,
         weight_decay=training.weight_decay,
         value_lr=training.value_learning_rate,
+    )
+
+
+def build_scheduler(config: RunConfig, optimizer: MemoryAdamW) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate of a run's steps, which the memory's values do not follow."""
+    from transformers import get_scheduler  # here, since it takes a second to import and `doctor` needs none
+
+    training = config.training
+    return get_scheduler(
+        "constant_with_warmup" if training.schedule == "constant" else training.schedule,
+        optimizer,
+        num_warmup_steps=training.warmup_steps,
+        num_training_steps=training.steps,
     )
 
 

@@ -4,21 +4,36 @@ checkpoints/step-00000240/     appears by a rename, once all of it is on the dis
     checkpoint.json            sealed (`memlayers.files`): the step, the run's configuration and figures, and the
                                size and SHA-256 of every other file; written last
     model.safetensors ...      the model, as `save_pretrained` writes it: each table once, streamed from where it is
-    optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json    as `transformers.Trainer` names them
+    optimizer.pt               the optimizer's state
+    loop.pt                    the states of the schedule, of the loss scaler, and of all random generators
     usage.safetensors          hits since the last line of usage figures
+
+`Checkpoints` keeps such folders, `TrainingState` fills one and takes it back.
 """
 
 import os
+import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from memlayers.files import file_sha256, flush, new_folder, read_sealed, write_sealed
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-FORMAT = 1
+from memlayers.files import describe_files, flush, new_folder, read_sealed, remove_folder, verify_files, write_sealed
+from memlayers.lm.run import without_bars
+from memlayers.usage import UsageMeter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = 2
 DESCRIPTION = "checkpoint.json"
+OPTIMIZER, LOOP, USAGE = "optimizer.pt", "loop.pt", "usage.safetensors"
 
 
 class Checkpoint(NamedTuple):
@@ -41,15 +56,14 @@ class Checkpoints:
         folder = self.folder / f"step-{step:08d}"
         with new_folder(folder) as aside:
             save(aside)
-            files = {path.relative_to(aside).as_posix(): path for path in sorted(aside.rglob("*")) if path.is_file()}
-            hashes = {name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in files.items()}
-            write_sealed(aside / DESCRIPTION, {"format": FORMAT, "step": step, **content, "files": hashes})
-            for path in files.values():
-                flush(path)
-                _forget_cached(path)
+            files = describe_files(aside)
+            write_sealed(aside / DESCRIPTION, {"format": FORMAT, "step": step, **content, "files": files})
+            for name in files:
+                flush(aside / name)
+                _forget_cached(aside / name)
             self._read(aside, step)
         for _, older in sorted(self._complete())[: -self.keep]:
-            _remove(older)
+            remove_folder(older)
         return folder
 
     def newest(self) -> Checkpoint | None:
@@ -84,27 +98,95 @@ class Checkpoints:
         content = read_sealed(folder / DESCRIPTION)
         if content["format"] != FORMAT:
             raise ValueError(
-                f"{folder} is a checkpoint of format {content['format']!r}, this version reads format {FORMAT}"
+                f"{folder} is a checkpoint of format {content['format']!r}, this version reads format {FORMAT}: resume "
+                f"the run with the version of memlayers that began it, or have it replaced (overwrite)"
             )
         if content["step"] != step:
             raise ValueError(f"{folder / DESCRIPTION} is damaged: it is of step {content['step']}, another checkpoint")
-        for name, expected in content["files"].items():
-            path = folder / name
-            if not path.is_file():
-                raise ValueError(f"{path} is damaged: it is missing")
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                raise ValueError(f"{path} is damaged: it has {size} bytes, {expected['bytes']} were written")
-            if file_sha256(path) != expected["sha256"]:
-                raise ValueError(f"{path} is damaged: it is not what was written (its SHA-256 does not fit)")
+        verify_files(folder, content["files"])
         return Checkpoint(folder, content["step"], content)
 
 
-def _remove(folder: Path) -> None:
-    """Under another name first, so that a process that is killed here leaves no half of a checkpoint."""
-    aside = folder.with_name(f".{folder.name}.removed")
-    os.rename(folder, aside)
-    shutil.rmtree(aside)
+class TrainingState(NamedTuple):
+    """All that decides how a run goes on, beside its configuration and its text."""
+
+    model: "PreTrainedModel"
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    meters: Mapping[str, UsageMeter]
+
+    def save(self, folder: Path) -> None:
+        """Write it to `folder`, with the states of the random generators of Python, NumPy and PyTorch."""
+        with without_bars():
+            self.model.save_pretrained(folder)
+        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
+        loop = {
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": _random_states(),
+        }
+        torch.save(loop, folder / LOOP)
+        totals = {f"{name}/{part}": t for name, meter in self.meters.items() for part, t in meter.state_dict().items()}
+        save_file(totals, folder / USAGE)
+
+    def load(self, folder: Path) -> None:
+        """Take back what `save` wrote.
+
+        From the disk straight into place (files are mapped): a second copy of a table or of its moments may not fit.
+        Raises `ValueError` for a model of other tensors.
+        """
+        self._load_model(folder)
+        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+        mapped = {value.data_ptr() for state in saved["state"].values() for value in _tensors(state)}
+        self.optimizer.load_state_dict(saved)
+        for state in self.optimizer.state.values():
+            for name, value in state.items():  # what was taken over as it is must not stay a file
+                if isinstance(value, Tensor) and value.data_ptr() in mapped:
+                    state[name] = value.clone()
+        loop = torch.load(folder / LOOP, map_location="cpu", weights_only=True)
+        self.scheduler.load_state_dict(loop["scheduler"])
+        self.scaler.load_state_dict(loop["scaler"])
+        totals = load_file(folder / USAGE)
+        for name, meter in self.meters.items():
+            prefix = f"{name}/"
+            meter.load_state_dict({key.removeprefix(prefix): t for key, t in totals.items() if key.startswith(prefix)})
+        _set_random_states(loop["random"])
+
+    def _load_model(self, folder: Path) -> None:
+        weights: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            if file.name != USAGE:
+                weights |= load_file(file)
+        held = self.model.state_dict(keep_vars=True)
+        result = self.model.load_state_dict(weights, strict=False)
+        loaded = {id(held[name]) for name in weights if name in held}
+        missing = [name for name in result.missing_keys if id(held[name]) not in loaded]  # tied ones are stored once
+        if missing or result.unexpected_keys:
+            raise ValueError(f"{folder} is not of this model: missing {missing}, unknown {result.unexpected_keys}")
+
+
+def _random_states() -> dict[str, Any]:
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
+    states = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),  # what `weights_only` loads
+        "torch": torch.get_rng_state(),
+    }
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]
 
 
 def _forget_cached(path: Path) -> None:

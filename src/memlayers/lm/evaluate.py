@@ -175,12 +175,11 @@ def measure_speed(
             if repeat >= 0:
                 prefill[name].append(read)
                 decode[name].append(written)
-    words_per_token = split.num_words / split.num_tokens
     speeds = {}
     for name, model in models.items():
         tokens_per_s = batch_windows * context / statistics.median(prefill[name])
         speeds[name] = Speed(
-            prefill_words_per_s=tokens_per_s * words_per_token,
+            prefill_words_per_s=tokens_per_s * split.words_per_token,
             prefill_tokens_per_s=tokens_per_s,
             decode_tokens_per_s=new_tokens / statistics.median(decode[name]),
             batch_windows=batch_windows,

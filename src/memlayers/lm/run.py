@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlayers.files import file_sha256, new_folder, read_sealed, write_json, write_sealed
+from memlayers.files import describe_files, new_folder, read_sealed, verify_files, write_json, write_sealed
 from memlayers.lm.config import RunConfig
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class RunFolder:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write `result.json`: from here on the run is finished. What only an unfinished one needs goes."""
-        write_sealed(self.result, {**result, "model_files": _hashes(self.model)})
+        write_sealed(self.result, {**result, "model_files": describe_files(self.model)})
         self.tidy()
 
     def tidy(self) -> None:
@@ -221,12 +221,9 @@ class RunFolder:
     def _verify_model(self) -> None:
         if not self.finished:
             raise ValueError(f"run must be the folder of a finished run, got {str(self.path)!r}: it has no result.json")
-        for name, expected in self.read_result()["model_files"].items():
-            path = self.model / name
-            if not path.is_file():
-                raise ValueError(f"{path} is damaged: it is missing")
-            if file_sha256(path) != expected:
-                raise ValueError(f"{path} is damaged: it is not what was written (its SHA-256 does not fit)")
+        described = self.read_result()["model_files"]
+        # Runs of 0.1.0 have the hash alone.
+        verify_files(self.model, {n: {"sha256": d} if isinstance(d, str) else d for n, d in described.items()})
 
 
 def _config_of(file: Path, fields: Any) -> RunConfig:
@@ -234,8 +231,3 @@ def _config_of(file: Path, fields: Any) -> RunConfig:
         return RunConfig.from_dict(fields)
     except ValueError as error:
         raise ValueError(f"{file} is of another version: {error}") from error
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}

@@ -1,32 +1,55 @@
-"""Training of one run, from its configuration to a finished run folder."""
+"""train: one run, from its configuration to a finished run folder. Read it from top to bottom.
 
+`train` checks and builds, `Loop.run` makes the steps; what it uses lies in build.py (model, optimizer, loss),
+checkpoint.py (what is on disk while it runs), metrics.py (where figures go), faults.py (what stops it), evaluate.py
+and run.py (the folder).
+
+The loop stands on PyTorch alone. `transformers.Trainer` trains memories, too, but what a run promises (its order of
+data, its figures, its checkpoints) would be spread over the private methods of a `Trainer`; and the precision of an
+`accelerate.Accelerator` is that of the whole process, which refuses a second run in another one.
+
+Shapes: B windows, T tokens of a window.
+"""
+
+import contextlib
 import hashlib
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
-from torch.utils.data import Subset
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from transformers import set_seed
 
 from memlayers.available import available_memory
 from memlayers.files import sole_user
 from memlayers.hardware import hardware, versions
-from memlayers.lm.build import build_model, pick_device, resolve_precision
-from memlayers.lm.checkpoint import Checkpoint, Checkpoints
+from memlayers.layer import memory_layers
+from memlayers.lm.build import batch_loss, build_model, build_optimizer, build_scheduler, pick_device, resolve_precision
+from memlayers.lm.checkpoint import Checkpoint, Checkpoints, TrainingState
 from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus, Windows, prepare, training_order
-from memlayers.lm.evaluate import device_name
-from memlayers.lm.faults import TrainingFault
+from memlayers.lm.evaluate import ComputePrecision, Evaluation, autocast, device_name, evaluate
+from memlayers.lm.faults import TrainingFault, bad_gradient, bad_output, bad_parameter, bad_state, rows_are_finite
 from memlayers.lm.footprint import explain_out_of_memory, require_memory, size_text
-from memlayers.lm.metrics import MetricsFile
+from memlayers.lm.metrics import MetricsFile, Progress, TensorBoard, TrainingClock, usage_figures
 from memlayers.lm.run import RunFolder
-from memlayers.lm.trainer import LanguageModelTrainer, Text, words_per_token
 from memlayers.ops import cpu
 from memlayers.parameters import count_parameters
+from memlayers.usage import UsageMeter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOG_ENTRIES = 100  # windows of usage figures and rates that a run leaves in its log, about
+FP16_PATIENCE = 50  # bad steps in a row: a loss scaler that halves as often has nothing left to halve
 
 
 def _to_stderr(line: str) -> None:
@@ -45,18 +68,27 @@ def train(
 ) -> dict[str, Any]:
     """Train one model and return what its `result.json` says; `output` becomes a `RunFolder`.
 
-    `corpus` is a prepared corpus or the folder to prepare it in or to take it from; None: the folder `corpus` beside
-    `output`. The order of the data is decided by the configuration's seed and the corpus alone, so that models that
-    are compared see the same tokens in the same order.
+    The order of the data is decided by the configuration's seed and the corpus alone, so that models that are compared
+    see the same tokens in the same order.
 
-    `resume` goes on with the run that `output` holds, from its newest checkpoint: with the same losses, rates, order
-    of the data and usage figures as if it had never stopped. It begins a run where there is none, and leaves a finished
-    one as it is. `say` is told from where.
+    Args:
+        config: All that decides the result.
+        output: The folder of the run.
+        corpus: A prepared corpus, or the folder to prepare it in or to take it from. None is the folder `corpus` beside
+            `output`.
+        overwrite: Replace the run that `output` holds.
+        resume: Go on with the run that `output` holds, from its newest checkpoint: with the same losses, rates, order
+            of the data and usage figures as if it had never stopped. Begins a run where there is none, and leaves a
+            finished one as it is.
+        progress: Show bars.
+        say: Is told from where a resumed run goes on.
 
-    Raises `ValueError` before any work for a configuration that cannot run here (for want of memory or of room on the
-    disk, too) or that does not fit the text; for an `output` that holds a run already, unless `overwrite` says that it
-    may go, or `resume` that it goes on; for a run of another configuration or on other text; and for a checkpoint that
-    is damaged. Raises `TrainingFault` when a run that has begun cannot go on.
+    Raises:
+        ValueError: Before any work, for a configuration that cannot run here (for want of memory or of room on the
+            disk, too) or that does not fit the text; for an `output` that holds a run already, unless `overwrite` or
+            `resume` is given; for a run of another configuration or on other text; and for a checkpoint that is
+            damaged or of another version.
+        TrainingFault: A run that has begun cannot go on.
     """
     folder = RunFolder(output)
     device = pick_device()
@@ -70,21 +102,13 @@ def train(
                 return _leave(folder, say)
     if not isinstance(corpus, Corpus):
         corpus = prepare(config.data, folder.path.parent / "corpus" if corpus is None else corpus, progress=progress)
-    windows = training_windows(config, corpus)
-    count = config.training.steps * config.batch_windows
-    if 4 * count > available_memory("cpu"):
-        raise ValueError(
-            f"training.tokens must be fewer: the order of {count:,} windows alone does not fit into memory, "
-            f"got {config.training.tokens:,}"
-        )
-    order = training_order(windows, count, config.training.seed, config.data.weights)
-    text = Text(corpus, Subset(windows, cast(Sequence[int], order)), order)
+    text = _text(config, corpus)
     identity: dict[str, Any] = {
         "config": config.to_dict(),
         "data": {
             "corpus_sha256": corpus.manifest["corpus_sha256"],
             "tokenizer_sha256": corpus.tokenizer_sha256,
-            "order_sha256": hashlib.sha256(order.data).hexdigest(),
+            "order_sha256": hashlib.sha256(text.order.data).hexdigest(),
         },
         "precision": precision,
     }
@@ -92,6 +116,7 @@ def train(
     checkpoint_bytes = need.parameters + need.optimizer_state
     checkpoints = min(config.training.keep_checkpoints + 1, config.training.checkpoints)
     _require_space(folder, checkpoints * checkpoint_bytes + need.parameters)
+
     set_seed(config.training.seed)
     model = build_model(config, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
     parameters = count_parameters(model)
@@ -108,55 +133,313 @@ def train(
         checkpoint = _checkpoint(folder, identity, say) if resume else None
         if checkpoint is None:
             folder.start(config, overwrite=overwrite or resume)
-        trainer = LanguageModelTrainer(
-            model,
-            config,
-            folder,
-            text,
-            precision,
-            identity=identity,
-            from_step=0 if checkpoint is None else checkpoint.step,
-            progress=progress,
-        )
+        loop = Loop(config, folder, text, model, precision, identity=identity, checkpoint=checkpoint)
         try:
-            validation, curve = trainer.run(checkpoint)
+            validation = loop.run(progress=progress)
         except (RuntimeError, MemoryError) as error:
             if explained := explain_out_of_memory(error, need):
                 raise TrainingFault(explained) from error
             raise
-        with trainer.writing("the model"):
+        with loop.writing("the model"):
             folder.save_model(model, corpus)
-        with trainer.writing("the result"):
-            folder.finish({**_result(trainer, parameters), "curve": curve, "validation": validation.to_dict()})
+        with loop.writing("the result"):
+            folder.finish({**_result(loop, parameters), "curve": loop.curve, "validation": validation.to_dict()})
     return folder.read_result()
 
 
-def _result(trainer: LanguageModelTrainer, parameters: dict[str, int]) -> dict[str, Any]:
+class Text(NamedTuple):
+    """What a run reads: the windows of its corpus, and in which order."""
+
+    corpus: Corpus
+    windows: Windows
+    order: np.ndarray
+
+
+class Loop:
+    """The steps of one run, from its beginning or from a checkpoint to its end.
+
+    Each step leaves a line in `metrics.jsonl`. A step whose loss or gradients are not finite is not made: it raises
+    `TrainingFault` with the step, its windows and what went first.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        text: Text,
+        model: "PreTrainedModel",
+        precision: ComputePrecision,
+        *,
+        identity: Mapping[str, Any],
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.config, self.folder, self.text, self.model, self.precision = config, folder, text, model, precision
+        self.identity = identity
+        self.optimizer = build_optimizer(config, model)
+        self.scheduler = build_scheduler(config, self.optimizer)
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=precision == "fp16")
+        self.meters = {name: UsageMeter(layer) for name, layer in memory_layers(model).items()}
+        self.checkpoints = Checkpoints(folder.checkpoints, config.training.keep_checkpoints)
+        self.metrics = MetricsFile(folder.metrics)
+        self.clock = TrainingClock()
+        self.step = 0  # steps made
+        self.curve: list[dict[str, float]] = []  # of all evaluations
+        self._window = {"step": 0, "seconds": 0.0, "loss": 0.0}  # where the last usage figures were, losses since
+        self._bad_steps = 0  # in a row
+        self._checkpoint = checkpoint
+
+    def run(self, *, progress: bool = True) -> Evaluation:
+        """Train to the end, and return the last evaluation."""
+        training, model = self.config.training, self.model
+        self.step = 0 if self._checkpoint is None else self._checkpoint.step
+        self.tensorboard = TensorBoard(self.folder.tensorboard, after_step=self.step)
+        self.progress = Progress(training, self.step, shown=progress)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.progress.close)
+            stack.callback(self.tensorboard.close)
+            for meter in self.meters.values():
+                stack.enter_context(meter)
+            set_seed(training.seed)  # again, so that what training draws does not depend on what the model drew
+            batches = self._batches()
+            if self._checkpoint is not None:
+                self._restore(self._checkpoint)
+            model.train()
+            self.clock.skip()
+            while self.step < training.steps:
+                loss = self.forward_backward(batches)
+                norm = self.checked_norm(loss)
+                line = {"step": self.step + 1, "loss": loss, "learning_rate": self.scheduler.get_last_lr()[0]}
+                if training.max_grad_norm:
+                    torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.max_grad_norm, norm)
+                scale = self.scaler.get_scale()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                if self.scaler.get_scale() >= scale:  # else the gradients overflowed, and no step was made
+                    self.scheduler.step()
+                self.optimizer.zero_grad()
+                self.step += 1
+                evaluation = self.finish_step({**line, "grad_norm": float(norm)})
+        self._require_finite_model()
+        assert evaluation is not None, "the last step evaluates"
+        return evaluation
+
+    # A step.
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parts of the steps that are left, each as the tokens that are read and those that are predicted."""
+        size = self.config.batch_windows
+        left = Subset(self.text.windows, cast(Sequence[int], self.text.order[self.step * size :]))
+        part = size // self.config.training.accumulate
+        return iter(DataLoader(left, part, collate_fn=_collate, pin_memory=self.model.device.type == "cuda"))
+
+    def forward_backward(self, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
+        """Forward and backward of each part of a step; returns the loss of the whole, raises if it is not finite."""
+        parts, device = self.config.training.accumulate, self.model.device
+        total = torch.zeros((), device=device)
+        for _ in range(parts):
+            inputs_BT, labels_BT = (tokens_BT.to(device, non_blocking=True) for tokens_BT in next(batches))
+            with autocast(device, self.precision):
+                loss = batch_loss(self.model, inputs_BT, labels_BT)[0]
+            if not bool(torch.isfinite(loss)):
+                self._stop_at_loss(inputs_BT, labels_BT, float(loss.detach()))
+            loss = loss / parts
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+            self.progress.add_part()
+        return float(total)
+
+    def checked_norm(self, loss: float) -> Tensor:
+        """Norm of all dense gradients. If it is not finite the run ends; with a loss scaler, after many such steps."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        is_good = bool(torch.isfinite(norm)) and rows_are_finite(self.model)
+        self._bad_steps = 0 if is_good else self._bad_steps + 1
+        if self._bad_steps > (FP16_PATIENCE if self.precision == "fp16" else 0):
+            found = bad_gradient(self.model) or "the norm of all gradients, each of which is finite"
+            raise self._fault(f"the loss is {loss:.6g}, but its gradient is not finite", found)
+        return norm
+
+    # After a step: first its figures, then its line, then the checkpoint, which so holds all of them.
+
+    def finish_step(self, line: dict[str, Any]) -> Evaluation | None:
+        """Report and save what is due after a step, and return its evaluation if there was one.
+
+        The last step evaluates. It needs no checkpoint: the finished model follows.
+        """
+        training, evaluation = self.config.training, None
+        is_last = self.step == training.steps
+        evaluates = is_last or self.step % training.eval_every_steps == 0
+        figures_due = evaluates or self.step % max(1, training.steps // LOG_ENTRIES) == 0
+        if figures_due and torch.cuda.is_available():
+            torch.cuda.synchronize()  # work that is still queued belongs to training
+        self.clock.tick()
+        self._window["loss"] += line["loss"]
+        if figures_due:
+            line |= self._figures()
+            # TensorBoard and the bar show the mean loss since the last figures, the line has that of the step, too.
+            shown = {name: value for name, value in line.items() if name not in ("step", "mean_loss")}
+            self._show({**shown, "loss": line["mean_loss"]})
+        if evaluates:
+            evaluation = self._evaluate()
+            figures = {f"eval_{name}": value for name, value in self._quality(evaluation).items()}
+            line |= figures
+            self._show(figures)
+        with self.writing(f"the metrics of step {self.step}"):
+            self.metrics.append(line)
+        if not is_last and self.step % training.save_every_steps == 0:
+            self._save()
+        self.clock.skip()
+        return evaluation
+
+    def _position(self) -> dict[str, float]:
+        return {"tokens": self.step * self.config.training.batch_tokens, "seconds": self.clock.seconds}
+
+    def _figures(self) -> dict[str, float]:
+        """Mean loss, rates and memory usage since the last such figures."""
+        steps = self.step - self._window["step"]
+        rate = steps * self.config.training.batch_tokens / (self.clock.seconds - self._window["seconds"])
+        figures = {"mean_loss": self._window["loss"] / steps, **self._position()}
+        figures |= {"tokens_per_s": rate, "words_per_s": rate * self.text.corpus.train.words_per_token}
+        for name, meter in self.meters.items():
+            figures |= usage_figures(name, meter.report().to_dict())
+            meter.reset()
+        self._window = {"step": self.step, "seconds": self.clock.seconds, "loss": 0.0}
+        return figures
+
+    def _evaluate(self) -> Evaluation:
+        """Evaluate on validation text. The meters of training rest meanwhile."""
+        for meter in self.meters.values():
+            meter.detach()
+        evaluation = evaluate(
+            self.model,
+            self.text.corpus.validation,
+            tokens=self.config.training.eval_tokens,
+            context=self.config.model.context,
+            precision=self.precision,
+            # No more than training holds at once: the estimate of memory is of a step.
+            batch_windows=min(8, self.config.batch_windows // self.config.training.accumulate),
+        )
+        for meter in self.meters.values():
+            meter.attach()
+        if not math.isfinite(evaluation.loss):
+            found = bad_parameter(self.model) or "the loss of a validation text, by a model that is finite,"
+            raise self._not_finite(found)
+        quality = {"loss": evaluation.loss, "perplexity": evaluation.perplexity}
+        self.curve.append({"step": self.step, **self._position(), **quality})
+        return evaluation
+
+    def _quality(self, evaluation: Evaluation) -> dict[str, float]:
+        names = ("loss", "perplexity", "perplexity_per_word", "bits_per_byte")
+        figures = {name: getattr(evaluation, name) for name in names}
+        for name, usage in evaluation.usage.items():
+            figures |= usage_figures(name, usage)
+        return figures
+
+    def _show(self, figures: Mapping[str, float]) -> None:
+        self.tensorboard.add(figures, self.step)
+        self.progress.show(figures)
+
+    # What stays when it stops.
+
+    @property
+    def _state(self) -> TrainingState:
+        return TrainingState(self.model, self.optimizer, self.scheduler, self.scaler, self.meters)
+
+    def _save(self) -> None:
+        self._require_finite_model()
+        with self.writing(f"the checkpoint of step {self.step}"):
+            content = {
+                **self.identity,
+                "metrics_bytes": self.metrics.flush(),
+                "seconds": self.clock.seconds,
+                "window": self._window,
+                "curve": self.curve,
+            }
+            self.checkpoints.write(self.step, content, self._state.save)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self._state.load(checkpoint.folder)
+        self.clock.seconds = checkpoint.content["seconds"]
+        self._window = dict(checkpoint.content["window"])
+        self.curve = list(checkpoint.content["curve"])
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Turn what prevents a file from being written into a `TrainingFault` that says what is kept."""
+        try:
+            yield
+        except Exception as error:  # OSError, and what torch and safetensors make of one
+            folder = self.folder.path
+            raise TrainingFault(
+                f"{what} could not be written to {str(folder)!r}: {error}; "
+                f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free there; {self._kept()}"
+            ) from error
+
+    # What stops it.
+
+    def _stop_at_loss(self, inputs_BT: Tensor, labels_BT: Tensor, loss: float) -> NoReturn:
+        # Statistics are no cause: this very step has moved them.
+        found = bad_parameter(self.model, buffers=False)
+        with autocast(self.model.device, self.precision):
+            found = found or bad_output(self.model, lambda: batch_loss(self.model, inputs_BT, labels_BT))
+        raise self._fault(f"the loss is {loss}", found or "the loss itself, from logits that are finite")
+
+    def _require_finite_model(self) -> None:
+        if found := bad_parameter(self.model) or bad_state(self.model, self.optimizer):
+            raise self._not_finite(found)
+
+    def _not_finite(self, found: str) -> TrainingFault:
+        return TrainingFault(f"{self._stopped_at(self.step)}: {found} is not finite; {self._kept()}")
+
+    def _fault(self, what: str, first: str) -> TrainingFault:
+        size = self.config.batch_windows
+        windows = ", ".join(map(str, self.text.order[self.step * size : (self.step + 1) * size][:8].tolist()))
+        batch = f"windows {windows}{', ...' if size > 8 else ''} of the training text"
+        return TrainingFault(
+            f"{self._stopped_at(self.step + 1)}: {what}. First not to be finite: {first}. Batch: {batch}. The step was "
+            f"not made; {self._kept()}"
+        )
+
+    def _stopped_at(self, step: int) -> str:
+        return f"stopped at step {step} of {self.config.training.steps}"
+
+    def _kept(self) -> str:
+        step = self.checkpoints.newest_step()
+        return "there is no checkpoint yet" if step is None else f"the last good checkpoint is of step {step}"
+
+
+def _collate(items: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Windows of T + 1 tokens -> the T that are read and the T that are predicted."""
+    window_BT = torch.stack([item["input_ids"] for item in items])
+    return window_BT[:, :-1], window_BT[:, 1:]
+
+
+def _result(loop: Loop, parameters: dict[str, int]) -> dict[str, Any]:
     """What `result.json` says of a run beside its quality."""
-    training, corpus, seconds = trainer.run_config.training, trainer.text.corpus, trainer.clock.seconds
+    training, text, seconds = loop.config.training, loop.text, loop.clock.seconds
     tokens = training.steps * training.batch_tokens
     return {
-        "config": trainer.identity["config"],
+        "config": loop.identity["config"],
         "data": {
-            **trainer.identity["data"],
-            "folder": os.path.abspath(corpus.folder),
-            "epochs": len(trainer.text.order) / len(trainer.text.windows.dataset),  # type: ignore[arg-type]
-            "vocab_size": corpus.vocab_size,
+            **loop.identity["data"],
+            "folder": os.path.abspath(text.corpus.folder),
+            "epochs": len(text.order) / len(text.windows),
+            "vocab_size": text.corpus.vocab_size,
         },
         "command": sys.argv,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": training.seed,
         "versions": versions(),
         "hardware": hardware(),
-        "device": device_name(trainer.language_model.device),
-        "precision": trainer.precision,
+        "device": device_name(loop.model.device),
+        "precision": loop.precision,
         "parameters": parameters,
         "training": {
             "steps": training.steps,
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_s": tokens / seconds,
-            "words_per_s": tokens * words_per_token(corpus.train) / seconds,
+            "words_per_s": tokens * text.corpus.train.words_per_token / seconds,
         },
     }
 
@@ -204,7 +487,20 @@ def _require_same_config(held: RunConfig, asked: RunConfig, folder: RunFolder) -
         )
 
 
+def _text(config: RunConfig, corpus: Corpus) -> Text:
+    """The windows of a run in their order. Raises `ValueError` if the corpus or the memory is too small for them."""
+    windows = training_windows(config, corpus)
+    count = config.training.steps * config.batch_windows
+    if 4 * count > available_memory("cpu"):
+        raise ValueError(
+            f"training.tokens must be fewer: the order of {count:,} windows alone does not fit into memory, "
+            f"got {config.training.tokens:,}"
+        )
+    return Text(corpus, windows, training_order(windows, count, config.training.seed, config.data.weights))
+
+
 def training_windows(config: RunConfig, corpus: Corpus) -> Windows:
+    """The windows that a run reads. Raises `ValueError` for a corpus that is too small for `config`."""
     needed, longest = config.model.context + 1, max(shard.num_tokens for shard in corpus.train.shards)
     if longest < needed:
         raise ValueError(

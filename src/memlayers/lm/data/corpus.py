@@ -172,6 +172,11 @@ class Split:
     def num_documents(self) -> int:
         return sum(shard.num_documents for shard in self.shards)
 
+    @property
+    def words_per_token(self) -> float:
+        """What turns a rate of tokens into one of words."""
+        return self.num_words / self.num_tokens
+
     def prefix(self, max_tokens: int) -> "Split":
         """Return the longest run of first documents with at most `max_tokens` tokens; at least one document.
 
