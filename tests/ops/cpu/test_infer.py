@@ -5,7 +5,8 @@ import torch
 
 from memlayers import MemoryConfig, MemoryLayer, ValueTable
 from memlayers.layer import try_infer
-from memlayers.ops.infer import infer
+from memlayers.ops.cpu import infer as kernels
+from memlayers.ops.infer import Layer, infer
 
 CONFIGS = {
     "odd": MemoryConfig(dim=33, value_dim=20, heads=1, topk=12, num_subkeys=12, query_dim=34, query_bias=False),
@@ -98,3 +99,39 @@ def test_a_table_or_keys_of_the_wrong_size_are_an_error(tokens):
         layer.values, layer.keys.topk = table, 13
         with pytest.raises(ValueError, match="topk must be in .* got 13 and 12"):
             layer(torch.randn(tokens, 64))
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_scores_of_several_hundreds_give_finite_weights(tokens):
+    """exp overflows float32 above 88: the greatest score has to be subtracted first."""
+    layer = trained(CONFIGS["small"])
+    with torch.no_grad():
+        layer.keys.weight.mul_(300)
+        x = torch.randn(tokens, 64)
+        scores, _ = layer.keys(layer.query(x))
+        assert scores.max() > 300
+        assert try_infer(layer, x) is not None
+        y = layer(x)
+    expected = layer(x).detach()  # with gradients: by its parts, whose softmax is PyTorch's
+    assert expected.isfinite().all()
+    torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("of", ["x_TD", "projection_FD", "gain_HQ", "keys_2HNC"])
+def test_kernels_read_no_float64_as_float32(of):
+    """A mixture of dtypes is left to the reference, which refuses it or computes it; kernels would read other bits."""
+    layer = trained(CONFIGS["small"])
+    norm, linear = layer.query.norm, layer.query.projections[0]
+    stats = norm.running_mean, norm.running_var, norm.weight.detach(), norm.bias.detach()
+    given = Layer(
+        torch.randn(2, 64),
+        linear.weight.detach(),
+        linear.bias.detach(),
+        *stats,
+        norm.eps,
+        layer.keys.weight.detach(),
+        5,
+        layer.values.weight.detach(),
+    )
+    assert kernels.infer(given) is not NotImplemented
+    assert kernels.infer(given._replace(**{of: getattr(given, of).double()})) is NotImplemented
