@@ -267,7 +267,7 @@ def open_corpus(folder: str | Path, *, progress: bool = False) -> Corpus:
 
 
 def described_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What `memlayers.files.verify_files` takes of each file beside the manifest."""
+    """Describe each file beside the manifest for `memlayers.files.verify_files`."""
     described: dict[str, dict[str, Any]] = {
         f"{TOKENIZER}/{name}": {"sha256": digest} for name, digest in manifest["tokenizer"]["files"].items()
     }
@@ -304,7 +304,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_other_json(folder: Path, raw: bytes) -> None:
-    """Say what an unsealed manifest is: one of the first format, or none at all. Else it is a damaged one."""
+    """Raise for an unsealed manifest of the first format, or of no corpus; any other is a damaged one."""
     try:
         content = json.loads(raw)
     except ValueError:

@@ -53,7 +53,7 @@ def encode_documents(
     num_bytes: int,
     progress: bool,
 ) -> list[Span]:
-    """All spans: those that `folder` has, and the rest, which this writes.
+    """Return all spans: those that `folder` has, and the rest, which this writes.
 
     `files` are the hashes of the survey and `num_bytes` what it counted. A span ends with the document with which its
     training tokens reach `SHARD_TOKENS`, and at the end of a source. (Held-out tokens end it too when they reach that:
@@ -101,7 +101,7 @@ def encode_documents(
 def _documents(
     entries: Sequence[Sequence[Source]], config: "DataConfig", files: list[list[str]], start: Place
 ) -> Generator[_Read | None]:
-    """The documents from `start` on, and None for each before it in the same file. Earlier files are not opened."""
+    """Yield the documents from `start` on, and None for each before it in its file; earlier files are not opened."""
     percent = config.resolved_holdout_percent()
     skip = (lambda message: None) if config.skip_malformed else None  # the survey has counted them
     for at in ((source, file) for source, group in enumerate(entries) for file in range(len(group))):

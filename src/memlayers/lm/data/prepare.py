@@ -328,7 +328,7 @@ def working_folder(folder: Path) -> Iterator[Path | None]:
 
 
 def is_occupied(folder: Path) -> bool:
-    """Whether there is anything that a new corpus would overwrite."""
+    """Return whether there is anything that a new corpus would overwrite."""
     if folder.is_dir():
         return any(folder.iterdir())
     return folder.exists() or folder.is_symlink()

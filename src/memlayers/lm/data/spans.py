@@ -100,7 +100,7 @@ class SpanWriter:
 
 
 def read_spans(folder: Path) -> list[Span]:
-    """The spans that are in `folder`, whole and verified, from the first on. Raises `OSError` if one cannot be read."""
+    """Return the verified spans up to the first that is not whole. Raises `OSError` if one cannot be read."""
     spans: list[Span] = []
     while True:
         record = read_if_whole(folder / record_name(len(spans)))

@@ -83,7 +83,7 @@ def measured_documents(
     skip: Callable[[str], None] | None,
     blank: Callable[[], None] = lambda: None,
 ) -> Iterator[Measured]:
-    """The documents of a file that are not blank, in its order; `digest` grows with each."""
+    """Yield the documents of a file that are not blank, in its order; `digest` grows with each."""
     for document in source.documents(skip=skip):
         if not document.text or document.text.isspace():
             blank()

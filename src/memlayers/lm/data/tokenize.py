@@ -18,7 +18,7 @@ SMALLEST_VOCABULARY = 257
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """A byte-level BPE with at most `vocab_size` tokens (fewer if the texts have no more pairs that occur twice).
+    """Train a byte-level BPE with at most `vocab_size` tokens (fewer if the texts have no more pairs that occur twice).
 
     Every text comes back from its tokens unchanged. `<|endoftext|>` is token 0.
     """
@@ -58,18 +58,18 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer":
-    """The tokenizer that `save_tokenizer` left in `folder`, for `encode_texts`."""
+    """Load the tokenizer that `save_tokenizer` left in `folder`, for `encode_texts`."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every token."""
+    """Return the smallest of uint16 and uint32 that holds every token."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 def encode_texts(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[Any]:
-    """The encoding of each text, whose `ids` are its tokens. `tokenizers` spreads the texts over the cores."""
+    """Return the encoding of each text, whose `ids` are its tokens. `tokenizers` spreads the texts over the cores."""
     tokenizer.encode_special_tokens = True  # a text that mentions <|endoftext|> does not end there
     return tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

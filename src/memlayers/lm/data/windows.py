@@ -51,7 +51,7 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
 
 
 def training_order(windows: Windows, count: int, seed: int, weights: Sequence[float] = ()) -> np.ndarray:
-    """Which windows a run sees, in order: integers [count], uint32 where they fit.
+    """Return which windows a run sees, in order: integers [count], uint32 where they fit.
 
     Without `weights` one shuffled pass over all windows after the other. With one weight for each source, each place
     is drawn among the sources in proportion to them, and takes the next window of that source's own shuffled passes.
@@ -85,7 +85,7 @@ def training_order(windows: Windows, count: int, seed: int, weights: Sequence[fl
 
 
 def _fill_with_passes(order: np.ndarray, numbers: range, *entropy: int) -> None:
-    """One shuffled pass over `numbers` after the other, the last one cut."""
+    """Fill `order` with one shuffled pass over `numbers` after the other, the last one cut."""
     for index, start in enumerate(range(0, len(order), max(1, len(numbers)))):
         shuffled = np.arange(numbers.start, numbers.stop, dtype=order.dtype)
         np.random.default_rng([*entropy, index]).shuffle(shuffled)
@@ -93,7 +93,7 @@ def _fill_with_passes(order: np.ndarray, numbers: range, *entropy: int) -> None:
 
 
 def _draw(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """The source of each place: integers [count]."""
+    """Return the source of each place: integers [count]."""
     weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # by a power of two, so exact; else the sum may overflow
     bounds = np.cumsum(weights) / weights.sum()
     generator = np.random.default_rng([seed, 0])
