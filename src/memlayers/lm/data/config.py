@@ -46,7 +46,7 @@ class DataConfig:
                 raise ValueError(f"data.{name} must be the name of a field, got ''")
 
     def resolved_holdout_percent(self) -> int:
-        """Return the share in use: a library of some 700 files needs a larger one than a collection of many thousands."""
+        """Return the share in use: a library of some 700 files needs a larger one than a large collection."""
         if self.holdout_percent is not None:
             return self.holdout_percent
         return 1 if self.sources else 5
