@@ -1,9 +1,12 @@
 import dataclasses
 import json
+import math
+import random
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,6 +98,69 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(config, tiny_corpus, tmp
         "going on from the checkpoint of step 10",
         "going on from the checkpoint of step 15",
     ]
+
+
+def test_the_loss_scaler_of_float16_goes_on_too(config, tiny_corpus, tmp_path, stop, monkeypatch):
+    monkeypatch.setattr("memlayers.lm.train.resolve_precision", lambda asked, device: "fp16")
+    config = variant(config, memory_layers=())
+    original, scales = Loop.checked_norm, []
+
+    def overflow(self, loss):
+        if self.step == 2:
+            next(self.model.parameters()).grad[0] = math.inf
+        scales.append((self.step, self.scaler.get_scale()))
+        return original(self, loss)
+
+    monkeypatch.setattr(Loop, "checked_norm", overflow)
+    train(config, tmp_path / "whole", corpus=tiny_corpus, progress=False)
+    whole, scales[:] = list(scales), []
+    stop(12)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    stop(None)
+    scales.clear()
+    train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True)
+    assert scales == whole[10:]
+    assert scales[0] == (10, 32768.0)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_all_random_generators_go_on(config, tiny_corpus, tmp_path, stop, monkeypatch):
+    """Those of Python and NumPy, too, which a user's own layer may draw from."""
+    draws, original = {}, Loop.finish_step
+
+    def draw(self, line):
+        draws.setdefault(line["step"], []).append((random.random(), np.random.rand(), torch.rand(()).item()))
+        return original(self, line)
+
+    monkeypatch.setattr(Loop, "finish_step", draw)
+    stop(12)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    stop(None)
+    random.seed(1)
+    np.random.seed(1)
+    train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True)
+    assert [step for step, drawn in draws.items() if len(drawn) == 2] == [11, 12]
+    assert all(first == again for first, again in (drawn for drawn in draws.values() if len(drawn) == 2))
+
+
+def test_tensorboard_shows_each_step_once(stopped, config, tiny_corpus):
+    """What the stopped process wrote after its last checkpoint is hidden."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+    assert len(list(stopped.tensorboard.iterdir())) == 2
+    events = EventAccumulator(str(stopped.tensorboard)).Reload()
+    held = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    found = stopped.read_metrics()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
+    assert held["train/grad_norm"] == pytest.approx({line["step"]: line["grad_norm"] for line in found})
+    assert held["train/loss"] == pytest.approx({line["step"]: line["mean_loss"] for line in found})
+    assert held["eval/perplexity"] == pytest.approx(
+        {line["step"]: line["eval_perplexity"] for line in found if "eval_perplexity" in line}
+    )
+    assert {"train/usage/transformer.h.1.mlp.memory", "eval/usage/transformer.h.1.mlp.memory"} <= set(held)
 
 
 def test_seconds_go_on_too(stopped, config, tiny_corpus):

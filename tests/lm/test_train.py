@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memlayers.lm.train as module
+from memlayers.files import write_sealed
 from memlayers.lm.build import build_model, resolve_precision
 from memlayers.lm.data import Windows, training_order
 from memlayers.lm.evaluate import evaluate
+from memlayers.lm.faults import TrainingFault
 from memlayers.lm.footprint import Footprint
 from memlayers.lm.run import RunFolder
 from memlayers.lm.train import Loop, train
@@ -266,10 +268,19 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_config, tiny_cor
     assert checkpointed["validation"]["nll"] == pytest.approx(plain["validation"]["nll"], rel=1e-5)
 
 
-def test_bfloat16_is_mixed_precision(tiny_config, tiny_corpus, tmp_path):
+def test_bfloat16_is_mixed_precision(tiny_config, tiny_corpus, tmp_path, monkeypatch):
+    original, dtypes = module.batch_loss, set()
+
+    def record(*args):
+        loss, logits_BTC = original(*args)
+        dtypes.add((loss.dtype, logits_BTC.dtype))
+        return loss, logits_BTC
+
+    monkeypatch.setattr(module, "batch_loss", record)
     config = variant(tiny_config, training={"precision": "bf16"})
     result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
     assert result["precision"] == "bf16"
+    assert dtypes == {(torch.float32, torch.bfloat16)}
     assert math.isfinite(result["validation"]["loss"])
     assert {value.dtype for value in RunFolder(tmp_path / "run").load_model().parameters()} == {torch.float32}
 
@@ -335,6 +346,57 @@ def test_what_cannot_work_ends_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def half(monkeypatch):
+    """Float16 with a loss scaler on the CPU, for which the command has no such precision."""
+    monkeypatch.setattr(module, "resolve_precision", lambda asked, device: "fp16")
+
+
+def overflow_at(monkeypatch, steps):
+    """Have the gradients of these steps overflow, counted from 1."""
+    original = Loop.forward_backward
+
+    def forward_backward(self, batches):
+        loss = original(self, batches)
+        if self.step + 1 in steps:
+            next(self.model.parameters()).grad[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(Loop, "forward_backward", forward_backward)
+
+
+def test_a_step_that_overflows_in_float16_is_not_made_and_halves_the_scale(
+    tiny_config, tiny_corpus, tmp_path, monkeypatch, half
+):
+    scales, weights = [], []
+    original = Loop.finish_step
+
+    def record(self, line):
+        scales.append(self.scaler.get_scale())
+        weights.append(self.model.transformer.wte.weight.detach().clone())
+        return original(self, line)
+
+    monkeypatch.setattr(Loop, "finish_step", record)
+    overflow_at(monkeypatch, {4})
+    config = variant(tiny_config, memory_layers=())
+    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    assert result["precision"] == "fp16"
+    assert scales == [65536.0] * 3 + [32768.0] * 3
+    assert torch.equal(weights[3], weights[2])
+    assert not torch.equal(weights[4], weights[3])
+    lines = RunFolder(tmp_path / "run").read_metrics()
+    assert [line["grad_norm"] is None for line in lines] == [False, False, False, True, False, False]
+    rates = [line["learning_rate"] for line in lines]
+    assert rates[4] == rates[3] != rates[5]  # the schedule waits
+
+
+def test_float16_that_overflows_again_and_again_ends_the_run(tiny_config, tiny_corpus, tmp_path, monkeypatch, half):
+    monkeypatch.setattr(module, "FP16_PATIENCE", 2)
+    overflow_at(monkeypatch, {2, 3, 4})
+    with pytest.raises(TrainingFault, match="at step 4 of 6: .* its gradient is not finite"):
+        train(variant(tiny_config, memory_layers=()), tmp_path / "run", corpus=tiny_corpus, progress=False)
+
+
 def test_automatic_precision(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert resolve_precision("auto", cpu) == "fp32"
@@ -368,6 +430,18 @@ def test_a_damaged_run_is_named(tiny_config, tiny_corpus, tmp_path):
     folder.result.write_text("{}")
     with pytest.raises(ValueError, match=r"result.json is damaged: "):
         folder.read_config()
+
+
+def test_a_model_whose_files_have_hashes_alone_is_verified_too(tiny_run, tmp_path):
+    """As results of 0.1.0 are."""
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(tiny_run, folder.path)
+    result = folder.read_result()
+    write_sealed(folder.result, {**result, "model_files": {n: d["sha256"] for n, d in result["model_files"].items()}})
+    assert folder.load_model() is not None
+    (folder.model / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="generation_config.json is damaged: it is not what was written"):
+        folder.load_model()
 
 
 def test_a_damaged_model_is_refused_by_name(tiny_run, tmp_path):

@@ -1,4 +1,4 @@
-"""What a configuration builds: the device and its precision, the model, its optimizer and schedule, the loss of a batch.
+"""What a configuration builds: device and precision, the model, its optimizer and schedule, the loss of a batch.
 
 Shapes: B windows, T tokens of a window, C tokens of the vocabulary.
 """
