@@ -43,7 +43,7 @@ def corpus(tmp_path_factory):
         ({"sources": "docs.jsonl"}, "data.sources must be a list"),
         ({"text_field": ""}, "data.text_field must be the name of a field"),
         ({"id_field": 3}, "data.id_field"),
-        ({"skip_malformed": "no"}, "data.skip_malformed must be true or false"),
+        ({"skip_malformed": "no"}, "data.skip_malformed must be True or False"),
         ({"sources": ("a", "b"), "weights": (1.0,)}, r"data.weights .* each of the 2 sources, got \[1.0\]"),
         ({"weights": (1.0,)}, "data.weights .* each of the 0 sources"),
         ({"sources": ("a",), "weights": (0,)}, "data.weights must be a finite number above 0, got 0"),
