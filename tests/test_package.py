@@ -84,6 +84,7 @@ def installed(wheel, tmp_path_factory):
 
 def in_it(installed: Path, tmp_path: Path, *command: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment["MEMLAYERS_REFERENCE"] = "1"  # in a new place they would be compiled anew, which takes a minute
     return run(str(installed / command[0]), *command[1:], cwd=tmp_path, env=environment)
 
 
