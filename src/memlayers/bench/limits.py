@@ -124,7 +124,7 @@ def _index_add(first_SV: Tensor, second_SV: Tensor, third_SV: Tensor, slots_R: T
 
 
 def _numba_kernels() -> tuple[dict[str, SumRows], dict[str, UpdateRows]]:
-    import numba
+    import numba  # slow to import
     import numpy as np
     from numba import njit, prange
 

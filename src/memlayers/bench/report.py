@@ -56,7 +56,7 @@ def plot(axis: Axis, results: list[Result], file: Path) -> None:
     results = [result for result in results if result.samples]
     if not results:
         return
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import, and optional
 
     parts = list(dict.fromkeys(result.part for result in results))
     figure = Figure(figsize=(5 * len(parts), 4.2), layout="constrained", dpi=150)

@@ -41,7 +41,7 @@ __all__ = ["DoctorError", "Finding", "MemoryAlarms", "MemoryWarning", "Report", 
 def __getattr__(name: str) -> Any:
     # The only name here that needs transformers.
     if name == "MemoryAlarms":
-        from memlayers.diagnosis.trainer_callback import MemoryAlarms
+        from memlayers.diagnosis.trainer_callback import MemoryAlarms  # it needs transformers
 
         return MemoryAlarms
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

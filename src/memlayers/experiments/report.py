@@ -47,7 +47,7 @@ def headline(content: Mapping[str, Any]) -> str:
 
 def plot(content: Mapping[str, Any], file: Path) -> None:
     """Two panels: validation loss against training tokens, and against training time."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import, and optional
 
     models: Models = content["models"]
     figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)

@@ -19,6 +19,7 @@ from memlayers.hardware import peak_bytes
 from memlayers.lm.build import batch_loss, build_model, build_optimizer, pick_device, resolve_precision
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus
+from memlayers.lm.data.windows import Windows
 from memlayers.lm.evaluate import ComputePrecision, autocast
 from memlayers.lm.footprint import Footprint, require_memory, size_text
 from memlayers.ops import cpu
@@ -157,8 +158,6 @@ def _batch(config: RunConfig, corpus: Corpus | None, vocab_size: int) -> Tensor:
     if corpus is None:
         draw = torch.Generator().manual_seed(config.training.seed)
         return torch.randint(vocab_size, (count, length), generator=draw)
-    from memlayers.lm.data.windows import Windows
-
     windows = Windows(corpus.train, length)
     return torch.stack([windows[number % len(windows)]["input_ids"] for number in range(count)])
 

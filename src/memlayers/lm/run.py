@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """No progress bars of `transformers` for saving and loading."""
-    from transformers.utils import logging
+    from transformers.utils import logging  # takes seconds to import
 
     was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -198,7 +198,7 @@ class RunFolder:
 
     def load_model(self, device: "torch.device | str" = "cpu") -> "PreTrainedModel":
         """The trained model, in evaluation mode. Raises `ValueError` if there is none or it is damaged."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM  # takes seconds to import
 
         import memlayers.models  # noqa: F401  (registers the classes of models with memories)
 
@@ -210,7 +210,7 @@ class RunFolder:
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer that the model was trained with."""
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # takes seconds to import
 
         self._verify_model()
         return AutoTokenizer.from_pretrained(self.model)

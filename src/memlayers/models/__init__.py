@@ -46,7 +46,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "SaveMemory":  # imported late: the Trainer that comes with it takes seconds
-        from memlayers.models.checkpoints import SaveMemory
+        from memlayers.models.checkpoints import SaveMemory  # importing Trainer takes a second
 
         return SaveMemory
     return getattr(classes, name)  # MemoryLlamaForCausalLM and the like

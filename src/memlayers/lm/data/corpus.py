@@ -226,7 +226,7 @@ class Corpus:
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """Return the tokenizer for `transformers`; <|endoftext|> begins and ends a text, and is not added by itself."""
-        from transformers import PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
         return PreTrainedTokenizerFast(
             tokenizer_file=str(self.folder / TOKENIZER / "tokenizer.json"),

@@ -22,7 +22,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
 
     Every text comes back from its tokens unchanged. `<|endoftext|>` is token 0.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # not needed to train on ready tokens
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
 
 def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
     """Write the files that `transformers` loads a tokenizer from; <|endoftext|> begins and ends a text."""
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
     saved = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -59,7 +59,7 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
 
 def load_tokenizer(folder: Path) -> "Tokenizer":
     """Load the tokenizer that `save_tokenizer` left in `folder`, for `encode_texts`."""
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer  # not needed to train on ready tokens
 
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 

@@ -123,7 +123,7 @@ def text_and_id_columns(schema: Any, name: str, *, text_field: str, id_field: st
 
     Raises `ValueError` naming the table if one is there twice or of another type, or if the text is missing.
     """
-    from pyarrow import types
+    from pyarrow import types  # optional
 
     def is_text(kind: Any) -> bool:
         return types.is_string(kind) or types.is_large_string(kind)

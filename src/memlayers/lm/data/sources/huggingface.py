@@ -82,7 +82,7 @@ class HuggingFace:
             yield from some
 
     def _stream(self) -> Iterator[dict[str, Any]]:
-        import datasets
+        import datasets  # optional
 
         try:
             with _quiet(), warnings.catch_warnings():
@@ -100,7 +100,7 @@ class HuggingFace:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Switch off log messages and progress bars of `datasets` and its hub while this lasts."""
-    import datasets
+    import datasets  # optional
     import huggingface_hub
 
     utilities = (datasets.utils, huggingface_hub.utils)

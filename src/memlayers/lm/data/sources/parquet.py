@@ -35,7 +35,7 @@ class Parquet(FileSource):
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         """Yield rows as Arrow's scalars, by column."""
-        import pyarrow
+        import pyarrow  # optional
         import pyarrow.parquet
 
         try:

@@ -134,7 +134,7 @@ class _Zst(io.RawIOBase):
     """All frames of a .zst file."""
 
     def __init__(self, file: Path) -> None:
-        import zstandard
+        import zstandard  # optional
 
         self._file = file
         # Archives of the web are packed with windows of up to 2 GiB. Only such a file takes that much memory.
@@ -145,7 +145,7 @@ class _Zst(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        import zstandard
+        import zstandard  # optional
 
         try:
             count = self._reader.readinto(buffer)
@@ -162,7 +162,7 @@ class _Zst(io.RawIOBase):
 
 def _is_whole_zst(file: Path) -> bool:
     """Whether the last frame ends where the file does: from block to block by their headers, nothing decompressed."""
-    import zstandard
+    import zstandard  # optional
 
     size, place = file.stat().st_size, 0
     with file.open("rb") as stream:
