@@ -197,6 +197,18 @@ def test_clipping_is_by_the_norm_of_the_table_s_own_gradient(make, limit, dtype)
         torch.testing.assert_close(table.weight, twin.weight, rtol=1e-6, atol=1e-6)
 
 
+def test_a_tiny_gradient_is_clipped_as_by_clip_grad_norm():
+    table = ValueTable(5, 1)
+    plain = nn.Parameter(table.weight.detach().clone())
+    optimizer = RowSGD([table], lr=1e6, max_grad_norm=5e-7)
+    table(torch.tensor([[2]]), torch.tensor([[1e-6]])).sum().backward()
+    optimizer.step()
+    plain.grad = torch.zeros_like(plain)
+    plain.grad[2] = 1e-6
+    nn.utils.clip_grad_norm_([plain], 5e-7)
+    torch.testing.assert_close(table.weight, plain.detach() - 1e6 * plain.grad, rtol=1e-5, atol=1e-6)
+
+
 @each
 @pytest.mark.parametrize(
     ("dtype", "rounding"),
