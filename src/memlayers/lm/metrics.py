@@ -94,7 +94,7 @@ class Progress:
     """A bar of tokens, with their rate, the time that is left, and the latest figures."""
 
     def __init__(self, training: "TrainingConfig", step: int, *, shown: bool) -> None:
-        from tqdm import tqdm  # type: ignore[import-untyped]  # not needed to read a run
+        from tqdm import tqdm  # type: ignore[import-untyped]  # here, since reading a run needs no bar
 
         done, total = (steps * training.batch_tokens for steps in (step, training.steps))
         self._part_tokens = training.batch_tokens // training.accumulate
