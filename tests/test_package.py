@@ -13,8 +13,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.long
-
 
 def run(*command: str, **settings) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)

@@ -23,6 +23,14 @@ def test_every_extra_that_make_installs_is_resolved_for_every_python_that_is_pro
     assert PROJECT["requires-python"] == ">=3.11"
 
 
+def test_what_make_test_fast_leaves_out_is_there():
+    tests = Path(__file__).parent
+    long = re.search(r"LONG = \((.*?)\)", (tests / "conftest.py").read_text(), re.DOTALL)[1]
+    names = re.findall(r'"([^"]+)"', long)
+    assert "lm/test_train.py" in names
+    assert [name for name in names if not (tests / name).exists()] == []
+
+
 @pytest.mark.parametrize(
     ("settings", "installed"),
     [
