@@ -29,6 +29,31 @@ def test_as_many_threads_as_torch_has(monkeypatch):
     assert seen == [1, 2, 3, 1]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": ...}, "'table', 'tokens', 'topk'.* got .*'table', 'topk'"),
+        ({"token": 4}, "'table', 'tokens', 'topk'.* got .*'table', 'token', 'tokens', 'topk'"),
+        ({"next_task": 1}, "got .*'next_task'"),
+        ({"tokens": 4.0}, "int"),
+    ],
+    ids=["missing", "unknown", "a counter", "float for int"],
+)
+def test_a_kernel_is_not_run_with_other_arguments_than_it_names(monkeypatch, change, message):
+    from memlayers.ops.cpu.read import _read
+
+    table, slots, weights = ARGUMENTS
+    given = {"table": table, "slots": slots, "weights": weights, "outputs": torch.empty(300, 64)}
+    given |= {"num_tokens": 300, "topk": 16, "num_slots": 100, "width": 64, "kind": 0, "tokens": 4, "columns": 64}
+    seen = []
+    monkeypatch.setattr(launching, "team", lambda: lambda function, argument, threads: seen.append(threads))
+    launching.launch(_read, 1, **given)
+    wrong = {name: value for name, value in {**given, **change}.items() if value is not ...}
+    with pytest.raises(TypeError, match=message):
+        launching.launch(_read, 1, **wrong)
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_python_s_threads_where_there_is_no_openmp(monkeypatch, threads):
     monkeypatch.setattr(launching, "team", lambda: launching.python_threads)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memlayers.ops.cpu.intrinsics import f32, fetch_add, i64, kernel, load_field, part
-from memlayers.ops.cpu.launch import FIRST_FIELD, NEXT_TASK, launch, threads_for
+from memlayers.ops.cpu.intrinsics import f32, i64, kernel, next_task, part, task_done, tasks_done
+from memlayers.ops.cpu.launch import launch, threads_for
 from memlayers.ops.cpu.products import ROWS, products
 from memlayers.ops.cpu.read import KINDS, add_rows, read
 from memlayers.ops.cpu.search import search
@@ -23,7 +23,6 @@ FEW_TOKENS = 4  # up to which reading the weights is what costs
 
 _COLUMNS = 128  # columns of a row that a task reads
 _SIDE_BY_SIDE = 16  # rows read side by side
-_DONE = 30  # field of the number of tasks done, in no cache line with one that others read
 
 
 def infer(layer: Layer) -> Tensor:
@@ -68,48 +67,28 @@ def _decode(layer: Layer) -> Tensor:
     launch(
         _decode_kernel,
         threads_for(1 << 30),
-        x_TD.data_ptr(),
-        layer.projection_FD.data_ptr(),
-        0 if layer.bias_F is None else layer.bias_F.data_ptr(),
-        *(stat_HQ.data_ptr() for stat_HQ in layer.stats),
-        keys_2HNC.data_ptr(),
-        table_SV.data_ptr(),
-        y_TV.data_ptr(),
-        memory.data_ptr(),
-        tokens,
-        dim,
-        heads,
-        num_subkeys,
-        half,
-        topk,
-        width,
-        scratch,
-        round(layer.eps * 2**60),
-        pair_plan(topk).data_ptr(),
-        KINDS[table_SV.dtype],
-        *[0] * (_DONE - 21),
-    )
+        x=x_TD, projection=layer.projection_FD, bias=layer.bias_F,
+        means=layer.mean_HQ, variances=layer.var_HQ, gains=layer.gain_HQ, shifts=layer.shift_HQ, eps=layer.eps,
+        keys=keys_2HNC, table=table_SV, kind=KINDS[table_SV.dtype], y=y_TV,
+        tokens=tokens, dim=dim, heads=heads, num_subkeys=num_subkeys, half=half, topk=topk, width=width,
+        memory=memory, scratch=scratch, plan=pair_plan(topk),
+    )  # fmt: skip
     return y_TV
 
 
 @part
-def _wait_for(fields, done, tasks):
-    while load_field(fields, done) < tasks:
+def _wait_for(counters, tasks):
+    while tasks_done(counters) < tasks:
         pass
 
 
 @kernel
-def _decode_kernel(fields):
-    x, projection, bias = fields[FIRST_FIELD], fields[FIRST_FIELD + 1], fields[FIRST_FIELD + 2]
-    means, variances = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4]
-    gains, shifts = fields[FIRST_FIELD + 5], fields[FIRST_FIELD + 6]
-    keys, table, y = fields[FIRST_FIELD + 7], fields[FIRST_FIELD + 8], fields[FIRST_FIELD + 9]
-    query, tokens, dim = fields[FIRST_FIELD + 10], fields[FIRST_FIELD + 11], fields[FIRST_FIELD + 12]
-    heads, num_subkeys, half = fields[FIRST_FIELD + 13], fields[FIRST_FIELD + 14], fields[FIRST_FIELD + 15]
-    topk, width, scratch = fields[FIRST_FIELD + 16], fields[FIRST_FIELD + 17], fields[FIRST_FIELD + 18] * 4
-    eps, plan, done = np.float32(fields[FIRST_FIELD + 19] / 2**60), fields[FIRST_FIELD + 20], FIRST_FIELD + _DONE
-    features = 2 * heads * half
-    halves = query + features * tokens * 4
+def _decode_kernel(
+    counters, x, projection, bias, means, variances, gains, shifts, eps: float, keys, table, kind, y,
+    tokens, dim, heads, num_subkeys, half, topk, width, memory, scratch, plan,
+):  # fmt: skip
+    step, eps_32, features = scratch * 4, np.float32(eps), 2 * heads * half
+    query, halves = memory, memory + features * tokens * 4
     weights = halves + 2 * heads * num_subkeys * tokens * 4
     slots = (weights + heads * topk * tokens * 4 + 7) // 8 * 8
     selections = slots + heads * topk * tokens * 8
@@ -120,7 +99,7 @@ def _decode_kernel(fields):
     first_read = first_select + tokens * heads
     end = first_read + tokens * column_blocks
     while True:
-        task = fetch_add(fields, NEXT_TASK, 1)
+        task = next_task(counters)
         if task >= end:
             return
         if task < first_keys:
@@ -129,10 +108,10 @@ def _decode_kernel(fields):
             for t in range(tokens):
                 out = f32(query + t * features * 4)
                 for f in range(first, last):
-                    scale = f32(gains)[f] / np.sqrt(f32(variances)[f] + eps)
+                    scale = f32(gains)[f] / np.sqrt(f32(variances)[f] + eps_32)
                     out[f] = (out[f] - f32(means)[f]) * scale + f32(shifts)[f]
         elif task < first_select:
-            _wait_for(fields, done, first_keys)
+            _wait_for(counters, first_keys)
             x_half, first = (task - first_keys) // key_blocks, (task - first_keys) % key_blocks * ROWS
             side, head = x_half // heads, x_half % heads
             products(
@@ -148,23 +127,23 @@ def _decode_kernel(fields):
                 features,
             )
         elif task < first_read:
-            _wait_for(fields, done, first_select)
+            _wait_for(counters, first_select)
             token, head = (task - first_select) // heads, (task - first_select) % heads
-            codes = selections + (task - first_select) * 10 * scratch
-            best1, best2, out = codes + 4 * scratch, codes + 6 * scratch, (token * heads + head) * topk
+            codes = selections + (task - first_select) * 10 * step
+            best1, best2, out = codes + 4 * step, codes + 6 * step, (token * heads + head) * topk
             row = halves + (head * tokens + token) * num_subkeys * 4
-            best_of_half(row, num_subkeys, topk, codes, scratch, best1)
+            best_of_half(row, num_subkeys, topk, codes, step, best1)
             row += heads * tokens * num_subkeys * 4
-            best_of_half(row, num_subkeys, topk, codes, scratch, best2)
-            best_pairs(best1, best2, num_subkeys, topk, plan, codes, scratch, weights + out * 4, slots + out * 8)
+            best_of_half(row, num_subkeys, topk, codes, step, best2)
+            best_pairs(best1, best2, num_subkeys, topk, plan, codes, step, weights + out * 4, slots + out * 8)
             softmax_of(f32(weights + out * 4), topk)
         else:
-            _wait_for(fields, done, first_read)
+            _wait_for(counters, first_read)
             token, first = (task - first_read) // column_blocks, (task - first_read) % column_blocks * _COLUMNS
             last, out = min(width, first + _COLUMNS), y + token * width * 4
             for v in range(first, last):
                 f32(out)[v] = np.float32(0)
             for k in range(token * heads * topk, (token + 1) * heads * topk, _SIDE_BY_SIDE):
                 stop = min(k + _SIDE_BY_SIDE, (token + 1) * heads * topk)
-                add_rows(table, i64(slots), f32(weights), k, stop, out, first, last, width, fields[FIRST_FIELD + 21])
-        fetch_add(fields, done, 1)
+                add_rows(table, i64(slots), f32(weights), k, stop, out, first, last, width, kind)
+        task_done(counters)

@@ -3,31 +3,55 @@
 Each is a line or two of LLVM, the same on every processor.
 """
 
+import ctypes
 import functools
 import hashlib
+import inspect
 from pathlib import Path
 
 from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
+from memlayers.ops.cpu.launch import Counters
 from memlayers.ops.cpu.vectors import greater, ordered
 
 # Sums may be contracted and reordered; NaN and infinity mean what they mean.
-_FLOATS = {"contract", "reassoc", "nsz"}
+_OPTIONS = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+_ERROR = Counters.error.offset // 8
 _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
 
 
 def kernel(function):
-    """Compile ``function(fields)``, fields a pointer to int64, to a C function; cached on disk."""
-    # Numba's cache looks for changes in the file of a kernel only, and under its name: so the name says all the rest.
-    function.__qualname__ += f"_{_sources()}"
-    signature = types.void(types.CPointer(types.int64))
-    options = {"fastmath": _FLOATS, "error_model": "numpy"}
+    """Compile ``function(counters, ...)`` to a C function of a record that `launch` fills; cached on disk.
+
+    The record holds the counters and then each further parameter of the function, under its name: an int64, or a
+    float64 where it is annotated ``float``.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    kinds = {one.name: ctypes.c_double if one.annotation is float else ctypes.c_int64 for one in parameters}
+    record = type(function.__name__, (Counters,), {"_fields_": list(kinds.items())})
+    entry, signature = _entry(function, record, kinds), types.void(types.CPointer(types.int64))
     try:
-        return cfunc(signature, cache=True, **options)(function)
+        compiled = cfunc(signature, cache=True, **_OPTIONS)(entry)
     except RuntimeError:  # no folder can be written to
-        return cfunc(signature, **options)(function)
+        compiled = cfunc(signature, **_OPTIONS)(entry)
+    compiled.record, compiled.names = record, kinds.keys()
+    return compiled
+
+
+def _entry(function, record, kinds):
+    """``entry(counters)``, which calls the function with what the record holds behind the counters."""
+    fields = {name: f"counters[{getattr(record, name).offset // 8}]" for name in kinds}
+    values = [f"bits_double({fields[name]})" if kinds[name] is ctypes.c_double else fields[name] for name in kinds]
+    source = f"def entry(counters): function(counters, {', '.join(values)})"
+    # Text, since Numba's cache finds no closure again. What Numba inlines it does not also compile by itself.
+    inlined = njit(inline="always", **_OPTIONS)(function)
+    names = {"__name__": function.__module__, "function": inlined, "bits_double": bits_double}
+    exec(compile(source, function.__code__.co_filename, "exec"), names)
+    # Numba's cache looks for changes in the file of a kernel only, and under its name: so the name says all the rest.
+    names["entry"].__qualname__ = f"{function.__name__}_{_sources()}"
+    return names["entry"]
 
 
 @functools.cache
@@ -39,7 +63,7 @@ def _sources() -> str:
 
 def part(function):
     """A function that kernels call; compiled into them."""
-    return njit(fastmath=_FLOATS, error_model="numpy", inline="never", forceinline=True)(function)
+    return njit(inline="never", forceinline=True, **_OPTIONS)(function)
 
 
 def _pointer_to(element):
@@ -61,25 +85,41 @@ i32 = _pointer_to(types.int32)
 u16 = _pointer_to(types.uint16)
 
 
+def _count(name):
+    """An intrinsic that adds 1 atomically; returns what it was. What was written before it is seen after it."""
+
+    @intrinsic
+    def count(context, counters):
+        def generate(context, builder, signature, arguments):
+            return builder.atomic_rmw("add", _counter(builder, arguments[0], name), _INT64(1), "acq_rel")
+
+        return types.int64(types.CPointer(types.int64)), generate
+
+    return count
+
+
+def _counter(builder, counters, name):
+    return builder.gep(counters, [_INT64(getattr(Counters, name).offset // 8)])
+
+
+# next_task(counters), and so on
+next_task, this_thread, task_done = _count("next_task"), _count("thread"), _count("done")
+
+
 @intrinsic
-def fetch_add(context, fields, index, amount):
-    """Add to ``fields[index]`` atomically; returns what it was. What was written before it is seen after it."""
+def tasks_done(context, counters):
+    """How many tasks are done; what their threads wrote before is seen after it."""
 
     def generate(context, builder, signature, arguments):
-        fields, index, amount = arguments
-        return builder.atomic_rmw("add", builder.gep(fields, [index]), amount, "acq_rel")
+        return builder.load_atomic(_counter(builder, arguments[0], "done"), "acquire", 8)
 
-    return types.int64(types.CPointer(types.int64), types.int64, types.int64), generate
+    return types.int64(types.CPointer(types.int64)), generate
 
 
-@intrinsic
-def load_field(context, fields, index):
-    """``fields[index]``, which other threads write to; what they wrote before it is seen after it."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.load_atomic(builder.gep(arguments[0], [arguments[1]]), "acquire", 8)
-
-    return types.int64(types.CPointer(types.int64), types.int64), generate
+@part
+def fail(counters):
+    """Have `launch` return 1."""
+    counters[_ERROR] = 1
 
 
 @intrinsic
@@ -115,6 +155,16 @@ def bits_float(context, bits):
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.int32), generate
+
+
+@intrinsic
+def bits_double(context, bits):
+    """The float64 of these bits."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.DoubleType())
+
+    return types.float64(types.int64), generate
 
 
 @intrinsic

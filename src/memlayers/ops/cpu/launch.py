@@ -1,8 +1,10 @@
 """How a compiled kernel runs on the threads of PyTorch.
 
-A kernel is a C function ``void(int64 *fields)`` that takes tasks from a shared counter until none is left. It is
-handed to the OpenMP runtime that PyTorch itself is linked to, so there is one pool of threads: none spins against
-the other, two Python threads may call at once (each has a team of its own, as in PyTorch), and
+A kernel is a C function ``void(record *)`` that takes tasks from a shared counter until none is left. The record holds
+what all threads count, and then the kernel's arguments under the names that they have in the kernel.
+
+The function is handed to the OpenMP runtime that PyTorch itself is linked to, so there is one pool of threads: none
+spins against the other, two Python threads may call at once (each has a team of its own, as in PyTorch), and
 `torch.set_num_threads` counts. Where PyTorch brings no such runtime (macOS, Windows) Python threads run the kernel,
 without the GIL.
 """
@@ -14,12 +16,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
 from memlayers.ops.cpu import IMPORTED_IN
 from memlayers.torch_private import openmp_parallel
 
-# Fields that every kernel has, before its own: the next task, threads that have begun, what went wrong (0: nothing).
-NEXT_TASK, THREAD, ERROR, FIRST_FIELD = 0, 1, 2, 3
+
+class Counters(ctypes.Structure):
+    """What the record of every kernel begins with; all threads read and write it."""
+
+    _fields_ = [
+        ("next_task", ctypes.c_int64),
+        ("thread", ctypes.c_int64),  # threads that have begun
+        ("error", ctypes.c_int64),  # 0: nothing went wrong
+        ("_line", ctypes.c_int64 * 5),
+        ("done", ctypes.c_int64),  # tasks that are done, in no cache line with one that others read
+        ("_done_line", ctypes.c_int64 * 7),
+    ]
 
 
 def threads_for(tasks: int) -> int:
@@ -28,11 +41,21 @@ def threads_for(tasks: int) -> int:
     return max(1, min(torch.get_num_threads(), tasks)) if os.getpid() == IMPORTED_IN else 1
 
 
-def launch(kernel, threads: int, *fields: int) -> int:
-    """Run a kernel; returns its error field."""
-    block = (ctypes.c_int64 * (FIRST_FIELD + len(fields)))(0, 0, 0, *fields)
-    team()(kernel.address, ctypes.addressof(block), threads)
-    return block[ERROR]
+def launch(kernel, threads: int, **arguments: Tensor | int | float | None) -> int:
+    """Run a kernel, which gets the address of a tensor and 0 for None; returns whether it failed, as 0 or 1.
+
+    Raises:
+        TypeError: The names are not those of the kernel's parameters, or a float is given for an integer.
+    """
+    if arguments.keys() != kernel.names:
+        raise TypeError(f"{kernel} takes {sorted(kernel.names)}, got {sorted(arguments)}")
+    record = kernel.record()
+    for name, value in arguments.items():
+        if type(value) is not int:  # most are: `isinstance` of a tensor's class is what takes time here
+            value = value.data_ptr() if isinstance(value, Tensor) else value or 0
+        setattr(record, name, value)
+    team()(kernel.address, ctypes.addressof(record), threads)
+    return record.error
 
 
 @functools.cache

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memlayers.ops.cpu.intrinsics import bits_float, f32, fetch_add, i64, kernel, part, u16
-from memlayers.ops.cpu.launch import ERROR, FIRST_FIELD, NEXT_TASK, launch, threads_for
+from memlayers.ops.cpu.intrinsics import bits_float, f32, fail, i64, kernel, next_task, part, u16
+from memlayers.ops.cpu.launch import launch, threads_for
 from memlayers.ops.cpu.vectors import (
     LANES,
     add_scaled,
@@ -24,7 +24,7 @@ from memlayers.ops.cpu.vectors import (
     store,
 )
 
-# The tables that the kernels read, by the number that stands for their dtype in a field.
+# The tables that the kernels read, by the number that stands for their dtype in a kernel.
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
@@ -65,17 +65,17 @@ def _launch(function, table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor, ou
     error = launch(
         function,
         threads_for((num_tokens + tokens - 1) // tokens * ((width + columns - 1) // columns)),
-        table_SV.data_ptr(),
-        slots_TK.data_ptr(),
-        weights_TK.data_ptr(),
-        outputs_TV.data_ptr(),
-        num_tokens,
-        topk,
-        num_slots,
-        width,
-        KINDS[table_SV.dtype],
-        tokens,
-        columns,
+        table=table_SV,
+        slots=slots_TK,
+        weights=weights_TK,
+        outputs=outputs_TV,
+        num_tokens=num_tokens,
+        topk=topk,
+        num_slots=num_slots,
+        width=width,
+        kind=KINDS[table_SV.dtype],
+        tokens=tokens,
+        columns=columns,
     )
     if error:
         raise IndexError(f"slots must be in [0, {num_slots}), got {int(slots_TK.min())} to {int(slots_TK.max())}")
@@ -186,14 +186,11 @@ def _products(table, slot, product, start, end, output, width, kind):
 
 
 @kernel
-def _read(fields):
-    table, slot, weight = fields[FIRST_FIELD], i64(fields[FIRST_FIELD + 1]), f32(fields[FIRST_FIELD + 2])
-    outputs, num_tokens, topk = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4], fields[FIRST_FIELD + 5]
-    num_slots, width, kind = fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7], fields[FIRST_FIELD + 8]
-    tokens, columns = fields[FIRST_FIELD + 9], fields[FIRST_FIELD + 10]
+def _read(counters, table, slots, weights, outputs, num_tokens, topk, num_slots, width, kind, tokens, columns):
+    slot, weight = i64(slots), f32(weights)
     blocks = (width + columns - 1) // columns
     while True:
-        task = fetch_add(fields, NEXT_TASK, 1)
+        task = next_task(counters)
         first, column = task // blocks * tokens, task % blocks * columns
         if first >= num_tokens:
             return
@@ -201,7 +198,7 @@ def _read(fields):
         for token in range(first, min(num_tokens, first + tokens)):
             start, end = token * topk, (token + 1) * topk
             if not _are_slots(slot, start, end, num_slots):
-                fields[ERROR] = 1
+                fail(counters)
                 return
             out = outputs + token * width * 4
             for v in range(column, last):
@@ -211,18 +208,16 @@ def _read(fields):
 
 
 @kernel
-def _dot(fields):
-    table, slot, product = fields[FIRST_FIELD], i64(fields[FIRST_FIELD + 1]), f32(fields[FIRST_FIELD + 2])
-    outputs, num_tokens, topk = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4], fields[FIRST_FIELD + 5]
-    num_slots, width, kind = fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7], fields[FIRST_FIELD + 8]
+def _dot(counters, table, slots, weights, outputs, num_tokens, topk, num_slots, width, kind, tokens, columns):
+    slot, product = i64(slots), f32(weights)
     while True:
-        first = fetch_add(fields, NEXT_TASK, 1) * fields[FIRST_FIELD + 9]
+        first = next_task(counters) * tokens
         if first >= num_tokens:
             return
-        for token in range(first, min(num_tokens, first + fields[FIRST_FIELD + 9])):
+        for token in range(first, min(num_tokens, first + tokens)):
             start, end = token * topk, (token + 1) * topk
             if not _are_slots(slot, start, end, num_slots):
-                fields[ERROR] = 1
+                fail(counters)
                 return
             output = outputs + token * width * 4
             for k in range(start, end, _ROWS):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memlayers.ops.cpu.intrinsics import f32, f64, fetch_add, i32, i64, kernel, part, prefetch, u16
-from memlayers.ops.cpu.launch import ERROR, FIRST_FIELD, NEXT_TASK, THREAD, launch, threads_for
+from memlayers.ops.cpu.intrinsics import f32, f64, fail, i32, i64, kernel, next_task, part, prefetch, this_thread, u16
+from memlayers.ops.cpu.launch import launch, threads_for
 from memlayers.ops.cpu.read import FLOAT32, KINDS
 from memlayers.ops.cpu.vectors import (
     LANES,
@@ -34,7 +34,7 @@ from memlayers.ops.cpu.vectors import (
 from memlayers.ops.row_step import RULES, Step, adam
 from memlayers.ops.row_sum import Part, clipping_scale, parts_of
 
-# The rules, by the number that stands for them in a field: their places in `RULES`.
+# The rules, by the number that stands for them in a kernel: their places in `RULES`.
 ADAM, ADAGRAD, ROW_ADAGRAD, SGD = 0, 1, 2, 3
 
 _ENTRIES = 256  # entries of a task
@@ -70,27 +70,27 @@ class SortedEntries:
         error = launch(
             _sort,
             1,
-            described_P5.data_ptr(),
-            len(parts),
-            self._sorted_2M[passes % 2].data_ptr(),
-            self._sorted_2M[(passes + 1) % 2].data_ptr(),
-            self._weight_M.data_ptr(),
-            self._gradient_M.data_ptr(),
-            counted.data_ptr(),
-            num_slots,
-            passes,
-            self.width,
-            places.data_ptr(),
+            described=described_P5,
+            parts=len(parts),
+            source=self._sorted_2M[passes % 2],
+            target=self._sorted_2M[(passes + 1) % 2],
+            weights=self._weight_M,
+            gradients=self._gradient_M,
+            counted=counted,
+            num_slots=num_slots,
+            passes=passes,
+            width=self.width,
+            places=places,
         )
         if error:
             slots = torch.cat([slots_TK[weights_TK != 0] for slots_TK, weights_TK, _ in parts])
             raise IndexError(f"slots must be in [0, {num_slots}), got {int(slots.min())} to {int(slots.max())}")
         self.count = int(counted)
 
-    def fields(self) -> tuple[int, int, int, int, int]:
+    def arguments(self) -> dict[str, Tensor | int]:
         """What a kernel needs of them."""
-        pointers = self._sorted_2M.data_ptr(), self._weight_M.data_ptr(), self._gradient_M.data_ptr()
-        return *pointers, self.count, self.width
+        arrays = {"entries": self._sorted_2M, "weights": self._weight_M, "gradients": self._gradient_M}
+        return {**arrays, "count": self.count, "width": self.width}
 
 
 def step_(step: Step) -> None:
@@ -129,7 +129,7 @@ def _norm(entries: SortedEntries) -> Tensor:
     threads = threads_for(tasks)
     buffer = torch.empty(threads, entries.width + LANES, dtype=torch.float32)
     sums = torch.zeros(tasks, dtype=torch.float64)
-    launch(_square_sum, threads, *entries.fields(), buffer.data_ptr(), sums.data_ptr())
+    launch(_square_sum, threads, **entries.arguments(), buffer=buffer, sums=sums)
     return torch.tensor(sums.numpy().sum()).sqrt().float()  # in one order, however many threads there are
 
 
@@ -140,31 +140,25 @@ def _launch_step(
     first_SV: Tensor | None = None,
     second_SV: Tensor | None = None,
     steps_S: Tensor | None = None,
-    *,
-    scale: float,
-    seed: int,
-    lr: float,
-    beta1: float = 0.0,
-    beta2: float = 0.0,
-    eps: float = 0.0,
+    **numbers: float,
 ) -> None:
+    numbers = {"beta1": 0.0, "beta2": 0.0, "eps": 0.0, **numbers}  # not every rule has all of them
     tasks = (entries.count + _ENTRIES - 1) // _ENTRIES
     threads = threads_for(tasks)
     # The summed row, and the last few elements of a row and of its states, where they fill no vector.
     buffer = torch.empty(threads, entries.width + 4 * LANES, dtype=torch.float32)
-    numbers = torch.tensor([scale, lr, beta1, beta2, eps], dtype=torch.float64)
-    states = (0 if state is None else state.data_ptr() for state in (first_SV, second_SV, steps_S))
     launch(
         _step,
         threads,
-        *entries.fields(),
-        buffer.data_ptr(),
-        rule,
-        KINDS[table_SV.dtype],
-        table_SV.data_ptr(),
-        *states,
-        numbers.data_ptr(),
-        seed,
+        **entries.arguments(),
+        buffer=buffer,
+        rule=rule,
+        kind=KINDS[table_SV.dtype],
+        table=table_SV,
+        firsts=first_SV,
+        seconds=second_SV,
+        steps=steps_S,
+        **numbers,
     )
 
 
@@ -265,26 +259,22 @@ def _hash(value):
 
 
 @kernel
-def _sort(fields):
-    described, parts = i64(fields[FIRST_FIELD]), fields[FIRST_FIELD + 1]
-    source, target = fields[FIRST_FIELD + 2], fields[FIRST_FIELD + 3]
-    weight, gradient = f32(fields[FIRST_FIELD + 4]), i64(fields[FIRST_FIELD + 5])
-    num_slots, passes = fields[FIRST_FIELD + 7], fields[FIRST_FIELD + 8]
-    row_bytes = fields[FIRST_FIELD + 9] * 4
-    place = i64(fields[FIRST_FIELD + 10])
+def _sort(counters, described, parts, source, target, weights, gradients, counted, num_slots, passes, width, places):
+    weight, gradient, place, row_bytes = f32(weights), i64(gradients), i64(places), width * 4
     count = 0
     entry = i64(source)
     for p in range(parts):
-        slots, weights, grads = i64(described[p * 5]), f32(described[p * 5 + 1]), described[p * 5 + 2]
-        num_tokens, topk = described[p * 5 + 3], described[p * 5 + 4]
+        part_5 = i64(described + p * 5 * 8)
+        slot_of, weight_of, grads = i64(part_5[0]), f32(part_5[1]), part_5[2]
+        num_tokens, topk = part_5[3], part_5[4]
         for t in range(num_tokens):
             for k in range(t * topk, (t + 1) * topk):
-                if weights[k] != 0:
-                    if slots[k] < 0 or slots[k] >= num_slots:
-                        fields[ERROR] = 1
+                if weight_of[k] != 0:
+                    if slot_of[k] < 0 or slot_of[k] >= num_slots:
+                        fail(counters)
                         return
-                    entry[count] = (slots[k] << 32) | count
-                    weight[count] = weights[k]
+                    entry[count] = (slot_of[k] << 32) | count
+                    weight[count] = weight_of[k]
                     gradient[count] = grads + t * row_bytes
                     count += 1
     for digit in range(passes):
@@ -302,17 +292,15 @@ def _sort(fields):
             other[place[d]] = entry[j]
             place[d] += 1
         source, target = target, source
-    i64(fields[FIRST_FIELD + 6])[0] = count
+    i64(counted)[0] = count
 
 
 @kernel
-def _square_sum(fields):
-    entry, weight, gradient = i64(fields[FIRST_FIELD]), f32(fields[FIRST_FIELD + 1]), i64(fields[FIRST_FIELD + 2])
-    count, width = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4]
-    total = fields[FIRST_FIELD + 5] + fetch_add(fields, THREAD, 1) * (width + LANES) * 4
-    sums = f64(fields[FIRST_FIELD + 6])
+def _square_sum(counters, entries, weights, gradients, count, width, buffer, sums):
+    entry, weight, gradient = i64(entries), f32(weights), i64(gradients)
+    total = buffer + this_thread(counters) * (width + LANES) * 4
     while True:
-        task = fetch_add(fields, NEXT_TASK, 1)
+        task = next_task(counters)
         start, stop = task * _ENTRIES, min(count, (task + 1) * _ENTRIES)
         if start >= count:
             return
@@ -327,7 +315,7 @@ def _square_sum(fields):
             _sum_row(entry, weight, gradient, start, end, total, width, np.float32(1))
             square += np.float64(_mean_square(total, width)) * width
             start = end
-        sums[task] = square
+        f64(sums)[task] = square
 
 
 @part
@@ -349,14 +337,12 @@ def _ask_for(row):
 
 
 @kernel
-def _step(fields):
-    entry, weight, gradient = i64(fields[FIRST_FIELD]), f32(fields[FIRST_FIELD + 1]), i64(fields[FIRST_FIELD + 2])
-    count, width = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4]
-    total = fields[FIRST_FIELD + 5] + fetch_add(fields, THREAD, 1) * (width + 4 * LANES) * 4
-    rule, kind, table = fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7], fields[FIRST_FIELD + 8]
-    firsts, seconds, steps = fields[FIRST_FIELD + 9], fields[FIRST_FIELD + 10], fields[FIRST_FIELD + 11]
-    numbers, seed = f64(fields[FIRST_FIELD + 12]), fields[FIRST_FIELD + 13]
-    scale, lr, beta1, beta2, eps = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+def _step(
+    counters, entries, weights, gradients, count, width, buffer, rule, kind, table, firsts, seconds, steps, seed,
+    scale: float, lr: float, beta1: float, beta2: float, eps: float,
+):  # fmt: skip
+    entry, weight, gradient = i64(entries), f32(weights), i64(gradients)
+    total = buffer + this_thread(counters) * (width + 4 * LANES) * 4
     keep1_32, keep2_32 = np.float32(1 - beta1), np.float32(1 - beta2)
     beta2_32, eps_32 = np.float32(beta2), np.float32(eps)
     size = 4 if kind == FLOAT32 else 2
@@ -365,7 +351,7 @@ def _step(fields):
     edge = total + (width + LANES) * 4
     length, root, random = np.float32(lr), np.float32(1), np.int64(0)
     while True:
-        task = fetch_add(fields, NEXT_TASK, 1)
+        task = next_task(counters)
         start, stop = task * _ENTRIES, min(count, (task + 1) * _ENTRIES)
         if start >= count:
             return

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memlayers.ops.cpu.intrinsics import f32, fetch_add, i32, i64, kernel, part
-from memlayers.ops.cpu.launch import ERROR, FIRST_FIELD, NEXT_TASK, THREAD, launch, threads_for
+from memlayers.ops.cpu.intrinsics import f32, fail, i32, i64, kernel, next_task, part, this_thread
+from memlayers.ops.cpu.launch import launch, threads_for
 from memlayers.ops.cpu.select import select_into
 from memlayers.ops.cpu.vectors import LANES, add_scaled, fill, load, store
 from memlayers.ops.search import in_fast_dtype
@@ -67,28 +67,17 @@ def search_backward(
     count_XT = torch.empty(2 * heads, num_tokens, dtype=torch.int32)
     index_XTK = torch.empty(2 * heads, num_tokens, topk, dtype=torch.int32)
     value_XTK = torch.empty(2 * heads, num_tokens, topk, dtype=torch.float32)
-    shared = (
-        query_THQ.data_ptr(),
-        weight_2HNC.data_ptr(),
-        count_XT.data_ptr(),
-        index_XTK.data_ptr(),
-        value_XTK.data_ptr(),
-        num_tokens,
-        heads,
-        num_subkeys,
-        half,
-        topk,
-    )
+    sizes = {"num_tokens": num_tokens, "heads": heads, "num_subkeys": num_subkeys, "half": half, "topk": topk}
+    shared: dict[str, Tensor | int] = {"count": count_XT, "indices": index_XTK, "values": value_XTK, **sizes}
     threads = threads_for(2 * heads * ((num_tokens + _TOKENS - 1) // _TOKENS))
     place = torch.full((threads, num_subkeys), -1, dtype=torch.int32)
-    out = grad_query_THQ.data_ptr() if of_query else 0
-    pointers = grad_THK.data_ptr(), slots_THK.data_ptr(), out, place.data_ptr()
-    if launch(_query_gradient, threads, *shared, *pointers):
+    found = {"grads": grad_THK, "slots": slots_THK, "keys": weight_2HNC, "place": place}
+    if launch(_query_gradient, threads, **shared, **found, grad_query=grad_query_THQ if of_query else None):
         low, high = int(slots_THK.min()), int(slots_THK.max())
         raise IndexError(f"slots must be in [0, {num_subkeys**2}), got {low} to {high}")
     if of_weight:
         threads = threads_for(2 * heads * ((half + _COLUMNS - 1) // _COLUMNS))
-        launch(_keys_gradient, threads, *shared, grad_keys_2HNC.data_ptr())
+        launch(_keys_gradient, threads, **shared, query=query_THQ, grad_keys=grad_keys_2HNC)
     return grad_query_THQ.to(dtypes[0]), grad_keys_2HNC.to(dtypes[1])
 
 
@@ -115,21 +104,14 @@ def _distinct(grad, slots, topk, is_second, num_subkeys, place, index, value):
 
 
 @kernel
-def _query_gradient(fields):
-    keys, count, indices, values = (
-        fields[FIRST_FIELD + 1],
-        i32(fields[FIRST_FIELD + 2]),
-        fields[FIRST_FIELD + 3],
-        fields[FIRST_FIELD + 4],
-    )
-    num_tokens, heads, num_subkeys = fields[FIRST_FIELD + 5], fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7]
-    half, topk = fields[FIRST_FIELD + 8], fields[FIRST_FIELD + 9]
-    grads, slots, grad_query = fields[FIRST_FIELD + 10], fields[FIRST_FIELD + 11], fields[FIRST_FIELD + 12]
-    place = i32(fields[FIRST_FIELD + 13] + fetch_add(fields, THREAD, 1) * num_subkeys * 4)
+def _query_gradient(
+    counters, keys, grads, slots, grad_query, place, count, indices, values, num_tokens, heads, num_subkeys, half, topk
+):
+    place_of = i32(place + this_thread(counters) * num_subkeys * 4)
     blocks = (num_tokens + _TOKENS - 1) // _TOKENS
     whole = half // LANES * LANES
     while True:
-        task = fetch_add(fields, NEXT_TASK, 1)
+        task = next_task(counters)
         x, first = task // max(blocks, 1), task % max(blocks, 1) * _TOKENS
         if x >= 2 * heads or blocks == 0:
             return
@@ -140,12 +122,12 @@ def _query_gradient(fields):
             index, value = i32(indices + at * topk * 4), f32(values + at * topk * 4)
             found = (token * heads + head) * topk
             distinct = _distinct(
-                f32(grads + found * 4), i64(slots + found * 8), topk, side == 1, num_subkeys, place, index, value
+                f32(grads + found * 4), i64(slots + found * 8), topk, side == 1, num_subkeys, place_of, index, value
             )
             if distinct < 0:
-                fields[ERROR] = 1
+                fail(counters)
                 return
-            count[at] = distinct
+            i32(count)[at] = distinct
             if grad_query == 0:
                 continue
             out = grad_query + ((token * heads + head) * 2 + side) * half * 4
@@ -162,18 +144,10 @@ def _query_gradient(fields):
 
 
 @kernel
-def _keys_gradient(fields):
-    query, count, indices, values = (
-        fields[FIRST_FIELD],
-        i32(fields[FIRST_FIELD + 2]),
-        fields[FIRST_FIELD + 3],
-        fields[FIRST_FIELD + 4],
-    )
-    num_tokens, heads, num_subkeys = fields[FIRST_FIELD + 5], fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7]
-    half, topk, grad_keys = fields[FIRST_FIELD + 8], fields[FIRST_FIELD + 9], fields[FIRST_FIELD + 10]
+def _keys_gradient(counters, query, grad_keys, count, indices, values, num_tokens, heads, num_subkeys, half, topk):
     blocks = (half + _COLUMNS - 1) // _COLUMNS
     while True:
-        task = fetch_add(fields, NEXT_TASK, 1)
+        task = next_task(counters)
         x, first = task // blocks, task % blocks * _COLUMNS
         if x >= 2 * heads:
             return
@@ -187,7 +161,7 @@ def _keys_gradient(fields):
         for token in range(num_tokens):
             at = x * num_tokens + token
             index, value = i32(indices + at * topk * 4), f32(values + at * topk * 4)
-            distinct = np.int64(count[at])
+            distinct = np.int64(i32(count)[at])
             source = query + ((token * heads + head) * 2 + side) * half * 4
             for v in range(first, whole, LANES):
                 lanes = load(source + v * 4)

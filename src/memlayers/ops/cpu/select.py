@@ -23,17 +23,18 @@ from memlayers.ops.cpu.intrinsics import (
     bits_float,
     count_greater_64,
     f32,
-    fetch_add,
     float_bits,
     i32,
     i64,
     kernel,
     lowest_bit,
     mask_at_least_64,
+    next_task,
     order_64,
     part,
+    this_thread,
 )
-from memlayers.ops.cpu.launch import FIRST_FIELD, NEXT_TASK, THREAD, launch, threads_for
+from memlayers.ops.cpu.launch import launch, threads_for
 from memlayers.ops.cpu.vectors import LANES, add, fill, load, store_ordered, store_sums
 from memlayers.ops.select import check_halves, select_by
 
@@ -66,23 +67,11 @@ def select_into(
     launch(
         _select,
         threads,
-        first_ABN.data_ptr(),
-        first_ABN.stride(0),
-        first_ABN.stride(1),
-        second_ABN.data_ptr(),
-        second_ABN.stride(0),
-        second_ABN.stride(1),
-        scores_ABK.data_ptr(),
-        slots_ABK.data_ptr(),
-        rows,
-        rows_b,
-        num_subkeys,
-        topk,
-        scratch.data_ptr(),
-        width,
-        pair_plan(topk).data_ptr(),
-        softmax,
-    )
+        first=first_ABN, first_a=first_ABN.stride(0), first_b=first_ABN.stride(1),
+        second=second_ABN, second_a=second_ABN.stride(0), second_b=second_ABN.stride(1),
+        scores=scores_ABK, slots=slots_ABK, rows=rows, rows_b=rows_b, num_subkeys=num_subkeys, topk=topk,
+        scratch=scratch, width=width, plan=pair_plan(topk), softmax=softmax,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -315,19 +304,16 @@ def softmax_of(score, topk):
 
 
 @kernel
-def _select(fields):
-    first, first_a, first_b = fields[FIRST_FIELD], fields[FIRST_FIELD + 1], fields[FIRST_FIELD + 2]
-    second, second_a, second_b = fields[FIRST_FIELD + 3], fields[FIRST_FIELD + 4], fields[FIRST_FIELD + 5]
-    scores, slots = fields[FIRST_FIELD + 6], fields[FIRST_FIELD + 7]
-    rows, rows_b, num_subkeys = fields[FIRST_FIELD + 8], fields[FIRST_FIELD + 9], fields[FIRST_FIELD + 10]
-    topk = fields[FIRST_FIELD + 11]
-
+def _select(
+    counters, first, first_a, first_b, second, second_a, second_b, scores, slots,
+    rows, rows_b, num_subkeys, topk, scratch, width, plan, softmax,
+):  # fmt: skip
     # Rows of scratch: codes; codes, ids and ranks of candidates; both halves' best codes and indices; sorting (two).
-    step, plan = fields[FIRST_FIELD + 13] * 4, fields[FIRST_FIELD + 14]
-    codes = fields[FIRST_FIELD + 12] + fetch_add(fields, THREAD, 1) * step * 10
+    step = width * 4
+    codes = scratch + this_thread(counters) * step * 10
     best1, best2 = codes + 4 * step, codes + 6 * step
     while True:
-        start = fetch_add(fields, NEXT_TASK, 1) * _ROWS
+        start = next_task(counters) * _ROWS
         if start >= rows:
             return
         for row in range(start, min(rows, start + _ROWS)):
@@ -336,5 +322,5 @@ def _select(fields):
             best_of_half(second + (a * second_a + b * second_b) * 4, num_subkeys, topk, codes, step, best2)
             out = row * topk
             best_pairs(best1, best2, num_subkeys, topk, plan, codes, step, scores + out * 4, slots + out * 8)
-            if fields[FIRST_FIELD + 15] != 0:
+            if softmax != 0:
                 softmax_of(f32(scores + out * 4), topk)
