@@ -102,7 +102,7 @@ def operation(
     backward: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
     pack: Callable[..., tuple[Any, ...]] | None = None,
-) -> torch._ops.OpOverload:
+) -> Callable[..., Any]:
     """Registers an operation of the table; returns it.
 
     Args:
