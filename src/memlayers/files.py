@@ -10,7 +10,7 @@ Believed only as written: a sealed file is JSON whose first entry is the SHA-256
 place; it holds what `describe_files` says of the files beside it, and `verify_files` compares.
 
     write_sealed  read_sealed  read_if_whole
-    describe_files  verify_files  find_damage
+    describe_files  verify_files  find_damage  path_below  refuse_others
 
 `sole_user` keeps other processes out of a folder meanwhile.
 """
@@ -23,10 +23,10 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 # --- Written aside, then moved
@@ -242,6 +242,8 @@ def find_damage(
 
     A description without ``bytes`` is one of the hash alone. Raises as `verify_files` does, but for the damage.
     """
+    if not all(isinstance(entry, Mapping) and isinstance(entry.get("sha256"), str) for entry in described.values()):
+        raise ValueError(f"{folder} is damaged: what should describe its files does not")
     paths = {name: path_below(folder, name) for name in described}
     for name, path in list(paths.items()):
         if damage := _wrong_size(path, described[name].get("bytes")):
@@ -254,12 +256,31 @@ def find_damage(
             yield name, "it is not what was written (its SHA-256 does not fit)"
 
 
-def path_below(folder: Path, name: str) -> Path:
-    """Return the path of `name` in `folder`. Raises `ValueError` if it would lie elsewhere: absolute, or by ``..``."""
-    path = Path(name)
-    if not path.parts or path.anchor or ".." in path.parts or "\0" in name:
+def path_below(folder: Path, name: object) -> Path:
+    """Return the path of `name` in `folder`, for every name that was read from a file.
+
+    Raises `ValueError` unless it lies there: for an absolute path, a drive, ``..`` or a zero byte, on any system, and
+    for a link that leads out. (The Hub's cache is made of such links, from ``snapshots`` to the ``blobs`` beside it.)
+    """
+    parts = PureWindowsPath(name) if isinstance(name, str) else PureWindowsPath()  # which knows both separators
+    if not parts.parts or parts.anchor or ".." in parts.parts or "\0" in str(name):
         raise ValueError(f"{folder} is damaged: {name!r} is not the path of a file in it")
-    return folder / path
+    path = folder / str(name)
+    homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    if not any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(home)) for home in homes):
+        raise ValueError(f"{folder} is damaged: {name!r} is a link to outside of it, put the file itself there")
+    return path
+
+
+# What libraries load unasked where it lies: weights, configurations, code.
+_LOADED = (".bin", ".json", ".pt", ".pth", ".py", ".safetensors")
+
+
+def refuse_others(folder: Path, names: Collection[str]) -> None:
+    """Raise `ValueError` naming a file of `folder` that a library might load and that is none of `names`."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in names and path.name.endswith(_LOADED):
+            raise ValueError(f"{folder} is damaged: {path.name!r} was not written with the files in it, take it away")
 
 
 def _wrong_size(path: Path, size: int | None) -> str:

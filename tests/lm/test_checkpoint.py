@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 
+from memlayers.files import read_sealed, write_sealed
 from memlayers.lm.checkpoint import DESCRIPTION, Checkpoints
 
 
@@ -109,4 +110,23 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
         "is a checkpoint of format 1, this version reads format 2: resume the run with the version of memlayers that"
     )
     with pytest.raises(ValueError, match=message):
+        checkpoints.newest()
+
+
+def test_weights_that_somebody_put_beside_those_of_a_checkpoint_are_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    folder = checkpoints.write(1, {}, fill)
+    (folder / "other.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="'other.safetensors' was not written with the files in it"):
+        checkpoints.newest()
+
+
+@pytest.mark.parametrize("name", ["step", "files"])
+def test_a_description_that_lacks_something_is_damaged(tmp_path, name):
+    checkpoints = Checkpoints(tmp_path)
+    folder = checkpoints.write(1, {}, fill)
+    content = read_sealed(folder / DESCRIPTION)
+    del content[name]
+    write_sealed(folder / DESCRIPTION, content)
+    with pytest.raises(ValueError, match=f"checkpoint.json is damaged: it has no '{name}'"):
         checkpoints.newest()

@@ -24,7 +24,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memlayers.files import describe_files, flush, new_folder, read_sealed, remove_folder, verify_files, write_sealed
+from memlayers.files import (
+    describe_files,
+    flush,
+    new_folder,
+    read_sealed,
+    refuse_others,
+    remove_folder,
+    verify_files,
+    write_sealed,
+)
 from memlayers.lm.run import without_bars
 from memlayers.usage import UsageMeter
 
@@ -96,14 +105,17 @@ class Checkpoints:
 
     def _read(self, folder: Path, step: int) -> Checkpoint:
         content = read_sealed(folder / DESCRIPTION)
-        if content["format"] != FORMAT:
+        if content.get("format") != FORMAT:
             raise ValueError(
-                f"{folder} is a checkpoint of format {content['format']!r}, this version reads format {FORMAT}: resume "
-                f"the run with the version of memlayers that began it, or have it replaced (overwrite)"
+                f"{folder} is a checkpoint of format {content.get('format')!r}, this version reads format {FORMAT}: "
+                f"resume the run with the version of memlayers that began it, or have it replaced (overwrite)"
             )
+        if missing := {"step", "files"} - set(content):
+            raise ValueError(f"{folder / DESCRIPTION} is damaged: it has no {min(missing)!r}")
         if content["step"] != step:
             raise ValueError(f"{folder / DESCRIPTION} is damaged: it is of step {content['step']}, another checkpoint")
         verify_files(folder, content["files"])
+        refuse_others(folder, {*content["files"], DESCRIPTION})
         return Checkpoint(folder, content["step"], content)
 
 

@@ -8,7 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlayers.files import describe_files, new_folder, read_sealed, verify_files, write_json, write_sealed
+from memlayers.files import (
+    describe_files,
+    new_folder,
+    read_sealed,
+    refuse_others,
+    verify_files,
+    write_json,
+    write_sealed,
+)
 from memlayers.lm.config import RunConfig
 
 if TYPE_CHECKING:
@@ -224,6 +232,7 @@ class RunFolder:
         described = self.read_result()["model_files"]
         # Runs of 0.1.0 have the hash alone.
         verify_files(self.model, {n: {"sha256": d} if isinstance(d, str) else d for n, d in described.items()})
+        refuse_others(self.model, described)
 
 
 def _config_of(file: Path, fields: Any) -> RunConfig:

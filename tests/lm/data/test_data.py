@@ -1,4 +1,5 @@
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -272,3 +273,80 @@ def test_the_manifest_counts_what_is_there(corpus):
         assert {key: counts[key] for key in expected} == expected
         for key, value in expected.items():
             assert sum(shard[key] for shard in counts["shards"]) == value
+
+
+# A corpus from somebody else. The seal is no secret.
+
+
+def reseal(corpus, folder, change):
+    """A copy of the corpus whose manifest was changed and sealed again."""
+    shutil.copytree(corpus.folder, folder)
+    manifest = read_sealed(folder / "manifest.json")
+    change(manifest)
+    write_sealed(folder / "manifest.json", manifest)
+    return folder
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "a corpus whose manifest names files outside of its folder",
+    "refused",
+    "nothing is written; every name that is read from a file stays inside its folder",
+)
+@pytest.mark.parametrize("name", ["../../../x.py", "/x.py", "../x.json", "c:x.json", "x.py", "config.json", "a/b.json"])
+def test_a_manifest_that_names_a_tokenizer_s_file_elsewhere_writes_nothing(corpus, tmp_path, name):
+    (tmp_path / "x.py").write_text("mine")
+    digest = file_sha256(tmp_path / "x.py")
+    folder = reseal(corpus, tmp_path / "a" / "b" / "corpus", lambda m: m["tokenizer"]["files"].update({name: digest}))
+    with pytest.raises(ValueError, match="manifest.json does not describe a corpus: .* is no file of a tokenizer"):
+        open_corpus(folder)
+    assert (tmp_path / "x.py").read_text() == "mine"
+
+
+def test_a_tokenizer_that_is_a_link_to_elsewhere_is_refused(corpus, tmp_path):
+    folder = shutil.copytree(corpus.folder, tmp_path / "corpus")
+    shutil.move(folder / "tokenizer", tmp_path / "tokenizer")
+    (folder / "tokenizer").symlink_to("../tokenizer")
+    with pytest.raises(ValueError, match="is a link to outside of it"):
+        open_corpus(folder)
+
+
+def test_a_link_in_the_place_of_a_tokenizer_s_file_is_replaced_and_not_followed(corpus, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").symlink_to(tmp_path / "mine")
+    corpus.save_tokenizer(tmp_path / "model")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "model" / "tokenizer.json").is_symlink()
+
+
+def test_whatever_a_manifest_says_it_is_refused_in_a_sentence_or_right(corpus, tmp_path):
+    folder = shutil.copytree(corpus.folder, tmp_path / "corpus")
+    whole = read_sealed(folder / "manifest.json")
+    draw = random.Random(0)
+    wrong = [None, 3, -1, 1 << 70, "", "../x", "/x", [], ["x"], {}, {"x": 3}, 0.5, True, "\0"]
+    refused = 0
+    for _ in range(100):
+        manifest = json.loads(json.dumps(whole))
+        place, key = draw.choice(list(places(manifest)))
+        if draw.random() < 0.3:
+            del place[key]
+        else:
+            place[key] = draw.choice(wrong)
+        write_sealed(folder / "manifest.json", manifest)
+        try:
+            opened = open_corpus(folder)
+        except ValueError:
+            refused += 1
+        else:
+            shards = [shard for split in SPLITS for shard in getattr(opened, split).shards]
+            assert all(len(shard.tokens) == shard.num_tokens for shard in shards)
+    assert refused > 50
+
+
+def places(content):
+    """Every entry of what JSON holds, but of what was asked for."""
+    for key in content if isinstance(content, dict) else range(len(content)):
+        yield content, key
+        if isinstance(content[key], dict | list) and key not in ("asked", "versions"):
+            yield from places(content[key])

@@ -11,6 +11,7 @@ Read with numpy alone. A word is whitespace-separated, a byte one of UTF-8.
 """
 
 import json
+import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memlayers.files import read_sealed, verify_files
+from memlayers.checks import require_int
+from memlayers.files import file_aside, path_below, read_sealed, verify_files
 
 if TYPE_CHECKING:  # token files that are ready are read without it
     from transformers import PreTrainedTokenizerFast
@@ -32,6 +34,10 @@ FORMAT = 2
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+# What `transformers` writes of one: never code, nor what describes a model.
+TOKENIZER_FILES = (
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja"
+)
 END_OF_TEXT = "<|endoftext|>"
 # One entry a document: where its tokens start (its end-of-text token is the first), and its length in words and bytes.
 DOCUMENT = np.dtype([("offset", "<i8"), ("words", "<i8"), ("bytes", "<i8")])
@@ -106,7 +112,8 @@ class _Maps:
         if found is None:
             is_saved = file.suffix == ".npy"
             found = np.load(file, "r", allow_pickle=False) if is_saved else np.memmap(file, dtype, "r")
-            assert found.dtype == dtype
+            if found.dtype != dtype or found.ndim != 1:
+                raise ValueError(f"{file} is damaged: it holds {found.dtype}, expected {dtype}")
         self._maps[file] = found
         if len(self._maps) > MAPPED_AT_ONCE:
             self._maps.popitem(last=False)
@@ -240,7 +247,8 @@ class Corpus:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in self.manifest["tokenizer"]["files"]:
-            shutil.copyfile(self.folder / TOKENIZER / name, folder / name)
+            with file_aside(folder / name) as aside:  # a link of that name is replaced, not followed
+                shutil.copyfile(path_below(self.folder, f"{TOKENIZER}/{name}"), aside)
 
 
 def open_corpus(folder: str | Path, *, progress: bool = False) -> Corpus:
@@ -252,7 +260,10 @@ def open_corpus(folder: str | Path, *, progress: bool = False) -> Corpus:
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
-    described = described_files(manifest)
+    try:
+        described = described_files(manifest)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / MANIFEST} does not describe a corpus: {type(error).__name__}: {error}") from None
     sizes = {name: description.get("bytes", 0) for name, description in described.items()}
     total = sum(sizes.values())
     with progress_bar("verifying", total, progress and total > SHOWN_BYTES) as bar:
@@ -267,7 +278,25 @@ def open_corpus(folder: str | Path, *, progress: bool = False) -> Corpus:
 
 
 def described_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Describe each file beside the manifest for `memlayers.files.verify_files`."""
+    """Describe each file beside the manifest for `memlayers.files.verify_files`.
+
+    Raises an error of any kind for a manifest that `prepare` did not write: its seal is no secret.
+    """
+    if missing := {"asked", "corpus_sha256", "versions"} - set(manifest):
+        raise ValueError(f"it has no {min(missing)!r}")
+    if "tokenizer.json" not in manifest["tokenizer"]["files"]:
+        raise ValueError("it names no tokenizer.json")
+    for name in manifest["tokenizer"]["files"]:  # which goes into the folder of a model
+        if not re.fullmatch(TOKENIZER_FILES, name):
+            raise ValueError(f"{name!r} is no file of a tokenizer")
+    for split, shard in _shards(manifest):
+        if not re.fullmatch(rf"{split}(-\d+)?", shard["name"]):
+            raise ValueError(f"{shard['name']!r} is no shard of the {split} split")
+        if {*shard["sha256"]} != {"tokens", "documents.npy"} or min(shard[n] for n in ("tokens", "documents")) < 1:
+            raise ValueError(f"{shard['name']} has no tokens or no documents")
+        require_int("source", shard["source"], least=SEVERAL_SOURCES)
+    if manifest["dtype"] not in ("<u2", "<u4") or not 0 <= manifest["eot_id"] < manifest["vocab_size"]:
+        raise ValueError("its tokens are of another kind")
     described: dict[str, dict[str, Any]] = {
         f"{TOKENIZER}/{name}": {"sha256": digest} for name, digest in manifest["tokenizer"]["files"].items()
     }
