@@ -111,9 +111,23 @@ def test_a_run_that_did_not_finish_goes_on_if_it_is_the_same_one(comparison, cha
             compare(comparison, tmp_path, corpus=corpus, progress=False)
         assert given.pop() == (NAMES[0], goes_on, not goes_on)
     folder.config.write_text("{")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ValueError, match="whose config.json is missing or not that of a run"):
         compare(comparison, tmp_path, corpus=corpus, progress=False)
-    assert given.pop() == (NAMES[0], False, True)
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`memlayers compare` into a folder that has a `results.json` or `table.md` of somebody else",
+    "refused",
+    "before anything is trained; name another folder",
+)
+@pytest.mark.parametrize("name", ["results.json", "table.md", "loss.png"])
+def test_a_report_takes_the_place_of_no_file_of_somebody_else(comparison, corpus, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("trained"))
+    (tmp_path / name).write_text('{"accuracy": 1}')
+    with pytest.raises(ValueError, match=f"or one without {name}, got .* not that of a comparison"):
+        compare(comparison, tmp_path, corpus=corpus, progress=False)
+    assert (tmp_path / name).read_text() == '{"accuracy": 1}'
 
 
 def test_runs_of_another_configuration_are_not_used(finished, comparison, changed, corpus, trained):

@@ -3,6 +3,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -289,6 +290,34 @@ def test_resume_begins_a_run_where_there_is_none(tiny_config, tiny_corpus, tmp_p
     assert said == []
     with pytest.raises(ValueError, match="overwrite must be False to resume"):
         train(tiny_config, tmp_path / "new" / "run", corpus=tiny_corpus, overwrite=True, resume=True)
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`--resume` where `checkpoints/` is not there (a disk that is not mounted), though the metrics say that it was",
+    "refused",
+    "nothing is removed; bring the checkpoints back, or `--overwrite`",
+)
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_resume_does_not_begin_again_where_checkpoints_were(stopped, config, tiny_corpus, is_empty):
+    shutil.rmtree(stopped.checkpoints)
+    if is_empty:  # where a disk would be mounted
+        stopped.checkpoints.mkdir()
+    before = stopped.metrics.read_bytes()
+    with pytest.raises(ValueError, match="metrics.jsonl has 12 steps, of which step 5 left one: bring them back"):
+        train(config, stopped.path, corpus=tiny_corpus, progress=False, resume=True)
+    assert stopped.metrics.read_bytes() == before
+
+
+def test_resume_begins_again_where_no_checkpoint_was_due(config, tiny_corpus, tmp_path, stop):
+    stop(5)  # the line of step 5 was written; whether its checkpoint was cannot be known
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, corpus=tiny_corpus, progress=False)
+    stop(None)
+    shutil.rmtree(tmp_path / "checkpoints")
+    said = []
+    train(config, tmp_path, corpus=tiny_corpus, progress=False, resume=True, say=said.append)
+    assert said == [f"{tmp_path} has no checkpoint yet: the run begins again"]
 
 
 def test_a_folder_is_written_by_one_process(stopped, config, tiny_corpus):

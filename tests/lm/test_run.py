@@ -116,6 +116,47 @@ def test_what_a_kill_after_the_result_left_is_tidied_up(tmp_path, monkeypatch):
     assert sorted(path.name for path in folder.path.iterdir()) == ["config.json", "model", "result.json"]
 
 
+@pytest.mark.promise(
+    "Command line and files",
+    "`--overwrite` or `--resume` on a folder with `checkpoints/` or `model/` that is no run of ours",
+    "refused",
+    "nothing is removed; name another folder, or move them away",
+)
+@pytest.mark.parametrize("settings", [{}, {"overwrite": True}, {"resume": True}])
+@pytest.mark.parametrize("described", [None, "{", "[]", '{"model_type": "llama", "model": 1}', '{"model": {}}'])
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path, settings, described):
+    folder = RunFolder(tmp_path)
+    (folder.checkpoints / "epoch-1").mkdir(parents=True)
+    folder.model.mkdir()
+    if described is not None:
+        folder.config.write_text(described)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="must be the folder of a run or one without model, checkpoints"):
+        folder.check(**settings)
+    if "resume" not in settings:
+        with pytest.raises(ValueError, match="move them away yourself"):
+            folder.start(config(1), **settings)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_of_another_version_is_a_run(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.config.write_text('{"model": {"depth": 1}, "training": {}}')
+    folder.start(config(2), overwrite=True)
+    assert folder.read_config() == config(2)
+
+
+def test_what_a_link_points_to_is_not_removed(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.start(config(1))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "mine").write_text("")
+    folder.checkpoints.symlink_to(tmp_path / "disk")
+    folder.start(config(2), overwrite=True)
+    assert (tmp_path / "disk" / "mine").exists()
+    assert not folder.checkpoints.exists()
+
+
 def test_what_is_no_folder_cannot_be_the_output(tmp_path):
     file = tmp_path / "file"
     file.touch()
@@ -179,7 +220,8 @@ def test_a_configuration_of_another_version_is_told_from_a_damaged_one(tmp_path)
     folder.config.write_text('{"model": ')
     with pytest.raises(ValueError, match="config.json is damaged: "):
         folder.read_config()
-    folder.start(config(1), overwrite=True)
+    folder.config.unlink()
+    folder.start(config(1))
     folder.model.mkdir()
     folder.finish({"config": {"colour": "red"}, "data": {}})
     with pytest.raises(ValueError, match="result.json is of another version: unknown configuration field 'colour'"):

@@ -1,6 +1,7 @@
 """Run the models of a comparison on the same tokens, and put their figures side by side."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from memlayers.lm.footprint import require_memory
 from memlayers.lm.presets import Comparison
 from memlayers.lm.run import RunFolder, check_output
 from memlayers.lm.train import train, training_windows
+
+REPORT = ("results.json", "table.md", "loss.png")
 
 
 def compare(
@@ -54,6 +57,7 @@ def compare(
     for name, folder in folders.items():
         _require_same(folder, runs[name])
     check_output(output)
+    _require_own_report(output)
     if not isinstance(corpus, Corpus):
         corpus = prepare(config.data, output / "corpus" if corpus is None else corpus, progress=progress)
     context = config.model.context
@@ -68,6 +72,7 @@ def compare(
         if folder.finished:
             _require_corpus(folder, corpus)
         else:
+            folder.check(overwrite=True)
             _require_trainable(runs[name], corpus)
     for number, (name, run) in enumerate(runs.items(), start=1):
         if folders[name].finished:
@@ -112,9 +117,10 @@ def report(
         "hardware": hardware(),
     }
     content["headline"] = headline(content)
-    write_json(output / "results.json", content)
-    write_text(output / "table.md", markdown(content))
-    plot(content, output / "loss.png")
+    results_file, table, image = (output / name for name in REPORT)
+    write_json(results_file, content)  # first: it says whose the others are
+    write_text(table, markdown(content))
+    plot(content, image)
     return content
 
 
@@ -200,6 +206,20 @@ def _require_same(folder: RunFolder, config: RunConfig) -> None:
         raise ValueError(
             f"output must not hold finished runs of another configuration; {str(folder.path)!r} differs in "
             f"(there, asked for): {'; '.join(others)}"
+        )
+
+
+def _require_own_report(output: Path) -> None:
+    """Raises `ValueError` if a report would take the place of files that are none."""
+    held = [name for name in REPORT if (output / name).exists()]
+    try:
+        is_ours = {"models", "baseline", "headline"} <= set(json.loads((output / REPORT[0]).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if held and not is_ours:
+        raise ValueError(
+            f"output must be the folder of a comparison or one without {', '.join(held)}, got {str(output)!r}, whose "
+            f"{REPORT[0]} is missing or not that of a comparison: choose another one, or move them away"
         )
 
 

@@ -108,7 +108,7 @@ class Checkpoints:
         if content.get("format") != FORMAT:
             raise ValueError(
                 f"{folder} is a checkpoint of format {content.get('format')!r}, this version reads format {FORMAT}: "
-                f"resume the run with the version of memlayers that began it, or have it replaced (overwrite)"
+                f"resume the run with the version of memlayers that began it, or have it replaced (--overwrite)"
             )
         if missing := {"step", "files"} - set(content):
             raise ValueError(f"{folder / DESCRIPTION} is damaged: it has no {min(missing)!r}")

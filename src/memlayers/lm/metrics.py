@@ -50,6 +50,10 @@ class MetricsFile:
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(finite, allow_nan=False) + "\n")
 
+    def lines(self) -> int:
+        """How many lines are complete."""
+        return self.path.read_bytes().count(b"\n") if self.path.is_file() else 0
+
     def flush(self) -> int:
         """Have all lines on the disk, and return how many bytes they are."""
         with open(self.path, "ab") as stream:

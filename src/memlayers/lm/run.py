@@ -115,16 +115,35 @@ class RunFolder:
         """Whether the folder holds a run that came to its end."""
         return self.result.is_file()
 
+    @property
+    def is_run(self) -> bool:
+        """Whether the folder holds a run, of this or of another version: its parts have names that others use, too."""
+        for file, fields in ((self.config, {"model", "training"}), (self.result, {"config", "model_files"})):
+            try:
+                content = json.loads(file.read_bytes())
+            except (OSError, ValueError):
+                continue
+            if isinstance(content, dict) and fields <= set(content):
+                return True
+        return False
+
     def check(self, *, overwrite: bool = False, resume: bool = False) -> None:
         """Raises `ValueError` if the folder cannot be, or holds a run that may neither be overwritten nor go on."""
         if overwrite and resume:
             raise ValueError("overwrite must be False to resume: a run either goes on or is replaced")
         check_output(self.path)
+        if self.begun and not self.is_run:
+            held = ", ".join(part.name for part in self._parts() if part.exists())
+            raise ValueError(
+                f"output must be the folder of a run or one without {held}, got {str(self.path)!r}, whose "
+                f"{self.config.name} is missing or not that of a run: choose another one, or move them away yourself"
+            )
         if self.begun and not overwrite and not resume:
             state = "a finished run" if self.finished else "a run that did not finish"
             raise ValueError(
                 f"output must be a folder without a run, got {str(self.path)!r}, which holds {state}; choose another "
-                f"one, {'' if self.finished else 'let it go on (resume), '}or have it replaced (overwrite)"
+                f"one, {'' if self.finished else 'let it go on (--resume, resume=True), '}or have it "
+                f"replaced (--overwrite, overwrite=True)"
             )
 
     def start(self, config: RunConfig, *, overwrite: bool = False) -> None:
@@ -143,7 +162,7 @@ class RunFolder:
                     os.replace(part, self.replacing / part.name)
             os.replace(self.replacing, self.replaced)
         for part in self._parts():
-            if part.is_dir():
+            if part.is_dir() and not part.is_symlink():  # what a link points to is not ours to remove
                 shutil.rmtree(part)
             else:
                 part.unlink(missing_ok=True)

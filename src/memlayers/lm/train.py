@@ -86,8 +86,9 @@ def train(
     Raises:
         ValueError: Before any work, for a configuration that cannot run here (for want of memory or of room on the
             disk, too) or that does not fit the text; for an `output` that holds a run already, unless `overwrite` or
-            `resume` is given; for a run of another configuration or on other text; and for a checkpoint that is
-            damaged or of another version.
+            `resume` is given; for a run of another configuration or on other text; for a checkpoint that is
+            damaged or of another version, or that must have been there; and for an `output` with files that have the
+            names of a run's and are none.
         TrainingFault: A run that has begun cannot go on.
     """
     folder = RunFolder(output)
@@ -458,6 +459,13 @@ def _checkpoint(folder: RunFolder, identity: dict[str, Any], say: Callable[[str]
     checkpoint = checkpoints.newest()
     if checkpoint is None:
         if folder.begun:
+            made, due = MetricsFile(folder.metrics).lines(), folder.read_config().training.save_every_steps
+            if made > due:  # a line is written before the checkpoint of its step
+                raise ValueError(
+                    f"output must hold the checkpoints of a run to be resumed, but {folder.checkpoints} has none, and "
+                    f"{folder.metrics.name} has {made} steps, of which step {due} left one: bring them back (is a disk "
+                    f"not mounted?), or have the run replaced (--overwrite, overwrite=True)"
+                )
             say(f"{folder.path} has no checkpoint yet: the run begins again")
         return None
     _require_same_config(

@@ -551,3 +551,19 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 8  # MB, for 10 MB of text
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`memlayers prepare` where a hidden folder beside its output has the name of its working folder and other files",
+    "refused",
+    "nothing is removed; move them away",
+)
+def test_a_working_folder_with_files_of_somebody_else_is_left_alone(sources, tmp_path):
+    aside = tmp_path / ".corpus.partial"
+    aside.mkdir()
+    for name in ("notes.txt", "span-00000.json"):
+        (aside / name).write_text("mine")
+    with pytest.raises(ValueError, match="holds 'notes.txt', which is no part of one: move it away"):
+        prepare(config(sources), tmp_path / "corpus", progress=False)
+    assert contents(aside) == {"notes.txt": b"mine", "span-00000.json": b"mine"}

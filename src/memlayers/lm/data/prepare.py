@@ -12,6 +12,7 @@ Each step leaves a sealed record when it is done, and a run with the same reques
 import errno
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,6 +61,11 @@ if TYPE_CHECKING:
     from memlayers.lm.data.config import DataConfig
 
 SURVEY = "survey.json"
+# What lies in a folder where a corpus is made, and may be removed there.
+PARTS = (
+    rf"\.?((survey|manifest|span-\d+)\.json|{TOKENIZER}|({'|'.join(SPLITS)})(-\d+)?\.(tokens|entries|documents\.npy))"
+    r"(\.\w+)*"
+)
 # Of UTF-8 in a token, at the least: for a rough idea of the room that a corpus needs.
 BYTES_OF_A_TOKEN = 3
 
@@ -131,6 +137,10 @@ def _reuse(folder: Path, config: "DataConfig", progress: bool) -> Corpus:
 
 def _make(aside: Path, entries: list[list[Source]], config: "DataConfig", progress: bool) -> None:
     """Leave in `aside` everything that a corpus consists of, and nothing else."""
+    if others := sorted(path.name for path in aside.iterdir() if not re.fullmatch(PARTS, path.name)):
+        raise OtherRequestError(
+            f"{aside} is where a corpus is made, and holds {others[0]!r}, which is no part of one: move it away"
+        )
     made = read_if_whole(aside / MANIFEST)
     held = read_if_whole(aside / SURVEY)
     asked = describe_request(config, entries, (made or held).get("asked"), progress)
