@@ -8,7 +8,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForSequenceClassification,
+)
 
 from memlayers import MemoryLayer
 from memlayers.models import (
@@ -189,7 +198,7 @@ def test_a_table_with_a_row_optimizer_is_saved_as_any_other(with_memory, tmp_pat
 FRESH = """
 import sys
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)  # as the logits that it is compared with: inference has operations of its own
 assert not any(name.startswith("memlayers") for name in sys.modules)
@@ -209,15 +218,28 @@ for family in ("gpt2", "llama"):
     model.save_pretrained(target)
     again = AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)
     assert torch.equal(again(ids).logits, model(ids).logits)
+# memlayers.models is imported by now: no type of its own is strange to the Auto classes any more.
+head = AutoModelForSequenceClassification.from_pretrained(f"{sys.argv[1]}/head")
+torch.save(head(ids).logits, f"{sys.argv[2]}/head.pt")
 """
 
 
+@pytest.mark.promise(
+    "Heads and classes",
+    "load a model of any type in a new process",
+    "supported",
+    "with `import memlayers.models`, or with `trust_remote_code=True`",
+)
 def test_a_process_without_memlayers_loads_and_saves_it(memory_config, tmp_path):
     expected = {}
     for family in ("gpt2", "llama"):
         model = causal_lm(family, vocab_size=40, layers=4, dim=16, heads=2, context=32)
         add_memory(model, memory_config, [2, 3], share_values=True).save_pretrained(tmp_path / "first" / family)
         expected[family] = logits(model)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    head = Olmo2ForSequenceClassification(Olmo2Config(vocab_size=40, pad_token_id=0, **sizes))
+    add_memory(head, memory_config, [2]).save_pretrained(tmp_path / "first" / "head")
+    expected["head"] = logits(head)
     (tmp_path / "second").mkdir()
     source = Path(sys.modules["memlayers"].__file__).parents[1]
     environment = {
@@ -229,6 +251,7 @@ def test_a_process_without_memlayers_loads_and_saves_it(memory_config, tmp_path)
     command = [sys.executable, "-c", FRESH, str(tmp_path / "first"), str(tmp_path / "second")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "second" / "head.pt", weights_only=True), expected.pop("head"))
     for family, before in expected.items():
         assert {path.name for path in (tmp_path / "second" / family).iterdir()} == FILES
         assert torch.equal(torch.load(tmp_path / "second" / f"{family}.pt", weights_only=True), before)

@@ -16,15 +16,16 @@ import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import cached_file, is_tokenizers_available
+from transformers.utils import cached_file
 
 from memlayers.files import replaced_together
 from memlayers.layer import MemoryLayer
@@ -50,22 +51,6 @@ from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappe
 from memlayers.values import ValueTable
 
 PREFIX = "Memory"
-
-# What is known to the Auto classes of `transformers` as soon as this is imported.
-REGISTERED = (
-    "GPT2LMHeadModel",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "PhiForCausalLM",
-    "Phi3ForCausalLM",
-    "GPTNeoXForCausalLM",
-    "OPTForCausalLM",
-)
 
 # Where several Auto classes know a class, one of these.
 _FIRST_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModel")
@@ -153,26 +138,27 @@ class MemoryMixin(PreTrainedModel):
 
     plain_class: ClassVar[type[PreTrainedModel]]  # the class without memories
     auto_class_name: ClassVar[str | None]  # the Auto class that knows it; None: a class from outside of transformers
-    is_registered: ClassVar[bool]  # whether it is known there as soon as `memlayers.models` was imported
 
     def __init__(self, config: MemoryConfigMixin, *inputs: Any, **kwargs: Any):
         if not isinstance(config, MemoryConfigMixin):
             raise ValueError(f"config must be one with the section memory, got a {type(config).__name__}")
-        config.set_placement(config.placement)  # checks it, before anything is built
+        placement = config.placement
+        config.set_placement(placement)  # checks it, before anything is built
         config.set_model_class(type(self).__name__, self.auto_class_name)
-        super().__init__(config, *inputs, **kwargs)
+        # Built as the plain model that it is without memories: heads have their base model made from the configuration
+        # that they are given, and it would have memories of its own.
+        plain = config.without_memory()
+        super().__init__(plain, *inputs, **kwargs)
+        # What the constructor has settled, such as the kind of attention.
+        config.__dict__ = {**plain.__dict__, "memory": config.memory, "auto_map": config.auto_map}
+        _exchange_config(self, config)
+        names = names_of(self, placement)
+        _mark_built(put_in(self, placement, names, build_memories(self, placement, names)))
+        self.declare_memories()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made on demand, and for a plain class from anywhere: pickle finds it through that one.
         return rebuild, (self.plain_class, False), self.__getstate__()
-
-    def post_init(self) -> None:
-        # The end of the plain class's constructor: blocks exist, the outer model is not initialised or tied yet.
-        placement = self.config.placement
-        names = names_of(self, placement)
-        _mark_built(put_in(self, placement, names, build_memories(self, placement, names)))
-        self.declare_memories()
-        super().post_init()
 
     def declare_memories(self) -> None:
         """Tells `transformers` of shared tables, and of the loss of the plain class."""
@@ -181,6 +167,7 @@ class MemoryMixin(PreTrainedModel):
         if self.loss_type is None and self.auto_class_name == "AutoModelForCausalLM":
             # Chosen by the class's name, which GPT-2's does not settle; without it every first loss logs a warning.
             self.loss_type = "ForCausalLM"
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
     def undeclare_memories(self) -> None:
         """The inverse of `declare_memories`, while the memories are still there."""
@@ -371,27 +358,14 @@ def rebuild(plain: Any, is_config: bool) -> Any:
     return made.__new__(made)
 
 
-@functools.cache
-def with_memory(plain: type[Any]) -> type[MemoryMixin]:
-    """The class of models of class `plain` with memories, known to the Auto class that knows `plain`."""
-    config_class = config_with_memory(plain.config_class)
-    auto = _auto_class(plain, plain.config_class)
-    namespace = {
-        "__module__": __name__,
-        "__doc__": f"`transformers.{plain.__name__}` with the memories that ``config.memory`` names.",
-        "__annotations__": {"config": config_class},
-        "plain_class": plain,
-        "auto_class_name": auto,
-        "is_registered": plain.__name__ in REGISTERED,
-    }
-    made: type[Any] = type(f"{PREFIX}{plain.__name__}", (MemoryMixin, plain), namespace)
-    if auto is not None:
-        getattr(transformers, auto).register(config_class, made, exist_ok=True)
-    return made
+def with_memory(plain: Any) -> type[MemoryMixin]:
+    """The class of models of class `plain` with memories, known to the Auto classes that know `plain`."""
+    _register_models(plain.config_class)
+    return _model_class(plain)
 
 
 @functools.cache
-def config_with_memory(plain: type[Any]) -> type[MemoryConfigMixin]:
+def config_with_memory(plain: Any) -> type[MemoryConfigMixin]:
     """The class of configurations of class `plain` with the section ``memory``, known to `AutoConfig`."""
     namespace = {
         "__module__": __name__,
@@ -405,32 +379,84 @@ def config_with_memory(plain: type[Any]) -> type[MemoryConfigMixin]:
     return made
 
 
-def _auto_class(plain: type[PreTrainedModel], plain_config: type[PreTrainedConfig]) -> str | None:
-    if getattr(transformers, plain.__name__, None) is not plain:
-        return None
+@functools.cache
+def _model_class(plain: Any) -> type[MemoryMixin]:
+    config_class = config_with_memory(plain.config_class)
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"`transformers.{plain.__name__}` with the memories that ``config.memory`` names.",
+        "__annotations__": {"config": config_class},
+        "plain_class": plain,
+        "auto_class_name": next((name for name, known in _auto_classes(plain.config_class) if plain in known), None),
+    }
+    return cast(Any, type(f"{PREFIX}{plain.__name__}", (MemoryMixin, plain), namespace))
+
+
+@functools.cache
+def _auto_classes(plain_config: Any) -> list[tuple[str, tuple[Any, ...]]]:
+    """The Auto classes that know models of this configuration, each with the classes that it knows."""
+    if getattr(transformers, plain_config.__name__, None) is not plain_config:
+        return []
     others = [name for name in vars(modeling_auto) if name.startswith("AutoModel") and name not in _FIRST_AUTO_CLASSES]
+    found = []
     for name in (*_FIRST_AUTO_CLASSES, *others):
-        known = getattr(modeling_auto, name)._model_mapping.get(plain_config, ())
-        if plain is known or (isinstance(known, tuple) and plain in known):
-            return name
-    return None
+        # A module may have classes for images, too, which need a library that is not here.
+        with suppress(ImportError):
+            known: Any = getattr(modeling_auto, name)._model_mapping.get(plain_config, ())
+            known = known if isinstance(known, tuple) else (known,)
+            found.append((name, tuple(each for each in known if each.config_class is plain_config)))
+    return [(name, known) for name, known in found if known]
+
+
+@functools.cache
+def _register_models(plain_config: Any) -> None:
+    """Makes all classes of models with memories of this configuration known to the Auto classes."""
+    for name, known in _auto_classes(plain_config):
+        made: Any = tuple(map(_model_class, known))
+        config_class = config_with_memory(plain_config)
+        getattr(transformers, name).register(config_class, made if len(made) > 1 else made[0], exist_ok=True)
+
+
+def _registered_config(plain: Any) -> type[MemoryConfigMixin]:
+    _register_models(plain)
+    return config_with_memory(plain)
 
 
 def __getattr__(name: str) -> Any:
-    plain = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    plain: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if isinstance(plain, type) and issubclass(plain, PreTrainedModel):
-        return with_memory(cast(Any, plain))
+        return with_memory(plain)
     if isinstance(plain, type) and issubclass(plain, PreTrainedConfig):
-        return config_with_memory(cast(Any, plain))
+        return _registered_config(plain)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+class _StandIn:
+    """Stands for a configuration class in `AutoConfig` until one is asked for: to import all of them takes long."""
+
+    plain_type: ClassVar[str]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.real_class()(*args, **kwargs)
+
+    @classmethod
+    def real_class(cls) -> type[MemoryConfigMixin]:
+        return _registered_config(CONFIG_MAPPING[cls.plain_type])
+
+    @classmethod
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.real_class().from_dict(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.real_class().from_pretrained(*args, **kwargs)
+
+
 def register() -> None:
-    """Makes the classes known to the Auto classes of `transformers`."""
-    for name in REGISTERED:
-        # Its module has classes for images, too, which import tokenizers; without them it is made when it is asked for.
-        if name != "Gemma3ForCausalLM" or is_tokenizers_available():
-            with_memory(getattr(transformers, name))
+    """Makes every type of model with memories known to `AutoConfig`, and through it to the other Auto classes."""
+    for plain_type in CONFIG_MAPPING:
+        stand_in: Any = type(f"{PREFIX}_{plain_type}", (_StandIn,), {"plain_type": plain_type})
+        AutoConfig.register(f"memory_{plain_type}", stand_in)
 
 
 def add_memories(
@@ -474,7 +500,6 @@ def _change_class(model: PreTrainedModel, placement: MemoryPlacement) -> None:
     _exchange_config(model, config)
     assert isinstance(model, MemoryMixin)
     model.declare_memories()
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def remove_memories(model: nn.Module, originals: Mapping[str, nn.Module], name_or_path: str) -> None:

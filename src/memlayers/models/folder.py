@@ -231,11 +231,10 @@ def keeps_card(folder: Path) -> bool:
     return card.exists() and _OURS not in card.read_text(encoding="utf-8", errors="replace")
 
 
-def card(description: Description, parameters: int, *, auto_class: str | None, is_registered: bool) -> str:
+def card(description: Description, parameters: int, *, auto_class: str | None) -> str:
     """The text of the card of a memory with so many parameters.
 
-    `auto_class` is the class of `transformers` that loads base and memory at once; with `is_registered`, it can do so
-    as soon as `memlayers.models` was imported.
+    `auto_class` is the class of `transformers` that loads base and memory at once.
     """
     placement, names, base = description.placement, description.names, description.base
     config, count = placement.config, len(names)
@@ -245,7 +244,7 @@ def card(description: Description, parameters: int, *, auto_class: str | None, i
         ours=_OURS,
         title=base.name_or_path if is_public else f"a {base.class_name}",
         modules="A memory layer" if count == 1 else f"{count} memory layers",
-        load=_loading(base, auto_class if is_public else None, is_registered),
+        load=_loading(base, auto_class if is_public else None),
         kind=placement.kind,
         mode=f"{placement.mode}, {_MODES[placement.mode]}",
         names=", ".join(f"`{name}`" for name in names),
@@ -261,15 +260,12 @@ def card(description: Description, parameters: int, *, auto_class: str | None, i
     )
 
 
-def _loading(base: BaseIdentity, auto_class: str | None, is_registered: bool) -> str:
+def _loading(base: BaseIdentity, auto_class: str | None) -> str:
     if auto_class is not None:
-        first = ""
-        trust = ", trust_remote_code=True"
-        if is_registered:
-            first, trust = "import memlayers.models  # or trust_remote_code=True below\n", ""
         return (
-            f"{first}from transformers import {auto_class}\n\n"
-            f'model = {auto_class}.from_pretrained("path/to/this/folder"{trust})'
+            f"import memlayers.models  # or trust_remote_code=True below\n"
+            f"from transformers import {auto_class}\n\n"
+            f'model = {auto_class}.from_pretrained("path/to/this/folder")'
         )
     return (
         f"from memlayers import load_memory\n\n"

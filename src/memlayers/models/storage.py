@@ -61,8 +61,7 @@ def write_memory(
         write_description(aside, description)
         if not keeps_card(folder):
             parameters = sum(tensor.numel() for tensor in placed.tensors.values() if isinstance(tensor, nn.Parameter))
-            is_registered = getattr(kind, "is_registered", False)
-            text = card(description, parameters, auto_class=auto_class, is_registered=is_registered)
+            text = card(description, parameters, auto_class=auto_class)
             (aside / CARD).write_text(text, encoding="utf-8")
 
 
