@@ -172,17 +172,3 @@ print(cpu.why_not())
 """
     assert reason in run(code)
     assert cpu.why_not() is None
-
-
-@pytest.mark.slow
-def test_where_no_folder_can_be_written_kernels_are_compiled_anew():
-    code = """
-import torch
-from memlayers.ops.read import read, read_reference
-arguments = torch.randn(10, 16), torch.randint(10, (3, 4)), torch.randn(3, 4)
-torch.testing.assert_close(read(*arguments), read_reference(*arguments))
-from memlayers.ops.cpu import read as kernels
-print(kernels._read.cache_hits)
-"""
-    # The only place that Numba is allowed to look at is one that a script does not have.
-    assert run(code, NUMBA_CACHE_LOCATOR_CLASSES="IPythonCacheLocator").split() == ["0"]

@@ -10,9 +10,10 @@ import inspect
 from pathlib import Path
 
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import njit, types
 from numba.extending import intrinsic
 
+from memlayers.ops.cpu.cache import compile_kept
 from memlayers.ops.cpu.launch import Counters
 from memlayers.ops.cpu.vectors import greater, ordered
 
@@ -32,10 +33,7 @@ def kernel(function):
     kinds = {one.name: ctypes.c_double if one.annotation is float else ctypes.c_int64 for one in parameters}
     record = type(function.__name__, (Counters,), {"_fields_": list(kinds.items())})
     entry, signature = _entry(function, record, kinds), types.void(types.CPointer(types.int64))
-    try:
-        compiled = cfunc(signature, cache=True, **_OPTIONS)(entry)
-    except RuntimeError:  # no folder can be written to
-        compiled = cfunc(signature, **_OPTIONS)(entry)
+    compiled = compile_kept(entry, signature, _OPTIONS, _sources())
     compiled.record, compiled.names = record, kinds.keys()
     return compiled
 
@@ -45,12 +43,11 @@ def _entry(function, record, kinds):
     fields = {name: f"counters[{getattr(record, name).offset // 8}]" for name in kinds}
     values = [f"bits_double({fields[name]})" if kinds[name] is ctypes.c_double else fields[name] for name in kinds]
     source = f"def entry(counters): function(counters, {', '.join(values)})"
-    # Text, since Numba's cache finds no closure again. What Numba inlines it does not also compile by itself.
+    # Text, since a closure's variables are in its code. What Numba inlines it does not also compile by itself.
     inlined = njit(inline="always", **_OPTIONS)(function)
     names = {"__name__": function.__module__, "function": inlined, "bits_double": bits_double}
     exec(compile(source, function.__code__.co_filename, "exec"), names)
-    # Numba's cache looks for changes in the file of a kernel only, and under its name: so the name says all the rest.
-    names["entry"].__qualname__ = f"{function.__name__}_{_sources()}"
+    names["entry"].__name__ = names["entry"].__qualname__ = function.__name__
     return names["entry"]
 
 
