@@ -22,12 +22,13 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
+
+from memlayers.console import tell
 
 # --- Written aside, then moved
 
@@ -343,7 +344,7 @@ def sole_user(folder: Path, *, waiting: str = "") -> Iterator[None]:
                 raise ValueError(
                     f"output must be a folder that no other process writes to, got {str(folder)!r}"
                 ) from None
-            print(waiting, file=sys.stderr, flush=True)
+            tell(waiting)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in _NO_LOCKS:

@@ -1,5 +1,6 @@
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -67,6 +68,50 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(module, "versions", interrupt)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == "memlayers: interrupted\n"
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "SIGTERM or SIGHUP while another command works (`prepare`, `compare`, `eval`, `bench`)",
+    "supported",
+    "it ends as by Ctrl-C, says where finished work is kept, with status 128 + signal",
+)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_is_no_traceback_and_says_what_is_kept(number, status, monkeypatch, capsys):
+    import memlayers.cli.machine_commands as module
+
+    def work():
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException as error:
+            error.add_note("What is done is kept")
+            raise
+
+    monkeypatch.setattr(module, "versions", work)
+    assert main(["info"]) == status
+    assert capsys.readouterr().err == f"memlayers: ended by {number.name}. What is done is kept\n"
+
+
+def test_an_error_is_no_traceback_where_standard_error_is_gone(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["info", "--nonsense"]) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_output_to_a_full_disk_is_one_line(tmp_path):
+    script = "import sys; from memlayers.cli import main; sys.exit(main(['--version']))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "memlayers: error: [Errno 28] No space left on device\n")
+
+
+def test_a_closed_output_is_no_traceback():
+    script = "import sys; from memlayers.cli import main; sys.exit(main(['--version']))"
+    command = f"exec '{sys.executable}' -c \"{script}\" >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_file_that_may_not_be_read_is_the_user_s_fault(monkeypatch, capsys):

@@ -1,9 +1,12 @@
 import dataclasses
+import io
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -290,6 +293,68 @@ def test_resume_begins_a_run_where_there_is_none(tiny_config, tiny_corpus, tmp_p
     assert said == []
     with pytest.raises(ValueError, match="overwrite must be False to resume"):
         train(tiny_config, tmp_path / "new" / "run", corpus=tiny_corpus, overwrite=True, resume=True)
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "SIGTERM or SIGHUP while `memlayers train` runs (a cluster's notice, a closed terminal)",
+    "supported",
+    "the step is finished, a checkpoint of it written, the status is 128 + signal; `--resume` goes on from there. A "
+    "second signal ends it at once",
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_a_checkpoint_of_the_last_whole_step(config, tiny_corpus, tmp_path, monkeypatch, number):
+    original = Loop.checked_norm
+
+    def signalled(self, loss):
+        if self.step == 6:  # in the middle of the seventh step
+            os.kill(os.getpid(), number)
+        return original(self, loss)
+
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "checked_norm", signalled)
+        with pytest.raises(SystemExit) as ended:
+            train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, say=said.append)
+    assert ended.value.code == 128 + number
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert said == [f"ended by {number.name} after step 7, of which {checkpoints} has a checkpoint for --resume"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000005", "step-00000007"]
+    train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True, say=said.append)
+    assert said[1:] == ["going on from the checkpoint of step 7"]
+    train(config, tmp_path / "whole", corpus=tiny_corpus, progress=False)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_ends_with_a_finished_run(tiny_config, tiny_corpus, tmp_path, monkeypatch):
+    original = Loop.finish_step
+
+    def signalled(self, line):
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, line)
+
+    monkeypatch.setattr(Loop, "finish_step", signalled)
+    with pytest.raises(SystemExit):
+        train(tiny_config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    assert RunFolder(tmp_path / "run").finished
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "a training whose standard error is closed, or a pipe that nobody reads",
+    "supported",
+    "messages and bars are dropped, the run goes on",
+)
+def test_a_broken_standard_error_does_not_end_a_training(tiny_config, tiny_corpus, tmp_path, monkeypatch):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Broken())
+    train(tiny_config, tmp_path / "run", corpus=tiny_corpus, resume=True)
+    train(tiny_config, tmp_path / "run", corpus=tiny_corpus, resume=True)  # which says that it is finished
+    assert RunFolder(tmp_path / "run").finished
 
 
 @pytest.mark.promise(

@@ -12,12 +12,14 @@ model_commands     eval, generate, doctor
 machine_commands   bench, info
 """
 
+import contextlib
 import errno
-import os
 import sys
 from collections.abc import Sequence
 
 from memlayers.checks import CommandFailed
+from memlayers.console import discard_output, messages, open_standard_streams, tell
+from memlayers.signals import Stopped, on_ending_signal, stop
 from memlayers.version import __version__
 
 FAILED = 1
@@ -30,9 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status. A failure is one line on standard error.
 
     Status 2 is for what a user got wrong, 1 for what went wrong on the way: no memory or no room on the disk left, a
-    loss that is not finite, a check that failed. Nothing is said if nobody reads the output any more.
+    loss that is not finite, a check that failed; 128 + signal for SIGTERM and SIGHUP. Nothing is said if nobody reads
+    the output any more.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    open_standard_streams()
+    with contextlib.redirect_stderr(messages()), on_ending_signal(stop):
+        status = _status_of(sys.argv[1:] if arguments is None else list(arguments))
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            discard_output()
+    return status
+
+
+def _status_of(arguments: Sequence[str]) -> int:
     try:
         if arguments[:1] == ["--version"]:  # before anything is imported that an extra brings
             print(f"memlayers {__version__}")
@@ -40,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from memlayers.cli.commands import run_command  # needs PyYAML
 
             run_command(arguments)
-        sys.stdout.flush()  # what is still to be written must not fail after the end
+        if sys.stdout is not None:  # it was closed at the start
+            sys.stdout.flush()  # what is still to be written must not fail after the end
     except BrokenPipeError:
-        return _leave_quietly()
+        return FAILED
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("", "memlayers"):
             raise
@@ -58,17 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_lack_of_memory(error):
             raise
         return _fail(f"not enough memory: {str(error).strip().partition(chr(10))[0] or 'an allocation failed'}", FAILED)
+    except Stopped as stopped:
+        return _fail(_with_notes(stopped), stopped.code)
     except KeyboardInterrupt as interruption:
         return _fail(_with_notes(interruption) or "interrupted", INTERRUPTED)
     return 0
-
-
-def _leave_quietly() -> int:
-    """Ends a command whose output went into a pipe that was closed, as by `head`."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())  # where the rest of it goes at the end of the process
-    os.close(nowhere)
-    return FAILED
 
 
 def _with_notes(error: BaseException) -> str:
@@ -77,5 +86,5 @@ def _with_notes(error: BaseException) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"memlayers: {'' if status == INTERRUPTED else 'error: '}{message.strip()}", file=sys.stderr)
+    tell(f"memlayers: {'' if status > 128 else 'error: '}{message.strip()}")
     return status

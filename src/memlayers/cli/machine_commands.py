@@ -1,16 +1,15 @@
 """bench and info: what this machine can do, and what a run would need on it."""
 
-import sys
-
 from memlayers.bench.run import BenchConfig, run
 from memlayers.cli.configuration import Call
+from memlayers.console import tell
 from memlayers.info import hardware, operations, versions
 from memlayers.tables import Lines, two_columns
 
 
 def run_bench(call: Call) -> None:
     """memlayers bench"""
-    print(run(BenchConfig(**call.options), say=_say))
+    print(run(BenchConfig(**call.options), say=tell))
 
 
 def run_info(call: Call) -> None:
@@ -32,7 +31,3 @@ def machine() -> Lines:
         ("gpu", f"{found['gpu']}, {found['gpu_gigabytes']} GiB" if found["gpu"] else "none"),
         *operations().items(),
     ]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -1,6 +1,5 @@
 """train, compare, prepare: the commands that make a model, a comparison, token files."""
 
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from memlayers.cli.configuration import Call
 from memlayers.cli.model_commands import quality
+from memlayers.console import show, tell
 from memlayers.experiments.compare import compare
 from memlayers.lm.data import MANIFEST, Corpus, DataConfig, open_corpus, prepare
 from memlayers.lm.data.prepare import is_occupied
@@ -32,7 +32,7 @@ def run_train(call: Call) -> None:
     config, corpus = _with_data_of_corpus(call)
     result = train(config, options["output"], corpus=corpus, overwrite=options["overwrite"], resume=options["resume"])
     run = result["training"]
-    print(
+    show(
         f"{result['parameters']['total']:,} parameters, {run['tokens']:,} tokens in {run['seconds']:,.0f} s "
         f"({run['tokens_per_s']:,.0f} tokens/s)\n{quality(result['validation'])}\nrun: {options['output']}"
     )
@@ -60,9 +60,9 @@ def run_compare(call: Call) -> None:
     """memlayers compare"""
     config, corpus = _with_data_of_corpus(call)
     output = Path(call.options["output"])
-    compare(config, output, corpus=corpus, test_tokens=call.options["test_tokens"], say=_say)
-    print((output / "table.md").read_text())
-    print(f"{output / 'table.md'}, {output / 'results.json'}, {output / 'loss.png'}")
+    compare(config, output, corpus=corpus, test_tokens=call.options["test_tokens"], say=tell)
+    show((output / "table.md").read_text())
+    show(f"{output / 'table.md'}, {output / 'results.json'}, {output / 'loss.png'}")
 
 
 def run_prepare(call: Call) -> None:
@@ -73,7 +73,7 @@ def run_prepare(call: Call) -> None:
         check_output(Path(folder))
     start = time.perf_counter()
     corpus = prepare(config.data, folder)
-    print(_described(corpus, None if was_ready else time.perf_counter() - start))
+    show(_described(corpus, None if was_ready else time.perf_counter() - start))
 
 
 def _described(corpus: Corpus, seconds: float | None) -> str:
@@ -117,7 +117,3 @@ def _data_of(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_ready(folder: str) -> bool:
     return (Path(folder) / MANIFEST).is_file()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -5,7 +5,6 @@ Shapes: B windows, T tokens of a window.
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memlayers.available import available_memory
+from memlayers.console import announce
 from memlayers.hardware import peak_bytes
 from memlayers.lm.build import batch_loss, build_model, build_optimizer, pick_device, resolve_precision
 from memlayers.lm.config import RunConfig
@@ -92,11 +92,7 @@ class DryRun:
         ]
 
 
-def _to_stderr(line: str) -> None:
-    print(f"memlayers: {line}", file=sys.stderr)
-
-
-def dry_run(config: RunConfig, *, corpus: Corpus | None, say: Callable[[str], None] = _to_stderr) -> DryRun:
+def dry_run(config: RunConfig, *, corpus: Corpus | None, say: Callable[[str], None] = announce) -> DryRun:
     """Take a step as training would, after one that warms up; nothing is written to disk.
 
     corpus: a prepared one, or None: the step reads random tokens of `config.data.vocab_size`. `say` is told what is

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memlayers.console import bar
 from memlayers.files import flush
 
 if TYPE_CHECKING:
@@ -98,15 +99,10 @@ class Progress:
     """A bar of tokens, with their rate, the time that is left, and the latest figures."""
 
     def __init__(self, training: "TrainingConfig", step: int, *, shown: bool) -> None:
-        from tqdm import tqdm  # type: ignore[import-untyped]  # here, since reading a run needs no bar
-
         done, total = (steps * training.batch_tokens for steps in (step, training.steps))
         self._part_tokens = training.batch_tokens // training.accumulate
         self._figures: dict[str, str] = {}
-        self._bar = tqdm(
-            desc="training", total=total, initial=done, unit=" tokens", unit_scale=True, mininterval=0.5,
-            disable=not shown,
-        )  # fmt: skip
+        self._bar = bar(desc="training", total=total, initial=done, unit=" tokens", disable=not shown)
 
     def add_part(self) -> None:
         """Count a part of a step."""

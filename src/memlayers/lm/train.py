@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import set_seed
 
 from memlayers.available import available_memory
+from memlayers.console import announce
 from memlayers.files import sole_user
 from memlayers.hardware import hardware, versions
 from memlayers.layer import memory_layers
@@ -43,6 +44,7 @@ from memlayers.lm.metrics import MetricsFile, Progress, TensorBoard, TrainingClo
 from memlayers.lm.run import RunFolder
 from memlayers.ops import cpu
 from memlayers.parameters import count_parameters
+from memlayers.signals import Stopped, StopRequest, stop_request
 from memlayers.usage import UsageMeter
 
 if TYPE_CHECKING:
@@ -50,10 +52,6 @@ if TYPE_CHECKING:
 
 LOG_ENTRIES = 100  # windows of usage figures and rates that a run leaves in its log, about
 FP16_PATIENCE = 50  # bad steps in a row: a loss scaler that halves as often has nothing left to halve
-
-
-def _to_stderr(line: str) -> None:
-    print(f"memlayers: {line}", file=sys.stderr)
 
 
 def train(
@@ -64,7 +62,7 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = True,
-    say: Callable[[str], None] = _to_stderr,
+    say: Callable[[str], None] = announce,
 ) -> dict[str, Any]:
     """Train one model and return what its `result.json` says; `output` becomes a `RunFolder`.
 
@@ -81,7 +79,7 @@ def train(
             of the data and usage figures as if it had never stopped. Begins a run where there is none, and leaves a
             finished one as it is.
         progress: Show bars.
-        say: Is told from where a resumed run goes on.
+        say: Is told from where a resumed run goes on, and where one that was stopped has its checkpoint.
 
     Raises:
         ValueError: Before any work, for a configuration that cannot run here (for want of memory or of room on the
@@ -90,6 +88,9 @@ def train(
             damaged or of another version, or that must have been there; and for an `output` with files that have the
             names of a run's and are none.
         TrainingFault: A run that has begun cannot go on.
+        Stopped: SIGTERM or SIGHUP asked for the end (if nobody else handles them, and in the main thread alone). The
+            step is made and a checkpoint of it written before; a second such signal ends the process at once. This is
+            a `SystemExit` of the status 128 + signal.
     """
     folder = RunFolder(output)
     device = pick_device()
@@ -128,15 +129,18 @@ def train(
         cpu.compile_all()  # before the clock starts: an installation pays for it once
 
     folder.path.mkdir(parents=True, exist_ok=True)
-    with sole_user(folder.path):
+    with sole_user(folder.path), stop_request() as stop:
         if resume and folder.finished:  # by another process, meanwhile
             return _leave(folder, say)
         checkpoint = _checkpoint(folder, identity, say) if resume else None
         if checkpoint is None:
             folder.start(config, overwrite=overwrite or resume)
-        loop = Loop(config, folder, text, model, precision, identity=identity, checkpoint=checkpoint)
+        loop = Loop(config, folder, text, model, precision, identity=identity, checkpoint=checkpoint, stop=stop)
         try:
             validation = loop.run(progress=progress)
+        except Stopped as stopped:
+            say(f"{stopped} after step {loop.step}, of which {folder.checkpoints} has a checkpoint for --resume")
+            raise
         except (RuntimeError, MemoryError) as error:
             if explained := explain_out_of_memory(error, need):
                 raise TrainingFault(explained) from error
@@ -173,6 +177,7 @@ class Loop:
         *,
         identity: Mapping[str, Any],
         checkpoint: Checkpoint | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config, self.folder, self.text, self.model, self.precision = config, folder, text, model, precision
         self.identity = identity
@@ -188,6 +193,7 @@ class Loop:
         self._window = {"step": 0, "seconds": 0.0, "loss": 0.0}  # where the last usage figures were, losses since
         self._bad_steps = 0  # in a row
         self._checkpoint = checkpoint
+        self._stop = StopRequest() if stop is None else stop  # which is false as long as none came
 
     def run(self, *, progress: bool = True) -> Evaluation:
         """Train to the end, and return the last evaluation."""
@@ -220,6 +226,10 @@ class Loop:
                 self.optimizer.zero_grad()
                 self.step += 1
                 evaluation = self.finish_step({**line, "grad_norm": float(norm)})
+                if self._stop and self.step < training.steps:
+                    if self.checkpoints.newest_step() != self.step:
+                        self._save()
+                    self._stop.obey()
         self._require_finite_model()
         assert evaluation is not None, "the last step evaluates"
         return evaluation

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memlayers.checks import require_int
+from memlayers.console import bar
 from memlayers.files import file_aside, path_below, read_sealed, verify_files
 
 if TYPE_CHECKING:  # token files that are ready are read without it
@@ -351,6 +352,4 @@ def progress_bar(what: str, total: int | None, shown: bool, *, initial: int = 0)
     """Return a bar in bytes on stderr, or one that does nothing unless `shown`; `total` None: unknown."""
     if not shown:
         return nullcontext(SimpleNamespace(update=lambda count: None))
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(desc=what, total=total, initial=initial, unit="B", unit_scale=True, mininterval=0.5)
+    return bar(desc=what, total=total, initial=initial, unit="B")
