@@ -6,6 +6,8 @@ import random
 import subprocess
 import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from memlayers.files import (
     describe_files,
     file_aside,
     find_damage,
+    finish_replacing,
     flush,
     move_into_place,
     new_folder,
@@ -186,11 +189,15 @@ def test_files_of_a_folder_are_replaced_and_older_ones_of_the_pattern_go(tmp_pat
     assert (tmp_path / "mine").read_text() == "old"
 
 
-def test_the_last_file_is_moved_last(tmp_path, calls):
-    with replaced_together(tmp_path, last="b") as aside:
-        for name in "abc":
-            (aside / name).write_text(name)
-    assert [call[2].name for call in calls if call[0] == "move"] == ["a", "c", "b"]
+def test_config_json_comes_last_in_a_new_folder_and_first_over_an_old_one(tmp_path, monkeypatch):
+    moved, replace = [], os.replace
+    monkeypatch.setattr("os.replace", lambda a, b: (moved.append(b.name), replace(a, b)))
+    for _ in range(2):
+        with replaced_together(tmp_path / "new") as aside:
+            for name in ("z.json", "config.json", "a"):
+                (aside / name).write_text(name)
+    assert moved == ["a", "z.json", "config.json", "config.json", "a", "z.json"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.json", "a", "z.json"}
 
 
 def test_files_of_a_folder_go_into_no_file(tmp_path):
@@ -488,3 +495,152 @@ def test_what_a_library_would_load_and_nobody_wrote_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="'adapter_config.json' was not written with the files in it"):
         refuse_others(tmp_path, {"model.safetensors"})
+
+
+# Several files, one save
+
+
+def save_together(folder, version, *, shards=()):
+    """Files that are of one version all, the newest of which has others than the one before."""
+    with replaced_together(folder, stale=r"weights.*") as aside:
+        for name in ("config.json", "memory_config.json", "other", *(shards or ["weights"])):
+            (aside / name).write_text(version)
+
+
+def read_together(folder):
+    finish_replacing(folder)
+    return {path.name: path.read_text() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+class Killed(BaseException):
+    pass
+
+
+def fail_at(monkeypatch, number, killed):
+    """The call of this number that changes a folder fails; of a process that is killed, all after it, too."""
+    calls = []
+
+    def failing(name, call):
+        def fail(*args, **options):
+            calls.append(name)
+            if len(calls) == number or (killed and len(calls) > number):
+                raise Killed(name) if killed else OSError(name)
+            return call(*args, **options)
+
+        return fail
+
+    for name in ("rename", "replace", "unlink", "mkdir", "fsync", "rmdir"):
+        monkeypatch.setattr(os, name, failing(name, getattr(os, name)))
+    return calls
+
+
+@pytest.mark.promise(
+    "Saving and loading",
+    "kill or break off a save over an earlier one",
+    "supported",
+    "the folder holds the earlier save or the new one, never a mixture",
+)
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "an error"])
+@pytest.mark.parametrize("shards", [(), ("weights-1", "weights-2")], ids=["one file", "shards"])
+def test_a_save_that_breaks_off_anywhere_leaves_the_old_files_or_the_new(tmp_path, monkeypatch, killed, shards):
+    seen, number = [], 0
+    while True:
+        number += 1
+        folder = tmp_path / str(number)
+        save_together(folder, "old")
+        old = read_together(folder)
+        with monkeypatch.context() as patch:
+            calls = fail_at(patch, number, killed)
+            with suppress(OSError, Killed):
+                save_together(folder, "new", shards=shards)
+        new = dict.fromkeys(("config.json", "memory_config.json", "other", *(shards or ["weights"])), "new")
+        left = read_together(folder)
+        assert left in (old, new)
+        seen.append(left == new)
+        save_together(folder, "newest")  # goes on from there
+        assert read_together(folder) == dict.fromkeys(old, "newest")
+        assert not any(path.name.startswith(".") for path in folder.iterdir())
+        if len(calls) < number:
+            break
+    assert len(seen) > 15
+    assert False in seen
+    assert seen[-1]
+    if killed:  # from some call on all is new
+        assert seen == sorted(seen)
+
+
+def test_a_new_folder_has_all_or_no_config(tmp_path, monkeypatch):
+    for number in range(1, 40):
+        with monkeypatch.context() as patch:
+            fail_at(patch, number, killed=True)
+            with suppress(Killed):
+                save_together(tmp_path / str(number), "new")
+        names = {path.name for path in (tmp_path / str(number)).glob("[!.]*")}
+        assert "config.json" not in names or len(names) == 4
+
+
+def test_what_cannot_be_finished_is_said(tmp_path, monkeypatch):
+    save_together(tmp_path, "old")
+    with monkeypatch.context() as patch:
+        calls = fail_at(patch, 1000, killed=True)
+        save_together(tmp_path, "new")
+    commit = calls.index("replace", calls.index("rename")) + 1  # the first of the moves
+    with monkeypatch.context() as patch:
+        fail_at(patch, commit + 2, killed=True)
+        with suppress(Killed):
+            save_together(tmp_path, "newest")
+    with monkeypatch.context() as patch:
+        fail_at(patch, 1, killed=False)
+        with pytest.raises(ValueError, match=r"holds a save that broke off half-way, .*\(replace\).* load it"):
+            finish_replacing(tmp_path)
+    assert set(read_together(tmp_path).values()) == {"newest"}
+
+
+def test_what_no_save_has_left_is_not_moved(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("mine")
+    folder = tmp_path / "folder"
+    (folder / ".saved-1").mkdir(parents=True)
+    for journal in ("", "[]", "{}", '{"first": "", "stale": ["../elsewhere/mine"]}', '{"first": "", "stale": [1]}'):
+        (folder / ".saved-1" / ".journal.json").write_text(journal)
+        with pytest.raises(ValueError, match=r"\.saved-1 must be what a save has left, which it is not: remove it"):
+            finish_replacing(folder)
+    (folder / ".saved-1" / ".journal.json").unlink()
+    (folder / ".saved-1").rmdir()
+    (folder / ".saved-1").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / ".journal.json").write_text('{"first": "", "stale": []}')
+    with pytest.raises(ValueError, match="it is a link"):
+        finish_replacing(folder)
+    assert (tmp_path / "elsewhere" / "mine").read_text() == "mine"
+
+
+SAVING = """
+import sys
+from pathlib import Path
+from files import replaced_together  # alone: the package takes seconds to import
+for number in range(10):
+    with replaced_together(sys.argv[1]) as aside:
+        for name in ("config.json", "a", "b"):
+            (aside / name).write_text(f"{sys.argv[2]} {number}")
+"""
+
+
+@pytest.mark.promise(
+    "Saving and loading", "save to one folder from several threads or processes", "supported", "one after the other"
+)
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_those_who_save_to_one_folder_wait_for_each_other(tmp_path, capfd, kind):
+    if kind == "threads":
+        threads = [threading.Thread(target=save_together, args=(tmp_path, str(number))) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    else:
+        source = str(Path(files.__file__).parent)
+        environment = {**os.environ, "PYTHONPATH": source}
+        command = [sys.executable, "-c", SAVING, str(tmp_path)]
+        running = [subprocess.Popen([*command, name], env=environment) for name in ("first", "second")]
+        assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert len(set(read_together(tmp_path).values())) == 1
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())

@@ -4,7 +4,7 @@ Written aside, flushed, then moved into place, so that nothing is ever half ther
 
     file_aside  write_text  write_json        one file
     new_folder  move_into_place               a folder that appears whole
-    replaced_together                         files of a folder that stays
+    replaced_together  finish_replacing       files of a folder that stays
 
 Believed only as written: a sealed file is JSON whose first entry is the SHA-256 of the file itself, with zeros in its
 place; it holds what `describe_files` says of the files beside it, and `verify_files` compares.
@@ -88,15 +88,22 @@ def move_into_place(aside: Path, folder: Path) -> None:
     flush(folder.parent)
 
 
+# Those of the files that describe the others: with the first of them that was there, a save has taken place.
+DESCRIBING = ("config.json", "memory_config.json")
+_JOURNAL = ".journal.json"
+
+
 @contextmanager
-def replaced_together(folder: str | os.PathLike[str], *, stale: str = "", last: str = "config.json") -> Iterator[Path]:
+def replaced_together(folder: str | os.PathLike[str], *, stale: str = "") -> Iterator[Path]:
     """Give a folder to write into; its files replace those of the same name in `folder` once all are on the disk.
 
-    An error inside leaves the files of `folder` as they were. No file is ever half written.
+    Of several that save to one folder each waits for those before it. An error inside leaves the files of `folder` as
+    they were. A process that is killed leaves them so, too, or all of the new ones to whoever reads the folder next:
+    files move from a folder beside them, the one that describes the others first, and readers `finish_replacing`. A
+    new folder gets ``config.json`` last, so that one which has it is complete.
 
     Args:
         stale: A pattern. If files were written whose names match it, others of such names in `folder` are removed.
-        last: The name of the file that is moved last, so that a new folder which has it is complete.
 
     Raises:
         ValueError: `folder` is a file.
@@ -105,22 +112,77 @@ def replaced_together(folder: str | os.PathLike[str], *, stale: str = "", last: 
     if target.exists() and not target.is_dir():
         raise ValueError(f"the folder to save to must be none or a folder, got the file {str(target)!r}")
     target.mkdir(parents=True, exist_ok=True)
-    aside = target / f".saving-{secrets.token_hex(4)}"  # inside, so on the same file system: moves are atomic
-    aside.mkdir()
-    shutil.copymode(target, aside)  # which says who may read the files
+    with sole_user(target, waiting=f"waiting for another save to {target}"):
+        _finish(target)
+        for left in target.glob(".saving-*"):  # by a process that was killed: nobody else is here
+            shutil.rmtree(left)
+        token = secrets.token_hex(4)
+        aside = target / f".saving-{token}"  # inside, so on the same file system: moves are atomic
+        ready = target / f".saved-{token}"
+        aside.mkdir()
+        try:
+            shutil.copymode(target, aside)  # which says who may read the files
+            yield aside
+            names = sorted(path.name for path in aside.iterdir())
+            others = [path.name for path in target.iterdir() if re.fullmatch(stale, path.name)]
+            others = [name for name in others if name not in names and any(re.fullmatch(stale, new) for new in names)]
+            first = next((name for name in DESCRIBING if name in names and (target / name).exists()), "")
+            (aside / _JOURNAL).write_text(json.dumps({"first": first, "stale": others}))
+            _flush_all(aside)
+            os.rename(aside, ready)
+            if first:
+                os.replace(ready / first, target / first)
+            flush(target)
+            _finish(target)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(OSError):
+                _finish(target)  # which of the two it is, the interrupted move says
+            raise
+
+
+def finish_replacing(folder: Path) -> None:
+    """Move what a save that broke off in the middle has left, before anything in `folder` is read.
+
+    Raises:
+        ValueError: There is something to be moved, and it cannot be.
+    """
+    if not any(folder.glob(".saved-*")):
+        return
     try:
-        yield aside
-        _flush_all(aside)
-        names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == last, name))
-        for name in names:
-            os.replace(aside / name, target / name)
-        if any(re.fullmatch(stale, name) for name in names):
-            for path in target.iterdir():
-                if path.name not in names and re.fullmatch(stale, path.name):
-                    path.unlink()
+        with sole_user(folder, waiting=f"waiting for a save to {folder}"):
+            _finish(folder)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} holds a save that broke off half-way, of which the rest cannot be moved into place ({error}): "
+            f"load it once where it may be written to"
+        ) from error
+
+
+def _finish(target: Path) -> None:
+    """Move the files of a save, of which the one that describes the others has been moved; remove one where it was not.
+
+    For who holds `target` alone.
+    """
+    for ready in target.glob(".saved-*"):
+        try:
+            journal = json.loads((ready / _JOURNAL).read_bytes())
+            first, stale = ready / journal["first"], [path_below(target, name) for name in journal["stale"]]
+            if ready.is_symlink():
+                raise ValueError("it is a link")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{ready} must be what a save has left, which it is not: remove it ({error})") from None
+        if not first.is_file():
+            names = [path.name for path in ready.iterdir() if path.name != _JOURNAL]
+            for name in sorted(names, key=lambda name: (name == DESCRIBING[0], name)):
+                os.replace(ready / name, target / name)
+            for path in stale:
+                path.unlink(missing_ok=True)
+            flush(target)
+        left = ready.with_name(ready.name.replace("saved", "saving", 1))  # half of it gone, it would say something else
+        os.rename(ready, left)
+        shutil.rmtree(left)
         flush(target)
-    finally:
-        shutil.rmtree(aside)
 
 
 def remove_folder(folder: Path) -> None:

@@ -1,4 +1,7 @@
 import hashlib
+import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -78,12 +81,40 @@ def test_a_file_is_no_folder(with_memory, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_config_json_comes_last(tmp_path, monkeypatch):
-    moved = []
-    replace = transformers.modeling_utils.os.replace
-    monkeypatch.setattr("os.replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
-    with replaced_together(tmp_path / "new") as aside:
-        for name in ("config.json", "a", "z"):
-            (aside / name).write_text(name)
-    assert moved == ["a", "z", "config.json"]
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.json", "a", "z"}
+def test_a_save_killed_between_its_files_is_loaded_as_one_of_the_two(with_memory, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed_at(number, calls):
+        def fail(call):
+            def failing(*args, **options):
+                calls.append(args)
+                if len(calls) >= number:
+                    raise Killed
+                return call(*args, **options)
+
+            return failing
+
+        for name in ("rename", "replace", "unlink", "rmdir"):
+            patch.setattr(os, name, fail(getattr(os, name)))
+
+    expected, number, found = [], 0, []
+    for size in ("1GB", "20KB"):
+        with_memory.save_pretrained(tmp_path / size, max_shard_size=size)
+        expected.append(with_memory.eval()(IDS).logits)
+        for parameter in with_memory.parameters():
+            parameter.data += 0.1
+    folder, calls = tmp_path / "folder", [None] * 100
+    while number < len(calls):
+        number, calls = number + 1, []
+        shutil.copytree(tmp_path / "1GB", folder)
+        with monkeypatch.context() as patch, suppress(Killed):
+            killed_at(number, calls)
+            with replaced_together(folder, stale="model.*") as aside:
+                for path in (tmp_path / "20KB").iterdir():
+                    shutil.copy(path, aside)
+        logits = (type(with_memory) if number % 2 else AutoModelForCausalLM).from_pretrained(folder)(IDS).logits
+        found.append(next(i for i, one in enumerate(expected) if torch.equal(one, logits)))
+        shutil.rmtree(folder)
+    assert found == sorted(found)
+    assert {0, 1} == set(found)

@@ -190,15 +190,20 @@ def test_the_card(with_memory, tmp_path, monkeypatch):
     assert str(tmp_path) not in text
 
 
-def test_a_card_of_somebody_else_stays(with_memory, tmp_path):
+@pytest.mark.promise(
+    "Saving and loading", "write or extend the `README.md` of a saved memory", "supported", "the next save keeps it"
+)
+def test_a_card_that_somebody_wrote_or_extended_stays(with_memory, tmp_path):
     save_memory(with_memory, tmp_path)
     ours = (tmp_path / "README.md").read_text()
-    (tmp_path / "README.md").write_text(ours.replace("36 of width", "many of width"))
+    base_is_at(with_memory, "some-team/some-model")
     save_memory(with_memory, tmp_path)
-    assert (tmp_path / "README.md").read_text() == ours
-    (tmp_path / "README.md").write_text("# My memory")
-    save_memory(with_memory, tmp_path)
-    assert (tmp_path / "README.md").read_text() == "# My memory"
+    assert (tmp_path / "README.md").read_text() != ours  # nobody had touched it
+    old = "<!-- Written by memlayers. Remove this line, and the next save keeps your changes. -->\n# My memory"
+    for text in ("# My memory", f"{ours}\nTrained on letters.", ours.replace("36 of width", "many of width"), old):
+        (tmp_path / "README.md").write_text(text)
+        save_memory(with_memory, tmp_path)
+        assert (tmp_path / "README.md").read_text() == text
 
 
 def test_a_base_that_was_trained_along_is_refused(with_memory, tmp_path):

@@ -27,7 +27,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
-from memlayers.files import replaced_together
+from memlayers.files import finish_replacing, replaced_together
 from memlayers.layer import MemoryLayer
 from memlayers.models.folder import (
     CARD,
@@ -213,8 +213,10 @@ class MemoryMixin(PreTrainedModel):
         """As `transformers.PreTrainedModel.save_pretrained`, except that a save that fails leaves the folder as it was.
 
         Files are written aside, flushed and moved into place; for this the folder's file system needs room for a second
-        copy. A distributed checkpoint, to which several processes write, goes straight to the folder. A model of a
-        class from outside of `transformers` is loaded by its own class: ``type(model).from_pretrained(folder)``.
+        copy. A process that is killed leaves what was there, or all that is new, of which the next load moves the rest
+        into place. Of several that save to one folder each waits for those before it. A distributed checkpoint, to
+        which several processes write, goes straight to the folder. A model of a class from outside of `transformers` is
+        loaded by its own class: ``type(model).from_pretrained(folder)``.
         """
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if not is_main_process or kwargs.get("distributed_checkpoint"):
@@ -307,6 +309,7 @@ def _memory_alone(name: str | os.PathLike[str], *, subfolder: str = "", **hub: A
     found: Any
     if os.path.isdir(name):
         found = Path(name) / subfolder / MEMORY_CONFIG_NAME
+        finish_replacing(found.parent)
         if found.parent.is_dir() and is_damaged_memory(found.parent):
             return found.parent  # and `read_description` says what is wrong with it
     else:

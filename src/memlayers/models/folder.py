@@ -5,6 +5,7 @@ its base it is a sealed file, which also says what the base is and what the file
 the card of such a folder, for people and for the Hub.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import huggingface_hub
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from memlayers.files import file_sha256, read_sealed, write_sealed
+from memlayers.files import file_sha256, finish_replacing, read_sealed, write_sealed
 from memlayers.models.identity import BaseIdentity
 from memlayers.models.placement import MemoryPlacement
 from memlayers.version import __version__
@@ -36,8 +37,9 @@ from memlayers.models.classes import {names}  # noqa: F401
 '''
 
 CARD = "README.md"
-# A card with this line is replaced by the next save, any other is left alone.
-_OURS = "<!-- Written by memlayers. Remove this line, and the next save keeps your changes. -->"
+# A card is replaced by the next save as long as this line has the digest of it, with zeros in the digest's place.
+_DIGEST = "0" * 16
+_OURS = f"<!-- Written by memlayers, {_DIGEST}: replaced by the next save, unless it was changed. -->"
 
 _TEXT = """\
 ---
@@ -168,6 +170,7 @@ def _content(config: Path) -> Any:
 
 def read_description(folder: Path) -> Description:
     """The inverse of `write_description`. Raises `ValueError` for what `save_memory` did not write, or not as it is."""
+    finish_replacing(folder)
     config = folder / MEMORY_CONFIG_NAME
     whole = is_whole_model(folder)
     if not config.is_file():
@@ -226,9 +229,17 @@ def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, tuple[Path, 
 
 
 def keeps_card(folder: Path) -> bool:
-    """Whether `folder` has a card that somebody else wrote."""
+    """Whether `folder` has a card that somebody wrote or changed."""
     card = folder / CARD
-    return card.exists() and _OURS not in card.read_text(encoding="utf-8", errors="replace")
+    if not card.exists():
+        return False
+    text = card.read_bytes().decode(errors="replace")
+    ours = re.search(_OURS.replace(_DIGEST, "([0-9a-f]{16})"), text)
+    return ours is None or _signed(text.replace(ours[1], _DIGEST, 1)) != text
+
+
+def _signed(text: str) -> str:
+    return text.replace(_DIGEST, hashlib.sha256(text.encode()).hexdigest()[: len(_DIGEST)], 1)
 
 
 def card(description: Description, parameters: int, *, auto_class: str | None) -> str:
@@ -239,7 +250,7 @@ def card(description: Description, parameters: int, *, auto_class: str | None) -
     placement, names, base = description.placement, description.names, description.base
     config, count = placement.config, len(names)
     is_public = is_hub_id(base.name_or_path) and not Path(base.name_or_path).exists()
-    return _TEXT.format(
+    text = _TEXT.format(
         base_model=f"base_model: {base.name_or_path}\n" if is_public else "",
         ours=_OURS,
         title=base.name_or_path if is_public else f"a {base.class_name}",
@@ -258,6 +269,7 @@ def card(description: Description, parameters: int, *, auto_class: str | None) -
         # The path of a folder means nothing to others.
         base=base if is_public else f"a {base.class_name} in {base.dtype}",
     )
+    return _signed(text)
 
 
 def _loading(base: BaseIdentity, auto_class: str | None) -> str:

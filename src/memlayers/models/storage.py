@@ -62,7 +62,7 @@ def write_memory(
         if not keeps_card(folder):
             parameters = sum(tensor.numel() for tensor in placed.tensors.values() if isinstance(tensor, nn.Parameter))
             text = card(description, parameters, auto_class=auto_class)
-            (aside / CARD).write_text(text, encoding="utf-8")
+            (aside / CARD).write_bytes(text.encode())
 
 
 def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
