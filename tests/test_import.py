@@ -18,6 +18,8 @@ import memlayers
 slow = {"numba", "triton", "torch._dynamo", "torch._inductor", "matplotlib", "datasets"}
 assert slow.isdisjoint(set(sys.modules) - before), slow & (set(sys.modules) - before)
 assert not torch.cuda.is_initialized()
+import torch.utils.flop_counter  # which comes after memlayers here, and before it in other tests
+assert torch.ops.memlayers.search in torch.utils.flop_counter.flop_registry
 config = memlayers.MemoryConfig(dim=8, topk=2, num_subkeys=4, query_dim=4)
 layer = memlayers.MemoryLayer(config)
 optimizer = memlayers.RowAdam(layer)

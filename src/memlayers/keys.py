@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memlayers.ops import wide_dtype, widened, without_autocast
+from memlayers.ops import exported, wide_dtype, widened, without_autocast
 from memlayers.ops.read import dot
 from memlayers.ops.search import search
 from memlayers.ops.select import best
@@ -63,9 +63,10 @@ class ProductKeys(nn.Module):
 
     def forward(self, query: Tensor) -> Hits:
         """query: [..., H, Q] -> Hits of shape [..., H, K]."""
-        scores_THK, slots_THK = search(*self.factors(query.reshape(-1, *query.shape[-2:])), self.topk)
+        searched = exported.search if torch.compiler.is_exporting() else search
+        scores_THK, slots_THK = searched(*self.factors(query.reshape(-1, *query.shape[-2:])), self.topk)
         shape = (*query.shape[:-1], self.topk)
-        return Hits(scores_THK.view(shape), slots_THK.view(shape))
+        return Hits(scores_THK.reshape(shape), slots_THK.reshape(shape))
 
     def factors(self, query_THQ: Tensor) -> tuple[Tensor, Tensor]:
         """The queries and the sub-keys whose products are the scores, in one dtype: that of the query.
@@ -168,13 +169,16 @@ class FlatKeys(nn.Module):
         """query: [..., H, Q] -> Hits of shape [..., H, K]."""
         heads, slots, query_dim = self.weight.shape
         query_THQ = query.reshape(-1, heads, query_dim)
+        shape = (*query.shape[:-1], self.topk)
+        if torch.compiler.is_exporting():
+            scores_THK, slots_THK = exported.search_all(query_THQ, self.weight, self.topk)
+            return Hits(scores_THK.reshape(shape), slots_THK.reshape(shape))
         slots_THK = self._search(query_THQ)
         # One table of H * S keys, so that all heads are scored in one call.
         rows_THK = slots_THK + torch.arange(heads, device=query.device)[:, None] * slots
         scores = dot(self.weight.flatten(0, 1), rows_THK.flatten(0, 1), query_THQ.flatten(0, 1))
         # Rescored in another order of operations than searched, so near-ties may have changed places.
         scores_THK, order_THK = scores.view_as(rows_THK).sort(dim=-1, descending=True, stable=True)
-        shape = (*query.shape[:-1], self.topk)
         return Hits(scores_THK.view(shape), slots_THK.gather(-1, order_THK).view(shape))
 
     @torch.no_grad()

@@ -4,9 +4,10 @@ Letters: B batch, T tokens, D model width, H heads, Q query width of a head, S s
 M = H * K rows a token reads, V value width.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,11 @@ from memlayers.values import ValueTable, modules_of
 
 # The parts whose work `infer` does. A part of another class (wrapped, reparametrised, of a subclass) is called.
 _PARTS = (QueryNetwork, nn.Linear, MaskedBatchNorm, ProductKeys, ValueTable)
+
+_NO_TORCHSCRIPT = (
+    "TorchScript cannot hold a memory layer: use torch.export.export(model, ...) or torch.onnx.export(..., "
+    "dynamo=True) in place of torch.jit.trace and torch.jit.script"
+)
 
 # The dtypes of x that `infer` has kernels for; elsewhere it would save nothing.
 _DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
@@ -117,8 +123,10 @@ class MemoryLayer(nn.Module):
             [..., D], of the shape and dtype of x.
 
         Raises:
-            ValueError: another width than ``config.dim``, or a mask that does not fit.
+            ValueError: another width than ``config.dim``, a mask that does not fit, or a call by `torch.jit.trace`.
         """
+        if torch.jit.is_tracing():
+            raise ValueError(_NO_TORCHSCRIPT)
         config = self.config
         if x.shape[-1] != config.dim:
             raise ValueError(f"x must have dim = {config.dim} as its last size, got {[*x.shape]}")
@@ -155,12 +163,16 @@ class MemoryLayer(nn.Module):
         if mask is not None:
             fits = mask.shape == x.shape[:-1]
         elif (mask := self.mask) is not None:
-            fits = mask.numel() == x.shape[:-1].numel()  # the block may have flattened its tokens
+            fits = mask.numel() == math.prod(x.shape[:-1])  # the block may have flattened its tokens
         else:
             return None
         if not fits:
             raise ValueError(f"mask must have the leading shape of x, {[*x.shape[:-1]]}, got {[*mask.shape]}")
         return mask.reshape(-1).to(torch.bool)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # `torch.jit.script` asks every module of a model for this.
+        raise ValueError(_NO_TORCHSCRIPT)
 
     def extra_repr(self) -> str:
         return f"slots={self.config.slots}, heads={self.config.heads}, topk={self.config.topk}"
@@ -176,6 +188,8 @@ def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
     """
     device, dtype = x_TD.device.type, x_TD.dtype
     if torch.is_grad_enabled() or layer.training or dtype not in _DTYPES.get(device, ()):
+        return None
+    if torch.compiler.is_exporting():
         return None
     if has_global_forward_hooks() or torch.is_autocast_enabled(device):
         return None

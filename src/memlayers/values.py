@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.checks import require_int
+from memlayers.ops import exported
 from memlayers.ops.read import read, read_row_mode
 from memlayers.ops.record import RowGradient
 
@@ -71,8 +72,10 @@ class ValueTable(nn.Module):
         if slots.shape != weights.shape:
             raise ValueError(f"slots and weights must have one shape, got {[*slots.shape]} and {[*weights.shape]}")
         slots_TM, weights_TM = slots.flatten(0, -2), weights.flatten(0, -2)
+        if torch.compiler.is_exporting():
+            y_TV = exported.read(self.weight, slots_TM, weights_TM)
         # Without gradients there is nothing to record, and the handle, on the CPU, would keep CUDA graphs away.
-        if self.row_gradient is not None and self.weight.requires_grad and torch.is_grad_enabled():
+        elif self.row_gradient is not None and self.weight.requires_grad and torch.is_grad_enabled():
             assert self.row_mark is not None
             if not self.row_mark.requires_grad:  # frozen by code that names the weights to train
                 self.row_mark.requires_grad_(True)

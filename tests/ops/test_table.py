@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from memlayers.ops import cpu, gpu, infer, read, row_step, search, table
+from memlayers import MemoryConfig, MemoryLayer, RowAdam, UsageMeter
+from memlayers.ops import cpu, flops, gpu, infer, read, row_step, search, table
 from memlayers.ops.cpu import launch
 
 NAMES = {
@@ -55,3 +57,44 @@ def test_it_says_when_kernels_do_not_share_pytorch_s_threads(monkeypatch):
     assert table.describe()["threads of a CPU"].startswith("Python's, since PyTorch's OpenMP runtime is not found")
     monkeypatch.setattr(launch, "team", lambda: print)
     assert table.describe()["threads of a CPU"] == "PyTorch's OpenMP runtime"
+
+
+T, D, F, H, N, K, M, V = 6, 24, 3 * 14, 3, 12, 5, 3 * 5, 24
+QUERY, KEYS, READ = 2 * T * D * F, 2 * T * F * N, 2 * T * M * V
+
+
+def counted(layer, *, backward=False):
+    x = torch.randn(T, D, requires_grad=backward)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        y = layer(x)
+        if backward:
+            y.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.promise(
+    "Export and counting",
+    "`torch.utils.flop_counter.FlopCounterMode`",
+    "supported",
+    "counts query, keys and read, and for backward twice as many; `torch.profiler` and DeepSpeed's profiler, which "
+    "know PyTorch's own operators only, count the query alone",
+)
+def test_the_flop_counter_counts_query_keys_and_read():
+    layer = MemoryLayer(MemoryConfig(dim=D, heads=H, topk=K, num_subkeys=N, query_dim=14))
+    assert counted(layer, backward=True) == 3 * (QUERY + KEYS + READ)
+    optimizer = RowAdam([layer.values])
+    assert counted(layer, backward=True) == 3 * (QUERY + KEYS + READ)  # what the step will sum is counted with backward
+    optimizer.release()
+    layer.eval()
+    assert counted(layer) == QUERY + KEYS + READ  # as one operation
+    with UsageMeter(layer):
+        assert counted(layer) == QUERY + KEYS + READ  # by its parts
+    layer.keys.requires_grad_(False)
+    assert counted(layer, backward=True) == 3 * (QUERY + READ) + 2 * KEYS
+
+
+def test_what_is_registered_after_the_counter_is_counted_too():
+    flops.count_flops(torch.ops.aten.atan, lambda shape, **_: 7 * len(shape))
+    with FlopCounterMode(display=False) as counter:
+        torch.randn(2, 3).atan()
+    assert counter.get_total_flops() == 14

@@ -209,6 +209,15 @@ class MemoryMixin(PreTrainedModel):
             _reset_what_was_not_loaded(wrapper)
         super().initialize_weights()
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As in `transformers`; `exclude_embeddings` leaves out tables of values, too.
+
+        By that number Trainer counts operations, six for each parameter and token; of a table a token reads few rows.
+        """
+        count = super().num_parameters(only_trainable, exclude_embeddings)
+        tables = [module.weight for module in self.modules() if exclude_embeddings and isinstance(module, ValueTable)]
+        return count - sum(table.numel() for table in tables if table.requires_grad or not only_trainable)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `transformers.PreTrainedModel.save_pretrained`, except that a save that fails leaves the folder as it was.
 

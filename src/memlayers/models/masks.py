@@ -119,9 +119,9 @@ def _along(base: nn.Module, path: str) -> Iterator[Any]:
 def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     ids = kwargs["input_ids"] if "input_ids" in kwargs else (args[:1] or (None,))[0]
     if ids is not None:
-        return int(ids.shape[-1])
+        return ids.shape[-1]
     embeddings = kwargs.get("inputs_embeds")
-    return None if embeddings is None else int(embeddings.shape[1])
+    return None if embeddings is None else embeddings.shape[1]
 
 
 def _of_this_call(mask: Any, num_tokens: int | None, *, training: bool) -> Tensor | None:
@@ -140,6 +140,8 @@ def _of_this_call(mask: Any, num_tokens: int | None, *, training: bool) -> Tenso
         return None  # the model's own forward reports that neither input_ids nor inputs_embeds came
     if mask.shape[1] < num_tokens:
         raise ValueError(f"attention_mask must have a column for each of the {num_tokens} tokens, got {mask.shape[1]}")
+    if mask.shape[1] == num_tokens:  # sliced, it would tie `torch.export` to one number of tokens
+        return mask.to(torch.bool)
     # With a cache the mask covers past and present, [B, past + T]: the last T columns are those of this call.
     return mask[:, mask.shape[1] - num_tokens :].to(torch.bool)
 

@@ -57,4 +57,13 @@ def _empty(x_TD, *arguments) -> Tensor:
     return x_TD.new_empty(x_TD.shape[0], table_SV.shape[1], dtype=wide_dtype(table_SV.dtype))
 
 
-infer = operation("infer", infer_reference, _empty, pack=lambda *arguments: (Layer(*arguments),))
+def _flops(*arguments, **_) -> int:
+    layer = Layer(*arguments)  # of shapes
+    num_tokens, dim = layer.x_TD
+    _, heads, num_subkeys, _ = layer.keys_2HNC
+    num_features = layer.projection_FD[0]
+    read = heads * layer.topk * layer.table_SV[1]
+    return 2 * num_tokens * (dim * num_features + num_features * num_subkeys + read)
+
+
+infer = operation("infer", infer_reference, _empty, pack=lambda *arguments: (Layer(*arguments),), flops=_flops)

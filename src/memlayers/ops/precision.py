@@ -18,4 +18,6 @@ def widened(tensor: Tensor) -> Tensor:
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Inside, products on the tensor's device are computed in the dtypes that they are given."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    if tensor.is_meta or torch.compiler.is_exporting():  # an exported program has no such contexts
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)

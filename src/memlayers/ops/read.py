@@ -10,6 +10,8 @@ Sums are accumulated in float32 (float64 for float64), and so is what is returne
 never materialised as a whole. Letters: T tokens, K rows a token, S slots, V width, M = T * K.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,6 +83,14 @@ def _empty_rows(slots_TK, weights_TK, outputs_TV, num_slots):
     return outputs_TV.new_empty(num_slots, outputs_TV.shape[1], dtype=wide_dtype(outputs_TV.dtype))
 
 
+def _flops(table_SV, slots_TK, *_, **__):
+    return 2 * math.prod(slots_TK) * table_SV[1]
+
+
+def _flops_sum(slots_TK, weights_TK, outputs_TV, *_, **__):
+    return 2 * math.prod(slots_TK) * outputs_TV[1]
+
+
 def _save_read(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
     # Not saved as a tensor: another layer's backward may have written to it since, and that is not an error.
@@ -129,7 +139,7 @@ def _sum_backward(ctx, grad_SV):
 
 
 # Backward gives the table an ordinary dense gradient.
-read = operation("read", read_reference, _empty_outputs, backward=_read_backward, save=_save_read)
+read = operation("read", read_reference, _empty_outputs, backward=_read_backward, save=_save_read, flops=_flops)
 # Backward records a row gradient in `log`, the handle of the table's `RowGradient` (see `memlayers.ops.record`), and
 # leaves the table's gradient None; the gradient of `mark_1`, a companion parameter, shows that something was recorded.
 read_row_mode = operation(
@@ -139,6 +149,7 @@ read_row_mode = operation(
     backward=_read_row_mode_backward,
     save=_save_read,
     pack=lambda table_SV, slots_TK, weights_TK, mark_1, log: (table_SV, slots_TK, weights_TK),
+    flops=_flops,
 )
 dot = operation(
     "dot",
@@ -146,5 +157,8 @@ dot = operation(
     _empty_weights,
     backward=_dot_backward,
     save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    flops=_flops,
 )
-sum_rows = operation("sum_rows", sum_rows_reference, _empty_rows, backward=_sum_backward, save=_save_sum)
+sum_rows = operation(
+    "sum_rows", sum_rows_reference, _empty_rows, backward=_sum_backward, save=_save_sum, flops=_flops_sum
+)

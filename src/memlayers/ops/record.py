@@ -17,6 +17,7 @@ Letters: T tokens, K rows a token, S slots, V width.
 """
 
 import itertools
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,11 @@ def _is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-record_ = operation("record_", _record, lambda *_: None)
+def _flops(handle, slots_TK, weights_TK, grad_TV, **_):
+    return 2 * math.prod(slots_TK) * grad_TV[1]  # of the sum that the step makes, as of the one of a dense gradient
+
+
+record_ = operation("record_", _record, lambda *_: None, flops=_flops)
 
 
 class RowGradient:

@@ -7,6 +7,8 @@ the N * N sums have one.
 Letters: T tokens, H heads, Q query width of a head, C = Q / 2, N sub-keys a codebook, K neighbours.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -85,6 +87,14 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(query_THQ, weight_2HNC, output[1])
 
 
+def _flops(query_THQ, weight_2HNC, topk, **_):
+    return 2 * math.prod(query_THQ) * weight_2HNC[2]
+
+
+def _flops_backward(grad_THK, slots_THK, query_THQ, weight_2HNC, of_query=True, of_weight=True, **_):
+    return (of_query + of_weight) * _flops(query_THQ, weight_2HNC, grad_THK[-1])
+
+
 def _backward(ctx, grad_THK, _):
     query_THQ, weight_2HNC, slots_THK = ctx.saved_tensors
     of_query, of_weight = ctx.needs_input_grad[:2]
@@ -112,11 +122,12 @@ def _save_for_second(ctx, inputs, output):
     ctx.wanted = inputs[4:]
 
 
-search = operation("search", search_reference, _empty_hits, backward=_backward, save=_save)
+search = operation("search", search_reference, _empty_hits, backward=_backward, save=_save, flops=_flops)
 search_backward = operation(
     "search_backward",
     search_backward_reference,
     _empty_gradients,
     backward=_second_backward,
     save=_save_for_second,
+    flops=_flops_backward,
 )

@@ -94,12 +94,8 @@ select_pairs = operation("select", select_reference, _empty_pairs, backward=_sca
 
 def staircase(topk: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """The 0-based ranks (i, j) with (i + 1) * (j + 1) <= topk, as two int64 tensors [P]."""
-    lengths = [topk // (i + 1) for i in range(topk)]
-    first_P = torch.repeat_interleave(
-        torch.arange(topk, device=device), torch.tensor(lengths, device=device), output_size=sum(lengths)
-    )
-    offsets = [sum(lengths[:i]) for i in range(topk)]
-    second_P = torch.arange(sum(lengths), device=device) - torch.tensor(offsets, device=device)[first_P]
+    ranks = [(i, j) for i in range(topk) for j in range(topk // (i + 1))]
+    first_P, second_P = torch.tensor(ranks, device=device).unbind(1)
     return first_P, second_P
 
 

@@ -18,6 +18,7 @@ import torch
 
 from memlayers.ops import cpu, gpu
 from memlayers.ops.cpu import launch
+from memlayers.ops.flops import count_flops
 
 
 class Operation(NamedTuple):
@@ -102,6 +103,7 @@ def operation(
     backward: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
     pack: Callable[..., tuple[Any, ...]] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
     """Registers an operation of the table; returns it.
 
@@ -112,6 +114,7 @@ def operation(
         backward: Its gradients, as `torch.library.register_autograd` takes them.
         save: What backward needs is saved by it.
         pack: From the arguments of the operation those of reference and kernels; they are the same without it.
+        flops: Floating-point operations, from the arguments with shapes in place of tensors.
     """
     references[name] = reference
     if pack is not None:
@@ -123,7 +126,10 @@ def operation(
     torch.library.register_fake(f"memlayers::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"memlayers::{name}", backward, setup_context=save, lib=_library)
-    return getattr(torch.ops.memlayers, name).default
+    packet = getattr(torch.ops.memlayers, name)
+    if flops is not None:
+        count_flops(packet, flops)
+    return packet.default
 
 
 def run(device: str | None, name: str, *arguments: Any, **keywords: Any) -> Any:
