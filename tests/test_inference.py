@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlayers import MemoryConfig, MemoryLayer, ValueTable, inference
 from memlayers.inference import captured_decoding
-from memlayers.layer import try_infer
+from memlayers.layer import capturing, try_infer
 
 CONFIG = MemoryConfig(dim=64, heads=3, topk=5, num_subkeys=12, query_dim=14)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -85,10 +85,8 @@ def replays(graphs):
 def assert_same(model, x):
     """As without a capture, call by call."""
     result = model(x)
-    with contextlib.ExitStack() as stack:
-        for layer in model:
-            stack.callback(setattr, layer, "captures", layer.captures)
-            layer.captures = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capturing, "of", {})
         torch.testing.assert_close(result, model(x), rtol=0, atol=0)
 
 
@@ -205,11 +203,12 @@ def test_all_is_restored(graphs):
         model(model(torch.randn(1, 64))[:, :9])
     assert [vars(layer) == known for layer, known in zip(model, before, strict=True)] == [True, True]
     with captured_decoding(model, tokens=2):
-        outer = model[0].captures
+        outer = capturing.of
         with captured_decoding(model[0]):
-            assert model[0].captures is not outer
-            assert model[1].captures is outer
-        assert model[0].captures is outer
+            assert capturing.of[model[0]] is not outer[model[0]]
+            assert capturing.of[model[1]] is outer[model[1]]
+        assert capturing.of is outer
+    assert capturing.of == {}
 
 
 def test_a_copy_has_no_graphs(graphs):
@@ -218,7 +217,7 @@ def test_a_copy_has_no_graphs(graphs):
         model(torch.randn(1, 64))
         twin = copy.deepcopy(model)
         twin(torch.randn(1, 64))
-    assert twin[0].captures is None
+        assert twin[0] not in capturing.of
     assert replays(graphs) == [1]
     twin(torch.randn(2, 64)).sum().backward()
 
@@ -269,7 +268,7 @@ def test_real_graphs(dtype):
             assert_same(model, torch.randn(1, 64, device="cuda", dtype=dtype))
             model[1].values = ValueTable(144, 64, device="cuda", dtype=dtype)
             assert_same(model, torch.randn(1, 64, device="cuda", dtype=dtype))
-        assert not any(layer.captures for layer in model)
+        assert capturing.of == {}
 
 
 @needs_cuda

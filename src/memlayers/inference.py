@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.checks import require_int
-from memlayers.layer import MemoryLayer, memory_layers
+from memlayers.layer import MemoryLayer, capturing, memory_layers
 from memlayers.ops import gpu
 from memlayers.ops.infer import Layer, infer
 
@@ -33,27 +33,23 @@ def captured_decoding(model: nn.Module, *, tokens: int = 1) -> Iterator[None]:
     of the block frees the graphs and their memory.
 
     Args:
-        model: what holds the memories. Call it on one stream at a time.
+        model: what holds the memories. Call it on one stream at a time. Calls by other threads run as usual.
         tokens: the most tokens of a call that is captured, 1 to 16.
 
     Raises:
         ValueError: another number of tokens.
     """
     require_int("tokens", tokens, least=1, most=MOST_CAPTURED)
-    captures = Captures(tokens)
-    layers = memory_layers(model).values()
-    before = [layer.captures for layer in layers]
+    before = capturing.of
+    capturing.of = {**before, **dict.fromkeys(memory_layers(model).values(), CapturedCalls(tokens))}
     try:
-        for layer in layers:
-            layer.captures = captures
         yield
     finally:
-        for layer, outer in zip(layers, before, strict=True):
-            layer.captures = outer
+        capturing.of = before
 
 
-class Captures:
-    """The CUDA graphs of the layers of one model; a copy of a layer has none."""
+class CapturedCalls:
+    """The CUDA graphs of the layers of one model, for the calls of one thread."""
 
     def __init__(self, tokens: int):
         self.tokens = tokens
@@ -89,9 +85,6 @@ class Captures:
             if stream is None:
                 stream = self._streams[x_TD.device] = torch.cuda.Stream(x_TD.device)
             return CapturedCall(x_TD, arguments, stream, self._pool)
-
-    def __reduce__(self):
-        return type(None), ()
 
 
 class CapturedCall:

@@ -4,7 +4,7 @@ Letters: B batch, T tokens, D model width, H heads, Q query width of a head, S s
 M = H * K rows a token reads, V value width.
 """
 
-import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NoReturn
@@ -30,6 +30,16 @@ _NO_TORCHSCRIPT = (
 
 # The dtypes of x that `infer` has kernels for; elsewhere it would save nothing.
 _DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+
+
+class Capturing(threading.local):
+    """What runs `infer` by CUDA graphs, for the layers of which a thread wants that: `captured_decoding` says so."""
+
+    def __init__(self) -> None:
+        self.of: dict[MemoryLayer, Callable[[MemoryLayer, Tensor, tuple[Any, ...]], Tensor]] = {}
+
+
+capturing = Capturing()
 
 
 class MemoryLayer(nn.Module):
@@ -82,11 +92,6 @@ class MemoryLayer(nn.Module):
         self.owns_values = values is None
         self.values = ValueTable(config.slots, config.width, **where) if values is None else values
         self.output = self.make_output(**where)
-        # The real tokens of the call in progress, [B, T]. A model sets it for the length of its call, since its blocks
-        # call `self.mlp(hidden)` and pass no mask.
-        self.mask: Tensor | None = None
-        # Runs `infer` by CUDA graphs. `memlayers.inference.captured_decoding` sets it for the length of its block.
-        self.captures: Callable[[MemoryLayer, Tensor, tuple[Any, ...]], Tensor] | None = None
 
     def make_keys(self, **where: Any) -> ProductKeys | FlatKeys:
         """The module that is called with the query and returns `Hits`; `where` holds the device and the dtype."""
@@ -117,7 +122,7 @@ class MemoryLayer(nn.Module):
         Args:
             x: [..., D], any leading shape.
             mask: of the leading shape, True or 1 for real tokens. Padding reads nothing (its output is zero), and is
-                left out of BatchNorm and of usage. None takes the mask that the model handed over, if any.
+                left out of BatchNorm and of usage. None: all are real.
 
         Returns:
             [..., D], of the shape and dtype of x.
@@ -160,13 +165,9 @@ class MemoryLayer(nn.Module):
 
     def token_mask(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """The mask [T] (bool) that a call with these arguments uses; None if all tokens are real."""
-        if mask is not None:
-            fits = mask.shape == x.shape[:-1]
-        elif (mask := self.mask) is not None:
-            fits = mask.numel() == math.prod(x.shape[:-1])  # the block may have flattened its tokens
-        else:
+        if mask is None:
             return None
-        if not fits:
+        if mask.shape != x.shape[:-1]:
             raise ValueError(f"mask must have the leading shape of x, {[*x.shape[:-1]]}, got {[*mask.shape]}")
         return mask.reshape(-1).to(torch.bool)
 
@@ -213,8 +214,8 @@ def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
             return None
     if projection.weight.dtype != dtype or keys.weight.dtype != dtype:
         return None
-    if layer.captures is not None and not torch.compiler.is_compiling():
-        return layer.captures(layer, x_TD, arguments)
+    if not torch.compiler.is_compiling() and (run := capturing.of.get(layer)) is not None:
+        return run(layer, x_TD, arguments)
     return infer(x_TD, *arguments)
 
 

@@ -5,6 +5,7 @@ Letters: T tokens, H heads, K rows a head reads, S slots.
 
 import dataclasses
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,16 @@ class UsageReport:
         return dataclasses.asdict(self)
 
 
+# By meter, the mask of the call in progress in this thread, between the hook of the layer and that of its keys.
+_in_thread = threading.local()
+# Two threads that add to one tensor lose some of it.
+_adding = threading.Lock()
+
+
+def _masks() -> dict[int, Tensor | None]:
+    return getattr(_in_thread, "masks", {})
+
+
 class UsageMeter(Listener):
     """Counts the hits of one layer, exactly; skips padding and recomputations.
 
@@ -60,8 +71,9 @@ class UsageMeter(Listener):
             model(input_ids, attention_mask=mask)
         meter.report().overall.usage
 
-    It listens through forward hooks and leaves nothing in the layer. Under `torch.compile`, attach it before the first
-    call. It holds 20 bytes for each slot and head, and a mask of 1 MB.
+    It listens through forward hooks and leaves nothing in the layer. Several threads may call the layer meanwhile.
+    Under `torch.compile`, attach it before the first call, and let one thread at a time call. It holds 20 bytes for
+    each slot and head, and a mask of 1 MB.
 
     Args:
         layer: the memory to listen to, also one of a model.
@@ -71,8 +83,8 @@ class UsageMeter(Listener):
 
     def __init__(self, layer: MemoryLayer):
         self.layer = layer
-        # The real tokens of the call in progress, written in place: setting an attribute in a compiled region that is
-        # checkpointed would make its recomputation differ.
+        # The real tokens of a compiled call in progress, written in place: setting an attribute in a compiled region
+        # that is checkpointed would make its recomputation differ.
         self._real_T = torch.ones(self.MOST_TOKENS, dtype=torch.bool, device=layer.keys.weight.device)
         self.reset()
 
@@ -92,6 +104,9 @@ class UsageMeter(Listener):
     @torch.no_grad()
     def _before_layer(self, layer: MemoryLayer, args: tuple, kwargs: dict) -> None:
         mask_T = layer.token_mask(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _in_thread.masks = {**_masks(), id(self): mask_T}
+            return
         tokens = input_of(args, kwargs).shape[:-1].numel()
         if tokens > len(self._real_T):
             self._real_T = self._real_T.new_ones(tokens)
@@ -101,7 +116,12 @@ class UsageMeter(Listener):
             self._real_T[:tokens].copy_(mask_T)
 
     def _after_search(self, keys: torch.nn.Module, args: tuple, hits: Hits) -> None:
-        if not is_recomputation():
+        if not torch.compiler.is_compiling():
+            mask_T = _masks().pop(id(self), None)  # None also for a search that no call of the layer makes
+            if not is_recomputation():
+                with _adding:
+                    self.add(hits, mask_T)
+        else:
             real_T = self._real_T[: hits.slots.shape[:-2].numel()]
             self.add(hits, real_T)
             with torch.no_grad():

@@ -39,7 +39,6 @@ def same(a, b):
 def everything(model, optimizers):
     rows = []
     for memory in memory_layers(model).values():
-        rows.append(memory.mask)
         if (gradient := memory.values.row_gradient) is not None:
             summed = gradient.summed()
             rows += [gradient.is_empty, copied(gradient.handle), [] if summed is None else copied(list(summed))]

@@ -1,13 +1,18 @@
 import copy
+import dataclasses
 import functools
 import pickle
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from memlayers import MemoryConfig, UsageMeter
 from memlayers.models import add_memory, causal_lm, memory_layers
+from memlayers.models.calls import in_progress
+from memlayers.models.masks import fitted
 
 B, T = 3, 10
 PADDING = {"left": [4, 0, 1], "right": [4, 0, 1]}
@@ -113,7 +118,7 @@ def test_two_forwards_before_two_backwards(with_memory, enable_checkpointing, ch
         ]
         for loss in losses:
             loss.backward()
-        assert all(memory.mask is None for memory in memory_layers(model).values())
+        assert in_progress() == ()
         return [p.grad for p in model.parameters()]
 
     expected = gradients(copy.deepcopy(with_memory))
@@ -140,7 +145,7 @@ def handed_masks(model, call):
     """The mask that each memory saw during `call`."""
     seen = []
     handles = [
-        memory.register_forward_pre_hook(lambda memory, args: seen.append(memory.mask))
+        memory.register_forward_pre_hook(lambda memory, args, kwargs: seen.append(kwargs.get("mask")), with_kwargs=True)
         for memory in memory_layers(model).values()
     ]
     try:
@@ -148,7 +153,7 @@ def handed_masks(model, call):
     finally:
         for handle in handles:
             handle.remove()
-    assert all(memory.mask is None for memory in memory_layers(model).values())
+    assert in_progress() == ()
     return seen
 
 
@@ -226,7 +231,7 @@ def test_a_failed_call_leaves_no_mask(with_memory):
     with pytest.raises(RuntimeError, match="on purpose"):
         with_memory(ids, attention_mask=mask)
     handle.remove()
-    assert all(memory.mask is None for memory in memory_layers(with_memory).values())
+    assert in_progress() == ()
 
 
 def prepared(mask: Tensor) -> Tensor:
@@ -234,12 +239,43 @@ def prepared(mask: Tensor) -> Tensor:
     return torch.ones(T, T).tril().bool() & mask[:, None, None, :].bool() | torch.eye(T).bool()
 
 
-def test_a_prepared_mask_is_refused_in_training(with_memory):
+@pytest.mark.promise(
+    "Masks", "4-D masks (packed sequences) in training, with `query_norm=\"batch\"`", "refused",
+    "statistics must not see padding: `query_norm=\"rms\"`, or the norms in evaluation",
+)  # fmt: skip
+def test_a_prepared_mask_is_refused_where_statistics_are_taken(with_memory):
     mask = padding_mask("right")
     ids, _ = batch(mask)
-    with pytest.raises(ValueError, match=r"attention_mask must have 2 dimensions .* got 4 dimensions"):
+    with pytest.raises(ValueError, match=r"attention_mask must have 2 dimensions .* got 4 dimensions; .*'rms'"):
         with_memory.train()(ids, attention_mask=prepared(mask), use_cache=False)
-    assert all(memory.mask is None for memory in memory_layers(with_memory).values())
+    assert in_progress() == ()
+
+
+@pytest.mark.promise(
+    "Masks", "4-D masks (packed sequences) in training, with another `query_norm` or frozen statistics", "supported",
+    "all tokens count as real",
+)  # fmt: skip
+@pytest.mark.parametrize("norm", ["rms", "none", "batch"])
+@pytest.mark.parametrize("kind", [bool, float])
+def test_a_prepared_mask_trains_where_no_statistics_are_taken(family, plain, memory_config, norm, kind):
+    config = dataclasses.replace(memory_config, query_norm=norm)
+    model = add_memory(plain, config, [2]).train()
+    (memory,) = memory_layers(model).values()
+    if norm == "batch":
+        memory.query.norm.eval()
+    mask = padding_mask("right")
+    ids, _ = batch(mask)
+    allowed = prepared(mask)
+    if kind is float:
+        allowed = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    with UsageMeter(memory) as meter:
+        found = model(ids, attention_mask=allowed, position_ids=positions(mask), use_cache=False).logits[mask.bool()]
+    found.square().sum().backward()
+    assert memory.values.weight.grad.abs().sum() > 0
+    assert meter.report().tokens == B * T
+    with torch.no_grad():
+        expected = model.eval()(ids, attention_mask=mask, position_ids=positions(mask)).logits[mask.bool()]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_a_prepared_mask_changes_nothing_in_evaluation(with_memory):
@@ -250,6 +286,126 @@ def test_a_prepared_mask_changes_nothing_in_evaluation(with_memory):
         assert handed_masks(with_memory, lambda: with_memory(ids, attention_mask=prepared(mask))) == [None, None]
         found = with_memory(ids, attention_mask=prepared(mask)).logits[mask.bool()]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.promise(
+    "Masks", "a mask with more columns than tokens: a static cache, a collator that shifts the tokens only",
+    "supported", "the columns of the cache's positions, as in the model without a memory",
+)  # fmt: skip
+def test_of_a_mask_that_is_too_long_the_columns_of_the_tokens_count(with_memory):
+    mask = padding_mask("right")
+    ids, _ = batch(mask)
+    longer = torch.cat([mask, torch.tensor([[0, 1], [1, 0], [0, 0]])], 1)
+    assert_handed(with_memory, lambda: with_memory(ids, attention_mask=longer), mask)
+    with torch.no_grad():
+        found = with_memory(ids, attention_mask=longer).logits
+        assert torch.equal(found, with_memory(ids, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("make", [transformers.DynamicCache, transformers.StaticCache])
+def test_with_a_cache_the_columns_are_those_of_its_positions(with_memory, make):
+    mask = torch.cat([padding_mask("left"), torch.ones(B, 3, dtype=torch.long)], 1)
+    ids = torch.randint(0, 40, mask.shape)
+    is_static = make is transformers.StaticCache
+    cache = make(config=with_memory.config, **({"max_cache_len": T + 3} if is_static else {}))
+    with torch.no_grad():
+        whole = with_memory(ids, attention_mask=mask).logits
+        for start, stop in ((0, T), (T, T + 1), (T + 1, T + 3)):
+            given = mask if is_static else mask[:, :stop]
+            found = []
+
+            def step(given=given, start=start, stop=stop, found=found):
+                output = with_memory(ids[:, start:stop], attention_mask=given, past_key_values=cache, use_cache=True)
+                found.append(output.logits)
+
+            assert_handed(with_memory, step, mask[:, start:stop])
+            real = mask[:, start:stop].bool()
+            torch.testing.assert_close(found[0][real], whole[:, start:stop][real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.promise("Masks", "a mask that does not fit the tokens", "refused", "in words, at the call")
+def test_a_mask_of_this_call_alone_does_not_fit_a_cache(with_memory):
+    ids = torch.randint(0, 40, (B, T))
+    ones = torch.ones(B, T, dtype=torch.long)
+    with torch.no_grad():
+        cache = with_memory(ids, attention_mask=ones, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="for each of the 10 tokens and the 10 before them .* cache, got 10"):
+            with_memory(ids, attention_mask=ones, past_key_values=cache)
+
+
+def test_hidden_states_in_other_arrangements():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    for leading, expected in {
+        (2, 3): mask,
+        (3, 2): mask.T,
+        (6,): mask.reshape(6),
+        (4, 2, 3): mask.expand(4, 2, 3),
+    }.items():
+        assert torch.equal(fitted(mask, torch.Size(leading)), expected)
+    assert torch.equal(fitted(mask, torch.Size((6,)), tokens_first=True), mask.T.reshape(6))
+    square = torch.tensor([[1, 1], [0, 1]]).bool()
+    assert torch.equal(fitted(square, torch.Size((2, 2)), tokens_first=True), square.T)
+    for leading in ((2, 4), (1, 6), (5,), (2, 3, 1), ()):
+        with pytest.raises(ValueError, match=r"attention_mask must fit the hidden states .* got \[2, 3\] for"):
+            fitted(mask, torch.Size(leading))
+
+
+def xlnet():
+    sizes = {"vocab_size": 40, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
+    return transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes)), r"transformer\.layer\.\d\.ff"
+
+
+def fsmt():
+    sizes = {f"{half}_{name}": size for half in ("encoder", "decoder")
+             for name, size in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 24))}  # fmt: skip
+    config = transformers.FSMTConfig(
+        langs=["en", "de"], src_vocab_size=40, tgt_vocab_size=40, d_model=16, max_position_embeddings=32, **sizes
+    )
+    return transformers.FSMTForConditionalGeneration(config), r"model\.encoder\.layers\.\d"
+
+
+@pytest.mark.promise(
+    "Masks", "blocks that work on [tokens, batch, width] (XLNet, FSMT)", "supported", "the mask is turned as they are"
+)
+@pytest.mark.parametrize("build", [xlnet, fsmt])
+@pytest.mark.parametrize("num_tokens", [3, 5])  # of a batch of three: a square one does not show its arrangement
+def test_blocks_that_have_tokens_first(build, num_tokens, memory_config):
+    torch.manual_seed(0)
+    plain, names = build()
+    model = add_memory(plain.train(), memory_config, names, mode="parallel")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    mask = torch.ones(3, num_tokens, dtype=torch.long)
+    mask[0, 1:], mask[1, 2:] = 0, 0
+    memory = next(iter(memory_layers(model).values()))
+    seen = []
+    memory.register_forward_pre_hook(lambda memory, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
+    ids = torch.randint(3, 40, mask.shape)
+    if model.config.is_encoder_decoder:
+        ids[~mask.bool()] = model.config.pad_token_id
+    with UsageMeter(memory) as meter:
+        model(input_ids=ids, attention_mask=mask)
+    assert torch.equal(seen[0], mask.T.bool())
+    assert meter.report().tokens == int(mask.sum())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_of_pytorch_s_own_wrapper_keep_the_mask(with_memory, use_reentrant):
+    mask = padding_mask("right")
+    ids, _ = batch(mask)
+    with_memory.train()
+    expected = observe(with_memory, ids, mask)
+    kind = CheckpointImpl.REENTRANT if use_reentrant else CheckpointImpl.NO_REENTRANT
+    blocks = with_memory.get_submodule(next(iter(memory_layers(with_memory))).split(".1.")[0])
+    for place, block in enumerate(blocks):
+        blocks[place] = checkpoint_wrapper(block, checkpoint_impl=kind)
+    found = observe(with_memory, ids, mask)
+    gradients = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in found["gradients"].items()}
+    for name, gradient in gradients.items():
+        if gradient is not None:  # the first block has none: a reentrant checkpoint needs an input with a gradient
+            torch.testing.assert_close(gradient, expected["gradients"][name], msg=name)
+    assert found["usage"] == expected["usage"]
 
 
 def test_a_mask_that_is_too_short_is_refused(with_memory):
@@ -294,7 +450,7 @@ def test_compiled_in_one_graph(name, checkpointing, enable_checkpointing):
 
     twin = copy.deepcopy(model)
     real, gradients, stats = step(other_ids, mask, twin)
-    assert all(memory.mask is None for memory in memory_layers(twin).values())
+    assert in_progress() == ()
     torch.testing.assert_close(real, eager["real"])
     torch.testing.assert_close(gradients, [*eager["gradients"].values()])
     torch.testing.assert_close(stats, eager["statistics"])

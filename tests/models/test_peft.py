@@ -171,7 +171,7 @@ def test_masks_reach_the_memory_through_the_adapter():
     model = freeze_base(memory_first()).train()
     (memory,) = memory_layers(model).values()
     seen = []
-    memory.register_forward_pre_hook(lambda memory, args: seen.append(memory.mask))
+    memory.register_forward_pre_hook(lambda memory, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
     mask = torch.ones_like(IDS)
     mask[1, 8:] = 0
     model(input_ids=IDS, attention_mask=mask)

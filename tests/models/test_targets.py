@@ -23,6 +23,7 @@ from transformers import (
 
 from memlayers import MemoryConfig
 from memlayers.models import add_memory, freeze_base, memory_layers, remove_memory
+from memlayers.models.calls import in_progress
 from memlayers.models.targets import choose, default_layer
 from memlayers.models.wrappers import find_wrappers
 from memlayers.optim import MemoryAdamW
@@ -143,11 +144,14 @@ def test_each_half_of_an_encoder_decoder_hands_over_its_own_mask():
     masks[1, 1, 8:] = 0
     seen = {}
     for name, memory in memory_layers(model).items():
-        memory.register_forward_pre_hook(lambda memory, args, name=name: seen.update({name.split(".")[0]: memory.mask}))
+        memory.register_forward_pre_hook(
+            lambda memory, args, kwargs, name=name: seen.update({name.split(".")[0]: kwargs.get("mask")}),
+            with_kwargs=True,
+        )
     model(input_ids=IDS, decoder_input_ids=IDS, attention_mask=masks[0], decoder_attention_mask=masks[1])
     assert torch.equal(seen["encoder"], masks[0].bool())
     assert torch.equal(seen["decoder"], masks[1].bool())
-    assert all(memory.mask is None for memory in memory_layers(model).values())
+    assert in_progress() == ()
     model.eval().generate(IDS, attention_mask=masks[0], max_new_tokens=3, num_beams=2)
     assert seen["encoder"].shape == (3, 10)
 
@@ -156,7 +160,7 @@ def test_each_half_of_an_encoder_decoder_hands_over_its_own_mask():
 def test_a_memory_in_one_half(half):
     model = add_memory(build("t5"), MEMORY, half, mode="parallel").train()
     ((_, memory),) = memory_layers(model).items()
-    memory.register_forward_pre_hook(lambda memory, args: seen.append(memory.mask))
+    memory.register_forward_pre_hook(lambda memory, args, kwargs: seen.append(kwargs.get("mask")), with_kwargs=True)
     seen = []
     mask = torch.ones(3, 10, dtype=torch.long)
     mask[0, 6:] = 0

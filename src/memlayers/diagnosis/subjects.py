@@ -20,6 +20,7 @@ class Subject:
     gate: nn.Parameter | None  # of a memory beside a network; what it adds is multiplied by it
     beside: tuple[nn.Module, ...]  # that network, or else those of other blocks; none: the input is compared with
     is_parallel: bool
+    wrapper: nn.Module | None = None  # what stands in the model, where that is not the layer itself
 
     @property
     def tables(self) -> list[ValueTable]:
@@ -55,7 +56,7 @@ def find_subjects(model: nn.Module) -> list[Subject]:
             place, base, gate = wrapper_name, wrapper._modules.get("base"), wrapper._parameters.get("gate")
         beside = (base,) if base is not None else tuple(_siblings(place, modules))
         table, *_ = value_tables(layer.values)
-        subjects.append(Subject(_shown(name), layer, table, gate, beside, base is not None))
+        subjects.append(Subject(_shown(name), layer, table, gate, beside, base is not None, wrapper))
     if not subjects:
         raise ValueError(
             f"model must have at least one memory (MemoryLayer), got a {type(model).__name__} without: it was not "

@@ -86,8 +86,6 @@ def untouched(model: nn.Module, subjects: Sequence[Subject]) -> Iterator[None]:
         weights = {table.weight for subject in subjects for table in subject.tables}
         for parameter in {own: None for subject in subjects for _, own in subject.parameters() if own not in weights}:
             undo.contents(parameter)
-        for subject in subjects:
-            undo.attribute(subject.layer, "mask", subject.layer.mask)  # that of a call that fails does not stay
         for module in {part: None for one in subjects for part in (*one.layer.modules(), *one.beside)}:
             # The handles of hooks refer to the mapping that comes back.
             for name in ("_forward_hooks", "_forward_pre_hooks"):

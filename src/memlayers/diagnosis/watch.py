@@ -4,6 +4,7 @@ Letters: T tokens, D model width, H heads, K rows a head reads, M = H * K rows a
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -95,7 +96,7 @@ class Watches(Listener):
             yield layer.keys.register_forward_hook(self._after_search)
             watch.beside = [Squares() for _ in watch.subject.beside]
             for squares, module in zip(watch.beside, watch.subject.beside, strict=True):
-                yield module.register_forward_hook(partial(_after_beside, squares, layer))
+                yield module.register_forward_hook(partial(_after_beside, squares, watch.subject.wrapper))
         for table in {table: None for watch in self.of.values() for table in watch.subject.tables}:
             yield table.register_forward_hook(self._after_read, with_kwargs=True)
 
@@ -141,12 +142,13 @@ def _gradient_of_output(watch: Watch, grad: Tensor) -> None:
     watch.has_gradient |= bool(grad.ne(0).any())
 
 
-def _after_beside(squares: Squares, layer: MemoryLayer, module: nn.Module, args: tuple, output: Any) -> None:
+def _after_beside(squares: Squares, wrapper: Any, module: nn.Module, args: tuple, output: Any) -> None:
     first = output[0] if isinstance(output, tuple) else output
     if isinstance(first, Tensor) and not is_recomputation():
-        x_TD = first.detach().flatten(0, -2)
-        mask = layer.mask  # that a model lays on its memories for the length of a call
-        squares.add(_real(x_TD, mask.reshape(-1).bool() if mask is not None and mask.numel() == len(x_TD) else None))
+        mask = None
+        with suppress(AttributeError, ValueError):  # a wrapper that takes no masks; an output that no mask fits
+            mask = wrapper.mask_for(first)
+        squares.add(_real(first.detach().flatten(0, -2), None if mask is None else mask.reshape(-1)))
 
 
 def _real(x: Tensor, mask_T: Tensor | None) -> Tensor:

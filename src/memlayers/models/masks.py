@@ -1,8 +1,9 @@
 """How a model's padding mask reaches its memories.
 
 A block calls ``self.mlp(hidden)``: no mask arrives there, yet padding must count neither in the query's BatchNorm nor
-in the usage figures. So a pre-forward hook lays the mask of the call on each memory (`MemoryLayer.mask`) and a forward
-hook takes it away again, also when the call fails.
+in the usage figures. So a pre-forward hook enters the mask of the call in the thread's `calls`, where the wrapper of a
+memory finds it, and a forward hook takes it out again. `columns` says which columns of a mask are those of the call's
+tokens, `fitted` which entry is that of which hidden state.
 
 The hooks sit on the *base model* (``model.transformer``, ``model.model``), not on the outermost one: wrappers such as
 PEFT's call ``model.forward`` directly, which skips the outermost model's hooks, but every forward of the outer model
@@ -10,21 +11,34 @@ calls the base model as a module. A model of several parts (the halves of an enc
 images) has masks of its own for each, or none: there they sit on the part, too. They hold names and no state, and are
 found by their functions, so deepcopy and pickle carry them along.
 
-Under gradient checkpointing a block runs a second time during backward, long after the call has ended and the mask was
-taken away, perhaps after another batch went through. There the mask travels as an argument of the checkpointed
-function.
+Under gradient checkpointing a block runs a second time during backward, in a thread of autograd's, long after the call
+has ended, perhaps after another batch went through. There the calls travel with the checkpointed function.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlayers.layer import MemoryLayer, memory_layers
+from memlayers.models import calls
+from memlayers.query import MaskedBatchNorm
+
+# What a forward's arguments say about masks, with the names that they have.
+_MASK = "attention_mask"
+_INPUTS = ("input_ids", "inputs_embeds")
+_CACHES = ("past_key_values", "cache_params")
+
+# Types of models whose blocks work on [tokens, batch, width]; a square batch does not show it.
+_TOKENS_FIRST = ("fsmt", "xlnet")
+
+# Where a module keeps the function that checkpoints what is in it: `transformers`, then PyTorch's `CheckpointWrapper`.
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 def install_hooks(model: nn.Module, memories: Sequence[str]) -> None:
@@ -32,33 +46,41 @@ def install_hooks(model: nn.Module, memories: Sequence[str]) -> None:
 
     A model whose forward takes no ``attention_mask`` hands over none.
     """
-    givers: dict[str, list[str]] = {}  # modules that are given masks, and their memories
+    kind = getattr(getattr(model, "config", None), "model_type", "").removeprefix("memory_")
+    inside: dict[str, list[str]] = {}  # givers of masks, and the wrappers of their memories
+    wrappers: dict[str, Any] = {}
     for memory in memories:
-        for giver in _givers(model, memory):
-            givers.setdefault(giver, []).append(memory)
-    for giver, names in givers.items():
+        name = memory.rpartition(".")[0]
+        wrapper: Any = model.get_submodule(name)
+        wrappers[name] = wrapper
+        wrapper.givers = tuple(_givers(model, memory))
+        wrapper.tokens_first = kind in _TOKENS_FIRST
+        for giver in wrapper.givers:
+            inside.setdefault(giver, []).append(name)
+    for giver, names in inside.items():
         base: Any = model.get_submodule(giver)
-        # Its place differs between models, and between versions of transformers for one model.
-        position = _parameters(base).index("attention_mask")
+        # Their places differ between models, and between versions of transformers for one model.
+        places = {name: place for place, name in enumerate(_parameters(base))}
+        is_part = giver != wrappers[names[0]].givers[0]
         paths = tuple(name.removeprefix(f"{giver}." if giver else "") for name in names)
-        base.register_forward_pre_hook(partial(hand_over_mask, paths, position), with_kwargs=True)
-        base.register_forward_hook(partial(take_away_mask, paths), always_call=True)
+        base.register_forward_pre_hook(partial(begin_call, giver, is_part, paths, places), with_kwargs=True)
+        base.register_forward_hook(partial(end_call, giver), always_call=True)
 
 
 def _givers(model: nn.Module, memory: str) -> list[str]:
     """The modules around a memory that its mask comes from, from the outside in: the base model, a part of it, both."""
     if not isinstance(model, PreTrainedModel):
-        return [""] if "attention_mask" in _parameters(model) else []
+        return [""] if _MASK in _parameters(model) else []
     parts = memory.split(".")
     around = [".".join(parts[:count]) for count in range(len(parts))]
     whole = next(name for name, module in model.named_modules() if module is model.base_model)
     models = [name for name in around if isinstance(model.get_submodule(name), PreTrainedModel)]
     models = [name for name in models if len(name) >= len(whole)]
-    if not models or "attention_mask" not in _parameters(model.get_submodule(models[-1])):
+    if not models or _MASK not in _parameters(model.get_submodule(models[-1])):
         return []  # of images, say
     if getattr(model.config, "is_encoder_decoder", False):
         return models[-1:]
-    takes = [name for name in models if "attention_mask" in _parameters(model.get_submodule(name))]
+    takes = [name for name in models if _MASK in _parameters(model.get_submodule(name))]
     return [takes[0], *takes[-1:]] if len(takes) > 1 else takes
 
 
@@ -72,39 +94,49 @@ def remove_hooks(model: nn.Module) -> None:
         hooks: Any
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number, hook in list(hooks.items()):
-                if isinstance(hook, partial) and hook.func in (hand_over_mask, take_away_mask):
+                if isinstance(hook, partial) and hook.func in (begin_call, end_call):
                     del hooks[number]
                     for marks in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
                         marks.pop(number, None)
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(checkpoint, partial) and checkpoint.func is checkpoint_with_mask:
-            module.__dict__["_gradient_checkpointing_func"] = checkpoint.args[0]
+        for name in _CHECKPOINTS:
+            checkpoint = module.__dict__.get(name)
+            if isinstance(checkpoint, partial) and checkpoint.func is checkpoint_in_calls:
+                module.__dict__[name] = checkpoint.args[0]
 
 
-def hand_over_mask(
-    paths: tuple[str, ...], position: int, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def begin_call(
+    giver: str,
+    is_part: bool,
+    paths: tuple[str, ...],
+    places: Mapping[str, int],
+    base: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
-    """Pre-forward hook: lays the mask of this call, [B, T] with True for real tokens, on each memory."""
-    mask = kwargs["attention_mask"] if "attention_mask" in kwargs else (args[position : position + 1] or (None,))[0]
-    is_prepared = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
-    mask_BT = None
-    for path in paths:
-        *around, memory = _along(base, path)
-        if memory.mask is not None and (mask is None or is_prepared):
-            continue  # from the whole model, of which this is a part
-        if mask_BT is None and mask is not None:
-            mask_BT = _of_this_call(mask, _num_tokens(args, kwargs), training=base.training)
-        memory.mask = mask_BT
-        if mask_BT is not None and base.training and not torch.compiler.is_compiling():
-            for module in around:
-                _carry_mask_through_checkpoint(module)
+    """Pre-forward hook: enters the mask of this call, [B, T] with True for real tokens."""
+    named = {name: args[place] for name, place in places.items() if place < len(args)} | kwargs
+    mask = named.get(_MASK)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        inputs, caches = (
+            [named[name] for name in names if named.get(name) is not None] for names in (_INPUTS, _CACHES)
+        )
+        mask_BT = columns(mask, _num_tokens([*inputs, *args]), caches[0] if caches else None)
+    else:
+        if mask is not None and base.training:
+            _require_no_statistics(mask, base, paths)
+        # A prepared mask (a static cache's, that of packed sequences, [B, 1, T, S]) no longer says which tokens are
+        # padding. The output at a real token does not depend on it where no statistics are taken.
+        mask_BT = None
+    calls.begin(giver, mask_BT, says=mask_BT is not None or not is_part)
+    if mask_BT is not None and base.training and not torch.compiler.is_compiling():
+        for path in paths:
+            for module in _along(base, path):
+                _carry_calls_through_checkpoint(module)
 
 
-def take_away_mask(paths: tuple[str, ...], base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def end_call(giver: str, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook: the mask belongs to one call only."""
-    for path in paths:
-        *_, memory = _along(base, path)
-        memory.mask = None
+    calls.end(giver)
 
 
 def _along(base: nn.Module, path: str) -> Iterator[Any]:
@@ -116,63 +148,95 @@ def _along(base: nn.Module, path: str) -> Iterator[Any]:
         yield module
 
 
-def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    ids = kwargs["input_ids"] if "input_ids" in kwargs else (args[:1] or (None,))[0]
-    if ids is not None:
-        return ids.shape[-1]
-    embeddings = kwargs.get("inputs_embeds")
-    return None if embeddings is None else embeddings.shape[1]
+def _num_tokens(inputs: Sequence[Any]) -> int | None:
+    """T, from the first of the inputs that is a tensor: token numbers [B, T] or embeddings [B, T, D]."""
+    for given in inputs:
+        if isinstance(given, Tensor):
+            return given.shape[1 if given.ndim > 2 else -1]
+    return None
 
 
-def _of_this_call(mask: Any, num_tokens: int | None, *, training: bool) -> Tensor | None:
-    """The columns of `mask` that belong to the tokens of this call; None where no memory can depend on them."""
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        if training:
+def _require_no_statistics(mask: Any, base: nn.Module, paths: Sequence[str]) -> None:
+    """Raises `ValueError` if a memory would take statistics over tokens of which some may be padding."""
+    for path in paths:
+        *_, wrapper = _along(base, path)
+        if any(isinstance(module, MaskedBatchNorm) and module.training for module in wrapper.memory.modules()):
             got = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise ValueError(
-                f"attention_mask must have 2 dimensions [batch, tokens] when a model with a memory is trained (the "
-                f"query's statistics must not see padding), got {got}"
+                f"attention_mask must have 2 dimensions [batch, tokens] when a memory with query_norm 'batch' is "
+                f"trained (the query's statistics must not see padding), got {got}; query_norm 'rms' takes any mask"
             )
-        # Prepared masks (a static cache's, [B, 1, T, S]) no longer say which tokens are padding. In evaluation the
-        # output at a real token does not depend on it: statistics are the running ones.
-        return None
+
+
+def columns(mask: Tensor, num_tokens: int | None, cache: Any = None) -> Tensor | None:
+    """The columns of `mask` that belong to the tokens of a call, [B, T] with True for real tokens.
+
+    A mask has a column for each place of the cache, [B, past + T] or more: `transformers` reads the first columns, and
+    of these the last T are those of the call. Raises `ValueError` for a mask with too few.
+    """
     if num_tokens is None:
         return None  # the model's own forward reports that neither input_ids nor inputs_embeds came
-    if mask.shape[1] < num_tokens:
-        raise ValueError(f"attention_mask must have a column for each of the {num_tokens} tokens, got {mask.shape[1]}")
-    if mask.shape[1] == num_tokens:  # sliced, it would tie `torch.export` to one number of tokens
+    past = 0 if cache is None else _num_past(cache, mask.shape[1] - num_tokens)
+    if isinstance(past, Tensor):
+        if torch.compiler.is_compiling():  # to ask for the number would split the graph; a missing column is padding
+            places_T = past.to(mask.device) + torch.arange(num_tokens, device=mask.device)
+            return F.pad(mask, (0, num_tokens)).index_select(1, places_T).to(torch.bool)
+        past = int(past)
+    if past == 0 and mask.shape[1] == num_tokens:  # sliced, it would tie `torch.export` to one number of tokens
         return mask.to(torch.bool)
-    # With a cache the mask covers past and present, [B, past + T]: the last T columns are those of this call.
-    return mask[:, mask.shape[1] - num_tokens :].to(torch.bool)
+    if past < 0 or mask.shape[1] < past + num_tokens:
+        cached = f" and the {past} before them that are in the cache" if past > 0 else ""
+        raise ValueError(
+            f"attention_mask must have a column for each of the {num_tokens} tokens{cached}, got {mask.shape[1]}"
+        )
+    return mask[:, past : past + num_tokens].to(torch.bool)
 
 
-def _carry_mask_through_checkpoint(module: nn.Module) -> None:
-    """Makes the checkpoint function of `module`, if one is set, keep the masks for the second run."""
-    checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-    if checkpoint is None or (isinstance(checkpoint, partial) and checkpoint.func is checkpoint_with_mask):
-        return
-    memories = tuple(memory_layers(module).values())
-    module.__dict__["_gradient_checkpointing_func"] = partial(checkpoint_with_mask, checkpoint, memories)
-
-
-def checkpoint_with_mask(
-    checkpoint: Callable[..., Any], memories: tuple[MemoryLayer, ...], run: Callable[..., Any], *args: Any
-) -> Any:
-    """Checkpoints ``run(*args)`` so that each of its runs sees the masks that are current now."""
-    if torch.compiler.is_compiling():
-        # The traced region holds the mask as an input of its own, and must not write to a module.
-        return checkpoint(run, *args)
-    masks = [memory.mask for memory in memories]
-    return checkpoint(partial(run_with_masks, memories, run, len(masks)), *masks, *args)
-
-
-def run_with_masks(memories: tuple[MemoryLayer, ...], run: Callable[..., Any], count: int, *args: Any) -> Any:
-    """Runs `run` on what follows `count` masks among `args`, with these on `memories`; puts back what was there."""
-    before = [memory.mask for memory in memories]
-    for memory, mask_BT in zip(memories, args[:count], strict=True):
-        memory.mask = mask_BT
+def _num_past(cache: Any, otherwise: int) -> int | Tensor:
+    """The tokens that a cache holds; `otherwise` for one that does not count them, as those of recurrent models."""
+    if not hasattr(cache, "get_seq_length"):
+        return otherwise
     try:
-        return run(*args[count:])
-    finally:
-        for memory, mask_BT in zip(memories, before, strict=True):
-            memory.mask = mask_BT
+        return cache.get_seq_length()
+    except ValueError:
+        return otherwise
+
+
+def fitted(mask_BT: Tensor, leading: torch.Size, *, tokens_first: bool = False) -> Tensor:
+    """The entries of a mask for hidden states of a leading shape, which a block may have arranged in another way.
+
+    It may be [B, T], [T, B], either flattened, or have further sizes before them, of streams that a token has.
+
+    Args:
+        mask_BT: of the call.
+        leading: the shape of the hidden states, without their width.
+        tokens_first: whether the model's blocks work on [T, B].
+
+    Raises:
+        ValueError: another shape.
+    """
+    mask = mask_BT.T if tokens_first else mask_BT
+    if len(leading) == 1 and leading[0] == math.prod(mask.shape):
+        return mask.reshape(-1)
+    for arranged in (mask, mask.T):
+        if leading[-2:] == arranged.shape:
+            return arranged.expand(leading)
+    raise ValueError(
+        f"attention_mask must fit the hidden states that a memory reads, got {[*mask_BT.shape]} for a leading shape of "
+        f"{[*leading]}: call the model without a mask, or give the memory another place"
+    )
+
+
+def _carry_calls_through_checkpoint(module: nn.Module) -> None:
+    """Makes the checkpoint function of `module`, if it has one, keep the calls in progress for the second run."""
+    for name in _CHECKPOINTS:
+        checkpoint = module.__dict__.get(name)
+        if checkpoint is not None and not (isinstance(checkpoint, partial) and checkpoint.func is checkpoint_in_calls):
+            module.__dict__[name] = partial(checkpoint_in_calls, checkpoint)
+
+
+def checkpoint_in_calls(checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Checkpoints ``run(*args)`` so that each of its runs is a part of the calls in progress now."""
+    if torch.compiler.is_compiling():  # the traced region holds the mask as an input of its own
+        return checkpoint(run, *args, **kwargs)
+    return checkpoint(partial(calls.during, calls.in_progress(), run), *args, **kwargs)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.layer import MemoryLayer
+from memlayers.models.calls import mask_for
+from memlayers.models.masks import fitted
 from memlayers.models.placement import Mode
 
 
@@ -19,6 +21,8 @@ class MemoryWrapper(nn.Module):
     mode: ClassVar[Mode]
     memory: MemoryLayer
     base_identity: object = None  # the `BaseIdentity` of the model that the memory was added to, if it is known
+    givers: tuple[str, ...] = ()  # whose calls' masks the memory takes (`memlayers.models.masks`)
+    tokens_first: bool = False  # whether the model's blocks work on [tokens, batch, width]
 
     @property
     def original(self) -> nn.Module | None:
@@ -28,7 +32,14 @@ class MemoryWrapper(nn.Module):
     def remember(self, x: Tensor) -> Tensor:
         """What the memory makes of x; a float16 one reaches a memory that is wider than the model in its dtype."""
         dtype = self.memory.keys.weight.dtype
-        return self.memory(x.to(dtype) if x.dtype == torch.float16 else x).to(x.dtype)
+        wide = x.to(dtype) if x.dtype == torch.float16 else x
+        mask = self.mask_for(x)
+        return (self.memory(wide) if mask is None else self.memory(wide, mask=mask)).to(x.dtype)
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """The mask of the call in progress for hidden states x; None if all are of real tokens."""
+        mask_BT = mask_for(self.givers)
+        return None if mask_BT is None else fitted(mask_BT.to(x.device), x.shape[:-1], tokens_first=self.tokens_first)
 
 
 class ReplacingMemory(MemoryWrapper):
