@@ -168,3 +168,56 @@ def test_what_was_put_around_modules_does_not_count(memory_config):
     # Replaced behind something that was put around.
     add_memory(model, memory_config, ["model.layers.1._orig_mod.mlp"])
     assert recorded_base(model) == identity_of(model)
+
+
+def one_bit(weight):
+    weight.data.view(torch.int16)[299, 39] ^= 1
+
+
+def two_rows(weight):
+    weight.data[[7, 200]] = weight.data[[200, 7]]
+
+
+def two_columns(weight):
+    weight.data[:, [3, 4]] = weight.data[:, [4, 3]]
+
+
+def one_column(weight):
+    weight.data[:, 1].neg_()
+
+
+@pytest.mark.parametrize("change", [one_bit, two_rows, two_columns, one_column])
+def test_in_the_process_of_the_model_any_bit_counts(change):
+    linear = nn.Linear(40, 300, bias=False, dtype=torch.bfloat16)
+    before = identity_of(linear, exact=True)
+    assert before.differing(identity_of(linear, exact=True)) == []
+    change(linear.weight)
+    assert before.differing(identity_of(linear, exact=True)) == ["weight"]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (5, 3), (1024, 3), (7, 1100)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float64, torch.bfloat16])
+def test_a_digest_is_of_the_values_not_of_where_they_are(shape, dtype):
+    module = nn.Module()
+    module.register_buffer("t", torch.randn(shape).to(dtype))
+    before = identity_of(module, exact=True)
+    assert [*before.digests] == ["t"]
+    module.t = torch.cat([module.t.flatten()[:1], module.t.flatten()])[1:].view(shape) if module.t.numel() else module.t
+    assert before.differing(identity_of(module, exact=True)) == []
+    if module.t.ndim == 2:
+        module.t = module.t.t().contiguous().t()
+        assert before.differing(identity_of(module, exact=True)) == []
+    module.t = module.t.contiguous()
+    if module.t.numel():
+        module.t.view(-1)[-1:].copy_(~module.t.view(-1)[-1:] if dtype == torch.bool else module.t.view(-1)[-1:] + 1)
+        assert before.differing(identity_of(module, exact=True)) == ["t"]
+
+
+def test_rows_at_the_end_are_kept_for_other_processes():
+    tokens = nn.Embedding(2000, 16)
+    before = BaseIdentity.from_dict(identity_of(tokens).to_dict())
+    tokens.weight.data[-8:] += torch.randn(8, 16)
+    assert before.differing(identity_of(tokens)) == ["weight"]
+    old = before.to_dict()
+    del old["tensors"]["weight"]["rows"]  # as in a folder from before there were any
+    assert BaseIdentity.from_dict(old).differing(identity_of(tokens)) == []

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import stat
@@ -234,6 +235,70 @@ def test_running_statistics_of_a_frozen_base(memory_config, tmp_path):
     model[0].weight.data += 1.0
     with pytest.raises(ValueError, match="7 of 14 tensors .* save_pretrained, or freeze it"):
         save_memory(model, tmp_path / "saved")
+
+
+def train_new_rows(model):
+    model.get_input_embeddings().weight.data[-8:] += 0.1
+
+
+def move_a_gain(model):
+    next(p for name, p in model.named_parameters() if "norm" in name or "ln" in name).data += 0.001
+
+
+def move_one_value(model):
+    model.get_input_embeddings().weight.data[3, 5] += 1e-6
+
+
+@pytest.mark.promise(
+    "Saving and loading", "`save_memory` where a single value of the base was trained", "refused",
+    "save the whole model with `save_pretrained`, or freeze the base",
+)  # fmt: skip
+@pytest.mark.parametrize("change", [train_new_rows, move_a_gain, move_one_value])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_base_of_which_little_was_trained_is_refused_too(plain, memory_config, tmp_path, change, loaded):
+    model = add_memory(copy.deepcopy(plain), memory_config, [2], mode="parallel")
+    save_memory(model, tmp_path)
+    if loaded:
+        model = load_memory(plain, tmp_path)
+        save_memory(model, tmp_path)
+    change(model)
+    with pytest.raises(ValueError, match=r"[12] of \d+ tensors of it have changed .* save_pretrained, or"):
+        save_memory(model, tmp_path)
+
+
+@pytest.mark.promise(
+    "Saving and loading", "resize the embeddings of a base and `save_memory`", "refused",
+    "save the whole model, or save the resized base first and load it from there",
+)  # fmt: skip
+def test_resized_embeddings_are_refused_with_both_sizes(plain, memory_config, tmp_path):
+    plain.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = add_memory(base, memory_config, [2])
+    model.resize_token_embeddings(48, mean_resizing=False)
+    with pytest.raises(ValueError, match=r"weight' of shape \[48, 16\], was \[40, 16\]"):
+        save_memory(model, tmp_path / "saved")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(48, mean_resizing=False)
+    model = add_memory(base, memory_config, [2])
+    with pytest.raises(
+        ValueError, match=r"as many embeddings as its base '.*base', 40, got 48.*save_pretrained"
+    ) as told:
+        save_memory(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    # As told.
+    model.save_pretrained(tmp_path / "whole")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert "save the resized base first, load it from there" in str(told.value)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(48, mean_resizing=False)
+    base.save_pretrained(tmp_path / "resized")
+    model = add_memory(AutoModelForCausalLM.from_pretrained(tmp_path / "resized"), memory_config, [2])
+    save_memory(model, tmp_path / "saved")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(IDS).logits, model(IDS).logits)
+    # Another base in its place since.
+    plain.save_pretrained(tmp_path / "resized")
+    with pytest.raises(ValueError, match="must have the 48 embeddings of the one that this memory .* got 40; build"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("mode", ["replace", "parallel"])

@@ -77,7 +77,7 @@ def add_memory(
     for name in names:
         require_suitable(inner, name, placement)
     memories = build_memories(inner, placement, names, kind=kind)
-    base = identity_of(inner, without=names if mode == "replace" else [])
+    base = identity_of(inner, without=names if mode == "replace" else [], exact=True)
     add_memories(inner, placement, names, memories, base, keep_original=keep_original)
     return model
 

@@ -357,6 +357,12 @@ def _load_base(folder: Path, description: Description, plain_class: Any, config:
         stored, _ = PreTrainedConfig.get_config_dict(name, **hub)
         if "quantization_config" in stored:
             plain.quantization_config = stored["quantization_config"]
+        size = getattr(plain, "vocab_size", None)
+        if stored.get("vocab_size", size) != size:
+            raise ValueError(
+                f"base {name!r} must have the {size} embeddings of the one that this memory was added to, got "
+                f"{stored['vocab_size']}; {advice}"
+            )
         return plain_class.from_pretrained(name, config=plain, **options)
     except OSError as error:
         raise ValueError(

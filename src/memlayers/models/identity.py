@@ -1,12 +1,13 @@
 """What base model a memory belongs to: enough to know it again in another precision, and to tell it from any other.
 
 A memory beside a base that it was not trained in computes nonsense without an error. So a few values of every tensor of
-the base are kept with it, rounded to bfloat16: a base that is loaded in float32 or in bfloat16 has the same.
+the base are kept with it, rounded to bfloat16: a base that is loaded in float32 or in bfloat16 has the same. As long as
+the model lives, sums over all bits of its tensors are kept, too, which any training changes.
 """
 
 import os
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from memlayers.models.modules import base_name
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
 from memlayers.torch_private import is_wrapper_subclass
 
-VALUES = 16  # values of a tensor that are kept
+VALUES = 16  # values of a tensor that are kept, and rows at its end of which one is
 _PLAIN = (Tensor, nn.Parameter)  # these wrap nothing
 
 
@@ -27,6 +28,7 @@ class TensorIdentity(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     values: str  # hexadecimal bits of bfloat16 values at fixed places; empty for weights that are not here (meta)
+    rows: str = ""  # the same of one value of each of the last rows, where new tokens are; empty in old folders
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class BaseIdentity:
     model_type: str | None
     dtype: str
     tensors: dict[str, TensorIdentity]
+    # Of all bits of each tensor, in the process that has the model; in no file.
+    digests: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.name_or_path or 'without a name'} ({self.class_name} in {self.dtype})"
@@ -45,7 +49,9 @@ class BaseIdentity:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives an equal identity back."""
         tensors = {name: {**known._asdict(), "shape": list(known.shape)} for name, known in self.tensors.items()}
-        return {**vars(self), "tensors": tensors}
+        content = {**vars(self), "tensors": tensors}
+        del content["digests"]
+        return content
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> "BaseIdentity":
@@ -57,15 +63,27 @@ class BaseIdentity:
         return cls(**{**section, "tensors": tensors})
 
     def differing(self, other: "BaseIdentity") -> list[str]:
-        """The tensors of this base that `other` does not have, or has in another shape or with other values."""
-        return [name for name, known in self.tensors.items() if not _same(known, other.tensors.get(name))]
+        """The tensors of this base that `other` does not have, or has in another shape or with other values.
+
+        What both have a digest of must be the same to the bit, unless it was cast.
+        """
+        return [
+            name
+            for name, known in self.tensors.items()
+            if not _same(known, other.tensors.get(name)) or self._differs_in_bits(other, name)
+        ]
+
+    def _differs_in_bits(self, other: "BaseIdentity", name: str) -> bool:
+        known = name in self.digests and name in other.digests
+        is_cast = self.tensors[name].dtype != other.tensors[name].dtype
+        return known and not is_cast and self.digests[name] != other.digests[name]
 
 
-def identity_of(model: nn.Module, without: Collection[str] = ()) -> BaseIdentity:
+def identity_of(model: nn.Module, without: Collection[str] = (), *, exact: bool = False) -> BaseIdentity:
     """The identity of `model`, which was unwrapped, before or after memories came into it.
 
     `without`: modules that do not count, as they will be replaced. What adapters (PEFT) and `torch.compile` put around
-    its modules does not count either.
+    its modules does not count either. `exact`: with digests, for which all of the base is read once.
     """
     named = dict(_base_tensors(model, "", {base_name(name) for name in without}))
     dtypes = (tensor.dtype for tensor in named.values() if tensor.is_floating_point())
@@ -84,9 +102,12 @@ def identity_of(model: nn.Module, without: Collection[str] = ()) -> BaseIdentity
         model_type=model_type,
         dtype=_word(next(dtypes, torch.get_default_dtype())),
         tensors={
-            name: TensorIdentity(tuple(tensor.shape), _word(tensor.dtype), values)
-            for (name, tensor), values in zip(named.items(), _values([*named.values()]), strict=True)
+            name: TensorIdentity(
+                tuple(tensor.shape), _word(tensor.dtype), _values(tensor, _spread), _values(tensor, _last)
+            )
+            for name, tensor in named.items()
         },
+        digests={name: _digest(tensor) for name, tensor in named.items() if exact and _has_values(tensor)},
     )
 
 
@@ -127,32 +148,59 @@ def _inside(module: nn.Module) -> nn.Module | None:
     return next((found for name in names if (found := module._modules.get(name)) is not None), None)
 
 
+def _has_values(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or tensor.is_complex() or (type(tensor) not in _PLAIN and is_wrapper_subclass(tensor)))
+
+
 @torch.no_grad()
-def _values(tensors: list[Tensor]) -> list[str]:
-    samples = []
-    for tensor in tensors:
-        if tensor.is_meta or tensor.is_complex() or (type(tensor) not in _PLAIN and is_wrapper_subclass(tensor)):
-            samples.append(torch.empty(0, dtype=torch.bfloat16, device="cpu"))
-            continue
-        count = min(VALUES, tensor.numel())
-        places = [(2 * i + 1) * tensor.numel() // (2 * count) for i in range(count)]  # centres of equal parts
-        tensor = tensor.detach().as_subclass(Tensor)
-        tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
-        index = torch.unravel_index(torch.tensor(places, dtype=torch.int64, device=tensor.device), tensor.shape)
-        samples.append(tensor[index].float().bfloat16())
-    return [sample.cpu().view(torch.int16).numpy().astype(">i2").tobytes().hex() for sample in samples]
+def _values(tensor: Tensor, places: Callable[[Tensor], list[int]]) -> str:
+    if not _has_values(tensor) or not tensor.numel():
+        return ""
+    tensor = tensor.detach().as_subclass(Tensor)
+    tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
+    index = torch.unravel_index(torch.tensor(places(tensor), dtype=torch.int64, device=tensor.device), tensor.shape)
+    sample = tensor[index].float().bfloat16()
+    return sample.cpu().view(torch.int16).numpy().astype(">i2").tobytes().hex()
+
+
+def _spread(tensor: Tensor) -> list[int]:
+    """The centres of equal parts."""
+    count = min(VALUES, tensor.numel())
+    return [(2 * i + 1) * tensor.numel() // (2 * count) for i in range(count)]
+
+
+def _last(tensor: Tensor) -> list[int]:
+    """A place in each of the last rows, one further in each."""
+    rows, width = len(tensor), tensor.numel() // len(tensor)
+    return [row * width + row % width for row in range(max(0, rows - VALUES), rows)]
+
+
+@torch.no_grad()
+def _digest(tensor: Tensor) -> tuple[int, ...]:
+    """Sums of all bits, which are other ones if a bit is, on any device; as fast as memory is read."""
+    raw = tensor.detach().as_subclass(Tensor).contiguous().reshape(-1).view(torch.uint8)
+    raw = raw.clone() if raw.storage_offset() % 8 else raw  # words begin at multiples of their size
+    whole = raw.numel() - raw.numel() % 4096
+    words = raw[:whole].view(torch.int64).view(-1, 512)
+    # By row and by column, so that values that change places are seen; modulo 2 to the 64, with odd weights.
+    sums = (words.sum(1), words.sum(0), raw[whole:].long())
+    return tuple(int((part * (2 * torch.arange(len(part), device=part.device) + 1)).sum()) for part in sums)
 
 
 def _same(known: TensorIdentity, other: TensorIdentity | None) -> bool:
     if other is None or known.shape != other.shape:
         return False
-    if known.values == other.values or not known.values or not other.values:
-        return True
-    if "float16" not in (known.dtype, other.dtype):
-        return False
+    is_rounded = "float16" in (known.dtype, other.dtype)
+    pairs = ((known.values, other.values), (known.rows, other.rows))
+    return all(
+        ours == theirs or not ours or not theirs or (is_rounded and _close(ours, theirs)) for ours, theirs in pairs
+    )
+
+
+def _close(known: str, other: str) -> bool:
     # Rounded to float16 first, then to bfloat16: at most a neighbour of what one rounding gives, or what is lost where
     # float16 has no more digits.
-    ours, theirs = _bits(known.values), _bits(other.values)
+    ours, theirs = _bits(known), _bits(other)
     is_neighbour = (_ordered(ours) - _ordered(theirs)).abs() <= 1
     is_tiny = (ours.view(torch.bfloat16).float() - theirs.view(torch.bfloat16).float()).abs() <= 2.0**-24
     return bool((is_neighbour | is_tiny).all())

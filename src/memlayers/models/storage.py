@@ -15,6 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from memlayers.files import file_sha256, replaced_together
 from memlayers.layer import MemoryLayer
@@ -81,12 +82,15 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
                 f"{name}.memory must hold what a new {kind} holds, differs in {min(expected ^ found)}: merge or unload "
                 f"adapters in memories first"
             )
-    return _base_of(model)
+    base = _base_of(model)
+    _require_its_size(model, base)
+    return base
 
 
 def _base_of(model: nn.Module) -> BaseIdentity:
     """The identity of the base. Raises `ValueError` if it is no longer what `add_memory` was given."""
-    now, before = identity_of(model), recorded_base(model)
+    before = recorded_base(model)
+    now = identity_of(model, exact=before is not None)
     if before is None:
         return now
     if differing := before.differing(now):
@@ -99,12 +103,37 @@ def _base_of(model: nn.Module) -> BaseIdentity:
             )
         raise ValueError(
             f"model must have the base that its memories were added to: {len(differing)} of {len(before.tensors)} "
-            f"tensors of it have changed since, the first is {differing[0]!r}. save_memory keeps the memories only: "
-            f"{advice}"
+            f"tensors of it have changed since, the first is {_change(differing[0], before, now)}. save_memory keeps "
+            f"the memories only: {advice}"
         )
     # As they were, before any rounding since; what was not there yet (meta), as it is now.
     tensors = {name: known if known.values else now.tensors[name] for name, known in before.tensors.items()}
     return BaseIdentity(**{**vars(before), "tensors": tensors})
+
+
+def _change(name: str, before: BaseIdentity, now: BaseIdentity) -> str:
+    then, found = before.tensors[name], now.tensors.get(name)
+    if found is None:
+        return f"{name!r}, which is gone"
+    return repr(name) if then.shape == found.shape else f"{name!r} of shape {[*found.shape]}, was {[*then.shape]}"
+
+
+def _require_its_size(model: nn.Module, base: BaseIdentity) -> None:
+    """Raises `ValueError` for a base that got other embeddings than it has where it was loaded from."""
+    if not (isinstance(model, PreTrainedModel) and base.name_or_path):
+        return
+    plain: Any = getattr(type(model), "plain_class", type(model))
+    try:
+        stored = plain.config_class.from_pretrained(base.name_or_path, local_files_only=True)
+    except (OSError, ValueError):  # it is not here: loading will see
+        return
+    sizes = [getattr(config.get_text_config(), "vocab_size", None) for config in (stored, model.config)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"model must have as many embeddings as its base {base.name_or_path!r}, {sizes[0]}, got {sizes[1]}: the "
+            f"others would be in no file. Save the whole model with save_pretrained; or, for another time, save the "
+            f"resized base first, load it from there, and add memories to that"
+        )
 
 
 def _write_weights(aside: Path, tensors: dict[str, Tensor], size: int | str) -> dict[str, Any]:
@@ -149,7 +178,7 @@ def read_memory(model: nn.Module, folder: Path, description: Description, *, che
     """
     check_files(folder, description.files)
     names = _names_in(model, description)
-    base = identity_of(model, names if description.placement.mode == "replace" else [])
+    base = identity_of(model, names if description.placement.mode == "replace" else [], exact=True)
     if check_base and (differing := description.base.differing(base)):
         raise ValueError(
             f"model must be the base that the memory in {str(folder)!r} was trained with, {description.base}; got "
