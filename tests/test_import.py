@@ -25,7 +25,7 @@ layer = memlayers.MemoryLayer(config)
 optimizer = memlayers.RowAdam(layer)
 layer(torch.randn(3, 8)).sum().backward()
 for name in memlayers.__all__:
-    if name not in ("add_memory", "load_memory", "save_memory"):
+    if name not in ("add_memory", "disable_memory", "load_memory", "save_memory"):
         getattr(memlayers, name)
 try:
     memlayers.no_such_name
@@ -46,7 +46,7 @@ def test_what_needs_transformers_comes_on_demand():
     import memlayers
     from memlayers import models
 
-    for name in ("add_memory", "load_memory", "save_memory"):
+    for name in ("add_memory", "disable_memory", "load_memory", "save_memory"):
         assert getattr(memlayers, name) is getattr(models, name)
 
 

@@ -14,7 +14,7 @@ from memlayers.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from memlayers.diagnosis import doctor
-    from memlayers.models import add_memory, load_memory, save_memory
+    from memlayers.models import add_memory, disable_memory, load_memory, save_memory
 
 __all__ = [
     "FlatKeys",
@@ -30,6 +30,7 @@ __all__ = [
     "UsageMeter",
     "ValueTable",
     "add_memory",
+    "disable_memory",
     "doctor",
     "load_memory",
     "save_memory",
@@ -39,6 +40,7 @@ __all__ = [
 # These need transformers, or are tools: each is imported when it is asked for.
 _ON_DEMAND = {
     "add_memory": "memlayers.models",
+    "disable_memory": "memlayers.models",
     "doctor": "memlayers.diagnosis",
     "load_memory": "memlayers.models",
     "save_memory": "memlayers.models",

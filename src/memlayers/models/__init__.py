@@ -1,10 +1,10 @@
 """Memories in existing models. Importing this registers the classes with the Auto classes of `transformers`.
 
-Read `add` first: what people call. Below it, each imports those before it only: `placement` (where memories go),
-`wrappers` (what stands in the model), `modules` (what is in a model), `masks` (how padding reaches memories), `targets`
-(which modules can take one), `install` (put in, take out), `identity` (is it the same base), `folder` (the format on
-disk), `storage` (memory <-> folder), `classes` (what `transformers` must know). `summary`, `presets`, `checkpoints` and
-`carriers` stand beside it.
+Read `add` first: what people call, and `disable`. Below, each imports those before it only: `placement` (where memories
+go), `switch` (which are off), `wrappers` (what stands in the model), `modules` (what is in a model), `masks` (how
+padding reaches memories), `targets` (which modules can take one), `install` (put in, take out), `identity` (is it the
+same base), `folder` (the format on disk), `storage` (memory <-> folder), `classes` (what `transformers` must know).
+`summary`, `presets`, `checkpoints` and `carriers` stand beside it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from memlayers.layer import memory_layers
 from memlayers.models import classes
 from memlayers.models.add import add_memory, freeze_base, load_memory, remove_memory, save_memory
 from memlayers.models.carriers import causal_lm
+from memlayers.models.disable import disable_memory
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.presets import memory_preset
 from memlayers.models.summary import MemorySummary, memory_summary
@@ -34,6 +35,7 @@ __all__ = [
     "add_memory",
     "causal_lm",
     "default_layer",
+    "disable_memory",
     "freeze_base",
     "load_memory",
     "memory_layers",

@@ -13,6 +13,7 @@ from memlayers.layer import MemoryLayer
 from memlayers.models.calls import mask_for
 from memlayers.models.masks import fitted
 from memlayers.models.placement import Mode
+from memlayers.models.switch import is_off
 
 
 class MemoryWrapper(nn.Module):
@@ -61,7 +62,16 @@ class ReplacingMemory(MemoryWrapper):
         return self._kept[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if is_off(self):
+            return self._answer_of_original(*args, **kwargs)
         return self.remember(_hidden(args, kwargs))
+
+    def _answer_of_original(self, *args: Any, **kwargs: Any) -> Any:
+        original = self.original
+        assert original is not None
+        if original.training != self.training:  # no submodule: train() and eval() do not reach it
+            original.train(self.training)
+        return original(*args, **kwargs)
 
 
 class ParallelMemory(MemoryWrapper):
@@ -92,6 +102,8 @@ class ParallelMemory(MemoryWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = _hidden(args, kwargs)
         output = self.base(*args, **kwargs)
+        if is_off(self):
+            return output
         added = self.gate * self.remember(x)
         # In the dtype of the output, which under autocast need not be that of the input.
         if isinstance(output, tuple):
