@@ -19,17 +19,21 @@ TORCH_INDEX ?=
 demo: $(INSTALLED)
 	$(BIN)/memlayers compare --preset demo --output runs/demo
 
+# One thread a worker: several would wait for each other's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := --numprocesses auto --dist worksteal
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto tests/ops/gpu
+	$(PYTEST) $(PARALLEL)
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) tests/ops/gpu
 
 # The inner loop: without the tests that train, compile or start processes for seconds.
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto -m "not slow and not long"
+	$(PYTEST) $(PARALLEL) -m "not slow and not long"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/ops/gpu
+	$(PYTEST) -m slow
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/ops/gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -24,9 +24,10 @@ from memlayers.ops import gpu
 from memlayers.ops.cpu import search as cpu_search
 from memlayers.ops.gpu import search as gpu_search
 
-# In a process of its own: the same plain loop that `footprint` counts, three steps of it.
+# In a process of its own: the same plain loop that `footprint` counts, three steps of it. What libraries take for
+# themselves at first use, some 25 MB, is taken before by a step of a model without a size to speak of.
 MEASURE = """
-import json, re, sys
+import gc, json, re, sys
 import torch
 from memlayers.lm.build import batch_loss, build_model, build_optimizer
 from memlayers.lm.config import RunConfig
@@ -36,35 +37,49 @@ from memlayers.ops import cpu
 def held(field):
     return int(re.search(rf"^{field}:\\s+(\\d+) kB", open("/proc/self/status").read(), re.M)[1]) * 1024
 
+def train(config, vocab_size, dense, precision, steps):
+    model = build_model(config, vocab_size=vocab_size, eot_id=0).train()
+    if config.training.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters()) if dense else build_optimizer(config, model)
+    parts = config.training.accumulate
+    for _ in range(steps):
+        for _ in range(parts):
+            tokens_BT = torch.randint(vocab_size, (config.batch_windows // parts, config.model.context))
+            with autocast(torch.device("cpu"), precision):
+                loss = batch_loss(model, tokens_BT, tokens_BT)[0] / parts
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
 order = json.loads(sys.argv[1])
-config, vocab_size = RunConfig.from_dict(order["config"]), order["vocab_size"]
+config, small = RunConfig.from_dict(order["config"]), RunConfig.from_dict(order["small"])
 torch.set_num_threads(1)
 cpu.compile_all()
+train(small, 100, order["dense"], order["precision"], 1)
+gc.collect()
 before = held("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
-model = build_model(config, vocab_size=vocab_size, eot_id=0).train()
-if config.training.gradient_checkpointing:
-    model.activation_checkpointing_enable()
-optimizer = torch.optim.AdamW(model.parameters()) if order["dense"] else build_optimizer(config, model)
-parts = config.training.accumulate
-for _ in range(3):
-    for _ in range(parts):
-        tokens_BT = torch.randint(vocab_size, (config.batch_windows // parts, config.model.context))
-        with autocast(torch.device("cpu"), order["precision"]):
-            loss = batch_loss(model, tokens_BT, tokens_BT)[0] / parts
-        loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+train(config, order["vocab_size"], order["dense"], order["precision"], 3)
 print(held("VmHWM") - before)
 """
 
 
 def run_config(
-    family="gpt2", *, layers=2, dim=128, batch=1024, accumulate=1, memory=(), subkeys=32, checkpointing=False
+    family="gpt2",
+    *,
+    layers=2,
+    dim=128,
+    batch=1024,
+    context=128,
+    accumulate=1,
+    memory=(),
+    subkeys=32,
+    checkpointing=False,
 ):
     return RunConfig(
-        model=ModelConfig(family=family, layers=layers, dim=dim, heads=2, context=128),
+        model=ModelConfig(family=family, layers=layers, dim=dim, heads=2, context=context),
         memory=MemoryConfig(dim=dim, num_subkeys=subkeys, query_dim=64),
         memory_layers=memory,
         training=TrainingConfig(batch_tokens=batch, accumulate=accumulate, gradient_checkpointing=checkpointing),
@@ -72,7 +87,9 @@ def run_config(
 
 
 def measured(config, vocab_size, *, dense=False, precision="fp32"):
-    order = {"config": config.to_dict(), "vocab_size": vocab_size, "dense": dense, "precision": precision}
+    small = run_config(config.model.family, layers=1, dim=16, batch=128, memory=(1,), subkeys=32)
+    order = {"config": config.to_dict(), "small": small.to_dict(), "vocab_size": vocab_size, "dense": dense}
+    order["precision"] = precision
     # Blocks below 32 MB are otherwise cut from a heap that glibc does not give back, and how well they fit into what
     # was freed is no property of the training step.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
@@ -98,6 +115,13 @@ CASES = {
     "checkpointing": (run_config(layers=8, dim=384, batch=4096, memory=(3,), checkpointing=True), 1000, {}),
     "checkpointing, llama": (run_config("llama", layers=8, dim=384, batch=4096, checkpointing=True), 1000, {}),
     "bf16": (run_config(layers=4, dim=256, batch=2048, memory=(3,)), 8000, {"precision": "bf16"}),
+    "bf16, checkpointing": (
+        run_config(layers=8, dim=384, batch=4096, memory=(3,), checkpointing=True),
+        1000,
+        {"precision": "bf16"},
+    ),
+    "context": (run_config(layers=4, batch=4096, context=1024), 2000, {}),
+    "vocabulary": (run_config(batch=512, accumulate=4), 60_000, {}),
 }
 QUICK = ("table",)
 

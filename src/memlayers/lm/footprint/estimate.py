@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from memlayers.available import available_memory, is_lack_of_memory
 from memlayers.lm.build import batch_loss, build_model, build_optimizer
@@ -58,6 +60,12 @@ class Footprint:
         return "\n".join(f"  {name:<{width}}  {text:>10}" for name, text in self.lines())
 
 
+# Of fake tensors `transformers` does not see that no mask is needed, and would make one of windows x context x context.
+_ATTENTION = "sdpa_without_mask"
+AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
+
+
 @functools.lru_cache(maxsize=16)
 def footprint(
     config: RunConfig,
@@ -81,6 +89,7 @@ def footprint(
         raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
     # Built outside of the fake mode, where some initialisations want the device that they are for.
     model = build_model(config, vocab_size=vocab_size, eot_id=0, device="meta")
+    model.set_attn_implementation(_ATTENTION)
     with FakeTensorMode(allow_non_fake_inputs=True):
         # On the CPU whatever the device: autograd has no fake GPU where there is no real one. The operations of
         # PyTorch have one shape on both; ours are told apart by `LiveBytes`.
