@@ -13,7 +13,7 @@ from memlayers.lm.data.sources import JsonLines, StandardLibrary, base
 @pytest.fixture
 def sources(tmp_path):
     for name in ("a", "b"):
-        rows = [{"id": f"{name}{number}", "text": "tea and a cup of it " * 5} for number in range(100)]
+        rows = [{"id": f"{name}{number}", "text": f"tea {name}{number} and a cup of it " * 5} for number in range(100)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tuple(str(tmp_path / f"{name}.jsonl") for name in "ab")
 

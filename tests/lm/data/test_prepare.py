@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import lzma
+import random
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlayers.lm.data import DataConfig, encode, prepare, spans
+from memlayers.lm.data import survey as survey_module
+from memlayers.lm.data import tokenize as tokenize_module
 from memlayers.lm.data.corpus import SPLITS, Corpus, Split
-from memlayers.lm.data.tokenize import encode_texts, save_tokenizer, token_dtype, train_tokenizer
+from memlayers.lm.data.tokenize import cut_runs, encode_texts, save_tokenizer, token_dtype, train_tokenizer
 
 prepare_module = importlib.import_module("memlayers.lm.data.prepare")
 WORDS = ["the", "memory", "layer", "reads", "rows", "of", "its", "table", "élan", "日本", "<|endoftext|>", "12,5\n"]
@@ -191,10 +194,10 @@ def tokenizer():
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @settings(deadline=None)
 def test_any_text_survives_the_tokenizer(tokenizer, text):
-    [encoding] = encode_texts(tokenizer, [text])
-    assert tokenizer.decode(encoding.ids) == text
+    [tokens] = encode_texts(tokenizer, [text])
+    assert tokenizer.decode(tokens) == text
     assert tokenizer.token_to_id("<|endoftext|>") == 0
-    assert 0 not in encoding.ids
+    assert 0 not in tokens
 
 
 def test_plain_and_xz_give_the_same_corpus(source, corpus, tmp_path):
@@ -424,3 +427,149 @@ def test_missing_sources_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         make(str(tmp_path / "docs.jsonl"), tmp_path / "a" / "corpus")
     assert list(tmp_path.iterdir()) == []
+
+
+# What no text of words has
+
+
+@pytest.mark.parametrize(
+    ("text", "longest", "pieces"),
+    [
+        ("", 3, [""]),
+        ("ab cd", 3, ["ab cd"]),
+        ("abc", 3, ["abc"]),
+        ("abcd", 3, ["abc", "d"]),
+        ("ab abcdefgh ij", 3, ["ab abc", "def", "gh ij"]),
+        ("a      b", 3, ["a   ", "   ", "b"]),
+        ("ab1-c", 3, ["ab1", "-c"]),
+    ],
+)
+def test_a_text_is_cut_where_a_run_is_too_long(text, longest, pieces):
+    assert cut_runs(text, longest) == pieces
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`memlayers prepare` on records with runs of hundreds of thousands of letters (DNA, base64)",
+    "supported",
+    "such runs are cut for the tokenizer's sample, and encoded in pieces",
+)
+def test_one_record_of_dna_is_as_quick_as_text(tmp_path, monkeypatch):
+    given = []  # to the tokenizer, whose time grows with the square of a word's length
+
+    def cut(text, longest):
+        pieces = cut_runs(text, longest)
+        given.extend(pieces)
+        return pieces
+
+    monkeypatch.setattr(tokenize_module, "cut_runs", cut)
+    draw = random.Random(0)
+    dna = "".join(draw.choices("ACGT", k=100_000))
+    rows = [{"id": number, "text": f"text {number}"} for number in range(200)] + [{"id": "dna", "text": dna}]
+    source = tmp_path / "docs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(sources=(str(source),), vocab_size=280, holdout_percent=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_module, "LONGEST_RUN", 1 << 20)
+        corpus = prepare(config, tmp_path / "c", progress=False)
+    assert max(map(len, given)) == 1024
+    tokenizer = corpus.tokenizer()
+    texts = [tokenizer.decode(part) for part in np.split(corpus.train.tokens, corpus.train.documents["offset"][1:])]
+    assert f"<|endoftext|>{dna}" in texts
+
+
+def test_a_long_text_of_words_has_the_same_tokens_in_pieces(monkeypatch):
+    draw = random.Random(0)
+    words = ["tea", "cup", "it's", "12", "--", "\n", "  ", "é", "x_y"]
+    text = " ".join(draw.choices(words, k=4000))
+    tokenizer = train_tokenizer([text], 300)
+    (whole,) = encode_texts(tokenizer, [text])
+    monkeypatch.setattr(tokenize_module, "PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(tokenize_module, "PIECES_CHARACTERS", 200)
+    assert len(list(tokenize_module._pieces(text))) > 100
+    assert encode_texts(tokenizer, ["a", text, "", "b"])[1] == whole
+    assert [len(tokens) for tokens in encode_texts(tokenizer, ["a", "", "b"])] == [1, 0, 1]
+
+
+def test_a_run_that_is_too_long_to_be_encoded_at_once_comes_back(monkeypatch):
+    monkeypatch.setattr(tokenize_module, "LONGEST_RUN", 100)
+    tokenizer = train_tokenizer(["ACGT" * 100], 300)
+    for text in ("ACGT" * 1000, " " * 1000, "word " * 10 + "TTAG" * 300):
+        (tokens,) = encode_texts(tokenizer, [text])
+        assert tokenizer.decode(tokens) == text
+
+
+def copies(tmp_path, **changes):
+    """A corpus in which each of 50 texts stands under four ids."""
+    rows = [{"id": f"{number}-{copy}", "text": f"text {number}"} for number in range(50) for copy in range(4)]
+    source = tmp_path / "docs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(sources=(str(source),), vocab_size=257, holdout_percent=20, **changes)
+    return prepare(config, tmp_path / "corpus", progress=False)
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "copies of a document under other ids, which land on both sides of the split",
+    "supported",
+    "they are counted and said; `--data.id_field ''` has the texts decide, and copies stay together",
+)
+def test_copies_under_other_ids_are_counted_and_said(tmp_path, capsys):
+    corpus = copies(tmp_path)
+    tokenizer = corpus.tokenizer()
+
+    def texts(split):
+        return [tokenizer.decode(part) for part in np.split(split.tokens, split.documents["offset"][1:])]
+
+    trained = set(texts(corpus.train))
+    count = sum(text in trained for split in (corpus.validation, corpus.test) for text in texts(split))
+    assert count > 10
+    assert corpus.manifest["copied_documents"] == count
+    said = f"{count} held-out documents have the text of a training document with another id: data.id_field '' has"
+    assert said in capsys.readouterr().err
+
+
+def test_without_an_id_copies_stay_together(tmp_path, capsys):
+    assert copies(tmp_path, id_field="").manifest["copied_documents"] == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_copies_are_estimated_where_there_are_too_many_texts(monkeypatch):
+    monkeypatch.setattr(survey_module, "MOST_HASHES", 1000)
+    found = survey_module._Copies()
+    for number in range(20_000):
+        for split in ("train", "validation") if number % 2 else ("train",):
+            found.add(survey_module.Measured(str(number), split, 0, 1, b""))
+    assert len(found._counts) <= 1000
+    assert found.held_out() == pytest.approx(10_000, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "strange"),
+    [
+        ("text\twith\nlines\r\n\f and é 三 \x1b[0m" + "x" * 100, False),
+        ("a zero\0", True),
+        ("\x01\x02\x03 and so on", True),
+        ("\ufffd\ufffd\ufffd", True),
+        ("one \ufffd in a long text" * 10 + "x" * 1000, False),
+        ("", False),
+    ],
+)
+def test_what_is_hardly_a_text_is_told_from_one(text, strange):
+    assert survey_module.is_strange(text) is strange
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "records that are no text (zero bytes, what a flipped bit left)",
+    "supported",
+    "they are counted and said",
+)
+def test_documents_that_are_hardly_text_are_counted_and_said(tmp_path, capsys):
+    rows = [{"id": number, "text": f"text {number}" if number % 50 else "a\0b"} for number in range(100)]
+    source = tmp_path / "docs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(sources=(str(source),), vocab_size=257, holdout_percent=20)
+    corpus = prepare(config, tmp_path / "c", progress=False)
+    assert corpus.manifest["strange_documents"] == 2
+    assert "2 documents have zero bytes or many unreadable characters: are they text?" in capsys.readouterr().err

@@ -19,7 +19,7 @@ class DataConfig:
         (), "share of the training windows that each source gives; none: by their sizes", above=0
     )
     text_field: str = setting("text", "of a record: the document")
-    id_field: str = setting("id", "of a record: what its split is decided by; a record may lack it")
+    id_field: str = setting("id", "of a record: what decides its split; one that lacks it, or all if empty: its text")
     holdout_percent: int | None = setting(
         None, "of the documents, for validation and again for test; None: 1, but 5 of the library", least=1, most=49
     )
@@ -41,9 +41,8 @@ class DataConfig:
                 f"got {list(self.weights)}"
             )
         object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
-        for name in ("text_field", "id_field"):
-            if not getattr(self, name):
-                raise ValueError(f"data.{name} must be the name of a field, got ''")
+        if not self.text_field:
+            raise ValueError("data.text_field must be the name of a field, got ''")
 
     def resolved_holdout_percent(self) -> int:
         """Return the share in use: a library of some 700 files needs a larger one than a large collection."""

@@ -74,8 +74,8 @@ def encode_documents(
         ) as batches,
     ):
         for batch in batches:
-            encodings = encode_texts(tokenizer, [read.document.text for read in batch])
-            for read, encoding in zip(batch, encodings, strict=True):
+            encoded = encode_texts(tokenizer, [read.document.text for read in batch])
+            for read, tokens in zip(batch, encoded, strict=True):
                 document, place = read.document, read.place
                 if span is not None and span.source != place.source:
                     spans.append(span.write(Place(place.source, place.file)))
@@ -84,7 +84,7 @@ def encode_documents(
                     span = SpanWriter(folder, len(spans), place.source, dtype)
                 span.add(
                     document.split,
-                    [end_of_text, *encoding.ids],
+                    [end_of_text, *tokens],
                     rank=document.rank,
                     words=read.words,
                     bytes=document.num_bytes,

@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memlayers.console import announce
 from memlayers.files import (
     describe_files,
     find_damage,
@@ -163,6 +164,9 @@ def _first_pass(
         for source, file in zip(files, described["files"], strict=True):
             if source.stamp() != file["stamp"]:  # else its hash might be that of something else than was read
                 raise encode.ChangedError(f"{source.name} changed while it was read")
+    for warning in (copies_text(survey.figures), strange_text(survey.figures)):
+        if warning:
+            announce(warning)
     sample_bytes = sum(map(len, survey.sample))
     # Every token beyond the smallest vocabulary merges some bytes. Room for more tokens than can be would be asked for
     # all the same, and the process would end where it cannot be had.
@@ -188,6 +192,22 @@ def _first_pass(
     }
     write_sealed(aside / SURVEY, record)
     return record
+
+
+def copies_text(figures: Mapping[str, Any]) -> str:
+    """In words, that held-out documents are trained on under other ids; nothing if none is."""
+    if not (count := figures.get("copied_documents", 0)):
+        return ""
+    return (
+        f"{count:,} held-out documents have the text of a training document with another id: data.id_field '' has the "
+        f"texts decide, and copies stay together"
+    )
+
+
+def strange_text(figures: Mapping[str, Any]) -> str:
+    """In words, that documents are hardly text; nothing if none is."""
+    count = figures.get("strange_documents", 0)
+    return f"{count:,} documents have zero bytes or many unreadable characters: are they text?" if count else ""
 
 
 def _require_vocabulary(config: "DataConfig", most: int, sample_bytes: int) -> None:
@@ -228,6 +248,7 @@ def _second_pass(
     return {
         "format": FORMAT,
         **{name: held[name] for name in kept},
+        **{name: held.get(name, 0) for name in ("strange_documents", "copied_documents")},
         "splits": {split: _split_entry(aside, split, spans, dtype) for split in SPLITS},
         "versions": held["versions"],
     }

@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,8 @@ from memlayers.lm.data.sources import Document, Source
 
 if TYPE_CHECKING:
     from memlayers.lm.data.config import DataConfig
+
+MOST_HASHES = 1 << 18
 
 
 class Measured(NamedTuple):
@@ -41,7 +44,7 @@ def survey_documents(entries: Sequence[Sequence[Source]], config: "DataConfig", 
     The sample has the training documents of lowest rank, just enough of them for `config.tokenizer_megabytes`.
     """
     percent = config.resolved_holdout_percent()
-    counts, num_bytes, left_out = dict.fromkeys(SPLITS, 0), 0, Counter[str]()
+    counts, num_bytes, left_out, copies = dict.fromkeys(SPLITS, 0), 0, Counter[str](), _Copies()
     skip = (lambda message: left_out.update(["malformed"])) if config.skip_malformed else None
     sample = _Sample(config.tokenizer_megabytes * 1e6)
     hashes: list[list[str]] = []
@@ -55,6 +58,8 @@ def survey_documents(entries: Sequence[Sequence[Source]], config: "DataConfig", 
                 ):
                     counts[document.split] += 1
                     num_bytes += document.num_bytes
+                    copies.add(document)
+                    left_out["strange"] += is_strange(document.text)
                     if document.split == "train":
                         sample.add(document)
                     bar.update(document.num_bytes)
@@ -71,6 +76,8 @@ def survey_documents(entries: Sequence[Sequence[Source]], config: "DataConfig", 
         "num_bytes": num_bytes,
         "blank_documents": left_out["blank"],
         "malformed_records": left_out["malformed"],
+        "strange_documents": left_out["strange"],
+        "copied_documents": copies.held_out(),
     }
     return Survey(figures, sample.texts())
 
@@ -95,6 +102,36 @@ def measured_documents(
         digest.update(key)
         digest.update(text)
         yield Measured(document.text, split, rank, len(text), digest.digest())
+
+
+def is_strange(text: str) -> bool:
+    """Whether it is hardly a text: it has a zero byte, or a hundredth of it cannot be read."""
+    unreadable = len(re.findall("[\0-\x08\x0e-\x1f\x7f\ufffd]", text))
+    return "\0" in text or 100 * unreadable > len(text)
+
+
+class _Copies:
+    """Counts held-out documents whose text is in training, too: where ids decide, copies may go both ways.
+
+    Once there are `MOST_HASHES` texts, every second of them, by its hash, is forgotten: the count is an estimate then.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}  # by hash: the held-out documents twice, and one more if it is in training
+        self._every = 1
+
+    def add(self, document: Measured) -> None:
+        number = int.from_bytes(hashlib.blake2b(document.text.encode(), digest_size=8).digest(), "little")
+        if number % self._every:
+            return
+        found = self._counts.get(number, 0)
+        self._counts[number] = found | 1 if document.split == "train" else found + 2
+        if len(self._counts) > MOST_HASHES:
+            self._every *= 2
+            self._counts = {number: found for number, found in self._counts.items() if number % self._every == 0}
+
+    def held_out(self) -> int:
+        return self._every * sum(found // 2 for found in self._counts.values() if found & 1)
 
 
 class _Sample:

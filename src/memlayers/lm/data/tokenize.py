@@ -1,10 +1,11 @@
 """The tokenizer of a corpus: a byte-level BPE, trained, saved, loaded and applied."""
 
+import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,12 @@ if TYPE_CHECKING:  # what is tokenised already is read without it
 
 # Every byte is a token, and so is the mark between documents.
 SMALLEST_VOCABULARY = 257
+# Characters of a word, at the most, in the sample that a tokenizer is trained on, and in a text that is encoded.
+LONGEST_IN_SAMPLE = 1 << 10
+LONGEST_RUN = 1 << 16
+PIECE_CHARACTERS = 1 << 20  # of a long text, encoded as one
+PIECES_CHARACTERS = 4 << 20  # encoded in one call, from which no interruption comes
+_BETWEEN_WORDS = re.compile(r"\w(?= \w)")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -34,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in cut_runs(text, LONGEST_IN_SAMPLE)), trainer)
     return tokenizer
 
 
@@ -69,7 +76,45 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def encode_texts(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[Any]:
-    """Return the encoding of each text, whose `ids` are its tokens. `tokenizers` spreads the texts over the cores."""
+def encode_texts(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each text. `tokenizers` spreads the texts over the cores.
+
+    A long text is encoded in pieces, between which an interruption is heard. They have the tokens of the whole, but
+    where a run of `LONGEST_RUN` characters without white space, or of it, has to be cut.
+    """
     tokenizer.encode_special_tokens = True  # a text that mentions <|endoftext|> does not end there
-    return tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    pieces = [list(_pieces(text)) for text in texts]
+    flat = [piece for parts in pieces for piece in parts]
+    encoded: list[list[int]] = []
+    while len(encoded) < len(flat):
+        room, end = PIECES_CHARACTERS, len(encoded)
+        while end < len(flat) and (room > 0 or end == len(encoded)):
+            room -= len(flat[end])
+            end += 1
+        batch = tokenizer.encode_batch_fast(flat[len(encoded) : end], add_special_tokens=False)
+        encoded += [encoding.ids for encoding in batch]
+    following = iter(encoded)
+    return [[token for _ in parts for token in next(following)] for parts in pieces]
+
+
+def cut_runs(text: str, longest: int) -> list[str]:
+    """Cut a text where characters without white space, or white space alone, run on for more than `longest`.
+
+    A byte-level BPE sees such a run as a word, and its time grows with the square of a word's length: one record of DNA
+    or base64 would keep it busy for hours. Text of words stays whole.
+    """
+    ends = [run.end() for run in re.finditer(rf"\S{{{longest}}}|\s{{{longest}}}", text)]
+    return [text[start:end] for start, end in itertools.pairwise([0, *ends, len(text)]) if start < end] or [text]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    for part in cut_runs(text, LONGEST_RUN) if len(text) > LONGEST_RUN else [text]:
+        start = 0
+        while len(part) - start > PIECE_CHARACTERS:
+            # No token goes over the place before a single space within a line: the space belongs to what follows.
+            found = _BETWEEN_WORDS.search(part, start + PIECE_CHARACTERS // 2)
+            if found is None:
+                break
+            yield part[start : found.end()]
+            start = found.end()
+        yield part[start:]

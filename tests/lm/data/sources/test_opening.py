@@ -112,8 +112,49 @@ def test_links_are_followed_but_in_no_circle(written, tmp_path, opened):
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
     assert names(opened(tmp_path / "data")) == ["b.txt", "more/a.txt"]
     (tmp_path / "data" / "twice").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="twice/a.txt is given twice"):
-        opened(tmp_path / "data")
+    assert names(opened(tmp_path / "data")) == ["b.txt", "more/a.txt"]
+    (tmp_path / "data" / "z").mkdir()
+    written("data/z/c.txt", b"z")
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "data" / "z")  # a folder goes by its own name
+    assert names(opened(tmp_path / "data")) == ["b.txt", "more/a.txt", "z/c.txt"]
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "folders of links that link to each other",
+    "supported",
+    "each folder is read once",
+)
+@pytest.mark.parametrize("entry", ["all", "all/**/*.txt", "all/0", "all/0/**/?.txt", "elsewhere"])
+def test_folders_that_link_to_each_other_are_read_once(written, tmp_path, opened, entry):
+    for number in range(12):
+        written(f"all/{number}/{'abcdefghijkl'[number]}.txt", b"x")
+        for other in range(12):
+            (tmp_path / "all" / str(number) / f"to-{other}").symlink_to(tmp_path / "all" / str(other))
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "all")
+    found = opened(tmp_path / entry)
+    assert sorted(name.rpartition("/")[2] for name in names(found)) == [f"{letter}.txt" for letter in "abcdefghijkl"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("**/*.txt", ["a.txt", "x/b.txt"]),
+        ("**/.*.txt", [".c.txt", "x/.d.txt"]),
+        (".h/**/*.txt", ["e.txt"]),
+        ("**/.h/*.txt", [".h/e.txt"]),
+        ("**", ["a.txt", "x/b.txt"]),
+        ("gone/**/*.txt", None),
+    ],
+)
+def test_a_glob_of_any_depth_takes_hidden_files_where_it_names_them(written, tmp_path, opened, pattern, found):
+    for name in ("a.txt", "x/b.txt", ".c.txt", "x/.d.txt", ".h/e.txt"):
+        written(f"data/{name}", b"x")
+    if found is None:
+        with pytest.raises(ValueError, match="no file matches"):
+            opened(tmp_path / "data" / pattern)
+    else:
+        assert names(opened(tmp_path / "data" / pattern)) == found
 
 
 @pytest.mark.parametrize("entry", ["data", "data/*"])

@@ -29,6 +29,54 @@ def test_a_row_is_a_document(table, read, kind):
     assert [document.key for document in read(path)] == ["a", "b", "三", "d"]
 
 
+@pytest.mark.promise(
+    "Command line and files",
+    "Parquet with columns of categories or of large or viewed strings, as pandas, polars and DuckDB write them",
+    "supported",
+    "they are read as strings",
+)
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda texts: texts.dictionary_encode(),
+        lambda texts: texts.cast(pyarrow.large_string()).dictionary_encode(),
+        lambda texts: texts.cast(pyarrow.string_view()),
+    ],
+    ids=["categories", "large categories", "views"],
+)
+def test_strings_of_every_kind_are_documents(table, read, form):
+    texts = pyarrow.array(["one", "zwei\n", "one", "", "longer than what a view holds itself"], pyarrow.string())
+    path = table({"id": form(texts), "text": form(texts)})
+    expected = ["one", "zwei\n", "one", "", "longer than what a view holds itself"]
+    assert [document.text for document in read(path)] == expected
+    assert [document.key for document in read(path)] == ["one", "zwei\n", "one", "", expected[-1]]
+    numbers = pyarrow.array([7, 8, 7, 9, 7]).dictionary_encode()
+    assert [document.key for document in read(table({"id": numbers, "text": texts}))] == ["7", "8", "7", "9", "7"]
+
+
+def test_categories_of_other_things_are_named(table, read):
+    path = table({"text": pyarrow.array([7, 8]).dictionary_encode()})
+    with pytest.raises(ValueError, match=r"column 'text' \(text_field\) is .*int64.*, expected string"):
+        read(path)
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "a flipped bit in a page of a Parquet file that has checksums",
+    "refused",
+    "the file is named; write checksums with `write_page_checksum=True`",
+)
+def test_a_page_is_compared_with_its_checksum(table, read):
+    texts = [f"text {number}" for number in range(1000)]
+    options = {"compression": "none", "use_dictionary": False}
+    path = table({"text": texts}, write_page_checksum=True, **options)
+    assert len(read(path)) == 1000
+    raw = path.read_bytes().replace(b"text 500", b"text 501")
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="docs.parquet: not readable as Parquet: .*(CRC|checksum)"):
+        read(path)
+
+
 def test_without_an_id_the_text_decides(table, read):
     (document,) = read(table({"text": ["one"]}))
     assert document.key is document.text

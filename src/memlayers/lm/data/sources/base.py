@@ -106,7 +106,7 @@ def to_document(record: Mapping[str, Any], place: str, *, text_field: str, id_fi
     text = record[text_field]
     if not isinstance(text, str):
         raise ValueError(f"{place}: field {text_field!r} is {type(text).__name__}, expected a string")
-    key = record.get(id_field)
+    key = record.get(id_field) if id_field else None
     if key is None or key == "":
         key = text
     elif isinstance(key, bool) or not isinstance(key, str | int):
@@ -125,8 +125,12 @@ def text_and_id_columns(schema: Any, name: str, *, text_field: str, id_field: st
     """
     from pyarrow import types  # optional
 
+    def plain(kind: Any) -> Any:
+        """A column of few values may be stored as numbers of them: pandas' categories, polars' enumerations."""
+        return kind.value_type if types.is_dictionary(kind) else kind
+
     def is_text(kind: Any) -> bool:
-        return types.is_string(kind) or types.is_large_string(kind)
+        return any(is_kind(plain(kind)) for is_kind in (types.is_string, types.is_large_string, types.is_string_view))
 
     names = ", ".join(map(repr, schema.names))
     if schema.names.count(text_field) != 1:
@@ -134,11 +138,11 @@ def text_and_id_columns(schema: Any, name: str, *, text_field: str, id_field: st
     kind = schema.field(text_field).type
     if not is_text(kind):
         raise ValueError(f"{name}: column {text_field!r} (text_field) is {kind}, expected string; it has {names}")
-    if id_field not in schema.names or id_field == text_field:
+    if not id_field or id_field not in schema.names or id_field == text_field:
         return [text_field]
     if schema.names.count(id_field) != 1:
         raise ValueError(f"{name}: no single column {id_field!r} (id_field); it has {names}")
     kind = schema.field(id_field).type
-    if not (is_text(kind) or types.is_integer(kind) or types.is_null(kind)):
+    if not (is_text(kind) or types.is_integer(plain(kind)) or types.is_null(kind)):
         raise ValueError(f"{name}: column {id_field!r} (id_field) is {kind}, expected string or integer")
     return [text_field, id_field]

@@ -1,7 +1,9 @@
 """From what a user names to sources: files, folders, globs, Hugging Face datasets."""
 
+import fnmatch
 import glob
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,33 +66,65 @@ def _open_entry(entry: str, text_field: str, id_field: str) -> Iterator[Source]:
 
 
 def _below(folder: Path) -> dict[str, Path]:
-    """The files of `FOLDER_SUFFIXES` below a folder by their relative paths, sorted. Follows links, but no circles."""
-
-    def fail(error: OSError) -> None:  # else a folder that cannot be listed would be left out without a word
-        raise error
-
-    files = []
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        trail = {os.path.realpath(above) for above in (Path(parent), *Path(parent).parents)}
-        folders[:] = [
-            name
-            for name in sorted(folders)
-            if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) not in trail
-        ]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    files = [file for file in files if file.name.lower().endswith(FOLDER_SUFFIXES)]
+    """The files of `FOLDER_SUFFIXES` below a folder by their relative paths, sorted."""
+    files = [file for file in _walk(folder) if file.name.lower().endswith(FOLDER_SUFFIXES)]
     if not files:
         raise ValueError(f"sources: no file of {', '.join(FOLDER_SUFFIXES)} in the folder {folder}")
     return _by_relative_path(files, folder)
 
 
+def _walk(folder: Path, *, hidden: bool = False) -> Iterator[Path]:
+    """Yield the files below a folder. Links are followed, but each folder is looked at once.
+
+    Links that lead to each other would have endless paths. A folder goes by its own name where it has one in `folder`,
+    else by the first link to it.
+    """
+
+    def fail(error: OSError) -> None:  # else a folder that cannot be listed would be left out without a word
+        raise error
+
+    seen = {str(above) for above in Path(os.path.realpath(folder)).parents}
+    starts = [folder]
+    while starts:
+        links = []
+        for start in starts:
+            for parent, folders, names in os.walk(start, onerror=fail):
+                real = os.path.realpath(parent)
+                folders[:] = [] if real in seen else sorted(n for n in folders if hidden or not n.startswith("."))
+                if real not in seen:
+                    yield from (Path(parent, name) for name in names if hidden or not name.startswith("."))
+                    links += [Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
+                seen.add(real)
+        starts = links
+
+
 def _matching(pattern: str) -> dict[str, Path]:
-    files = [Path(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
-    if not files:
-        raise ValueError(f"sources: no file matches {pattern}")
     parts = Path(pattern).parts
     fixed = next(count for count, part in enumerate(parts) if glob.has_magic(part))
-    return _by_relative_path(files, Path(*parts[:fixed]))
+    root, wanted = Path(*parts[:fixed]), parts[fixed:]
+    if "**" not in wanted:
+        files = [Path(name) for name in glob.glob(pattern) if not os.path.isdir(name)]
+    elif root.is_dir():  # `glob` would follow links that lead to each other for ever
+        hidden = any(part.startswith(".") for part in wanted)
+        files = [file for file in _walk(root, hidden=hidden) if _matches(file.relative_to(root).parts, wanted)]
+    else:
+        files = []
+    if not files:
+        raise ValueError(f"sources: no file matches {pattern}")
+    return _by_relative_path(files, root)
+
+
+def _matches(names: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether the parts of a path are those of a pattern; ``**`` stands for any folders that are not hidden."""
+    if not wanted:
+        return not names
+    if wanted[0] != "**":
+        shown = wanted[0].startswith(".") or not "".join(names[:1]).startswith(".")
+        return bool(names) and shown and fnmatch.fnmatch(names[0], wanted[0]) and _matches(names[1:], wanted[1:])
+    visible = list(itertools.takewhile(lambda name: not name.startswith("."), names))
+    if len(wanted) == 1:
+        return bool(names) and len(visible) == len(names)
+    return any(_matches(names[count:], wanted[1:]) for count in range(len(visible) + 1))
 
 
 def _by_relative_path(files: list[Path], folder: Path) -> dict[str, Path]:

@@ -13,7 +13,9 @@ ROWS = 64  # decoded at a time: small, for a row may be a book
 
 @dataclass(frozen=True)
 class Parquet(FileSource):
-    """One document a row; only the columns of the text and of the id are read.
+    """One document a row; only the columns of the text and of the id are read, of any kind of string.
+
+    Pages are compared with their checksums where a file has them.
 
     A file without the column of the id is held out by its texts, as a row is whose id is null.
     """
@@ -40,7 +42,9 @@ class Parquet(FileSource):
 
         try:
             # Buffered, or it reads the column of a whole row group before the first row.
-            with pyarrow.parquet.ParquetFile(self.file, buffer_size=READ_BYTES, pre_buffer=False) as parquet:
+            with pyarrow.parquet.ParquetFile(
+                self.file, buffer_size=READ_BYTES, pre_buffer=False, page_checksum_verification=True
+            ) as parquet:
                 columns = text_and_id_columns(
                     parquet.schema_arrow, self.name, text_field=self.text_field, id_field=self.id_field
                 )
