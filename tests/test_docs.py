@@ -14,6 +14,8 @@ import memlayers.models
 import memlayers.optim
 
 ROOT = Path(__file__).parent.parent
+# Where the README's links point, since it is PyPI's page, too.
+PUBLISHED = r"https://(?:github|raw\.githubusercontent)\.com/memlayers/memlayers/(?:(?:blob|tree)/)?main/"
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 REFERENCES = [
@@ -23,7 +25,9 @@ REFERENCES = [
 ]
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_every_link_and_picture_of_a_page_is_there(page):
     for target in links(page.read_text()):
         file, _, anchor = target.partition("#")
@@ -32,6 +36,16 @@ def test_every_link_and_picture_of_a_page_is_there(page):
         assert DOCS in at.parents or page.parent == ROOT, f"{target} leaves the site"
         if anchor:
             assert anchor in anchors(at.read_text()), target
+
+
+def test_the_readme_s_links_work_on_other_sites():
+    targets = re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text())
+    assert [target for target in targets if not target.startswith("https://")] == []
+
+
+def test_the_first_page_links_every_how_to_page():
+    first = (DOCS / "index.md").read_text()
+    assert [page.name for page in sorted((DOCS / "how-to").glob("*.md")) if f"how-to/{page.name}" not in first] == []
 
 
 def test_every_page_is_in_the_navigation_once():
@@ -99,7 +113,11 @@ def test_the_pictures_are_drawn_by_their_script(tmp_path, capsys):
 
 
 def links(text):
-    """Targets within the repository, of links and pictures outside of code."""
+    """Targets within the repository, of links and pictures outside of code.
+
+    The README's are absolute, since it is PyPI's page, too.
+    """
+    text = re.sub(rf"\]\({PUBLISHED}", "](", text)
     text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     return [target for target in targets if not re.match(r"[a-z]+:", target)]

@@ -10,6 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+from memlayers.version import __version__
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,3 +106,24 @@ def test_the_readme_s_first_example_runs_on_what_was_installed(installed, tmp_pa
 def test_the_description_can_be_shown_by_a_registry(wheel, archive):
     pytest.importorskip("twine", reason="twine is not installed: the description was not checked")
     run(sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(archive))
+
+
+def test_the_metadata_say_where_it_comes_from(wheel):
+    with zipfile.ZipFile(wheel) as opened:
+        (name,) = (name for name in opened.namelist() if name.endswith("/METADATA"))
+        metadata = opened.read(name).decode()
+    for line in (
+        "Author: memlayers contributors",
+        "Project-URL: Homepage, https://github.com/memlayers/memlayers",
+        "Project-URL: Issues, https://github.com/memlayers/memlayers/issues",
+        "License-Expression: Apache-2.0",
+        "Requires-Python: >=3.11",
+    ):
+        assert f"{line}\n" in metadata
+    assert "Keywords: " in metadata
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert citation["license"] == "Apache-2.0"

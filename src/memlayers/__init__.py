@@ -1,20 +1,21 @@
 """Large memory layers for PyTorch: add a billion trainable parameters to a model at almost no compute."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from memlayers.config import MemoryConfig
-from memlayers.keys import FlatKeys, Hits, NormalisedKeys, ProductKeys
-from memlayers.layer import MemoryLayer
-from memlayers.memory_plus import MemoryPlus
-from memlayers.optim import RowAdagrad, RowAdam, RowSGD
-from memlayers.usage import UsageMeter
-from memlayers.values import ValueTable
 from memlayers.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from memlayers.config import MemoryConfig
     from memlayers.diagnosis import doctor
+    from memlayers.keys import FlatKeys, Hits, NormalisedKeys, ProductKeys
+    from memlayers.layer import MemoryLayer
+    from memlayers.memory_plus import MemoryPlus
     from memlayers.models import add_memory, disable_memory, load_memory, save_memory
+    from memlayers.optim import RowAdagrad, RowAdam, RowSGD
+    from memlayers.usage import UsageMeter
+    from memlayers.values import ValueTable
 
 __all__ = [
     "FlatKeys",
@@ -37,20 +38,35 @@ __all__ = [
 ]
 
 
-# These need transformers, or are tools: each is imported when it is asked for.
+# Where each name comes from once it is asked for: torch takes seconds to import, and some need transformers.
 _ON_DEMAND = {
-    "add_memory": "memlayers.models",
-    "disable_memory": "memlayers.models",
-    "doctor": "memlayers.diagnosis",
-    "load_memory": "memlayers.models",
-    "save_memory": "memlayers.models",
+    "FlatKeys": "keys",
+    "Hits": "keys",
+    "MemoryConfig": "config",
+    "MemoryLayer": "layer",
+    "MemoryPlus": "memory_plus",
+    "NormalisedKeys": "keys",
+    "ProductKeys": "keys",
+    "RowAdagrad": "optim",
+    "RowAdam": "optim",
+    "RowSGD": "optim",
+    "UsageMeter": "usage",
+    "ValueTable": "values",
+    "add_memory": "models",
+    "disable_memory": "models",
+    "doctor": "diagnosis",
+    "load_memory": "models",
+    "save_memory": "models",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_DEMAND:
-        return getattr(importlib.import_module(_ON_DEMAND[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ON_DEMAND:
+        if not name.startswith("_") and importlib.util.find_spec(f"memlayers.{name}"):  # as in memlayers.optim.RowAdam
+            return importlib.import_module(f"memlayers.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(f"memlayers.{_ON_DEMAND[name]}"), name)
+    return found
 
 
 def __dir__() -> list[str]:

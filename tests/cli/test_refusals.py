@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import memlayers
+from memlayers.cli import main
 
 NEW = ("train", "--output", "new")
 
@@ -27,7 +28,7 @@ OPTIONS = [
     ([*NEW, "--config", ""], "config must be the name of a file, got ''"),
     ([*NEW, "--config="], "config must be the name of a file, got ''"),
     (["compare"], "memlayers compare needs --output .*"),
-    (["eval"], "memlayers eval needs RUN .folder of a finished run."),
+    (["eval"], "memlayers eval needs RUN .folder of a finished run, or .*"),
     (["generate", "run"], "memlayers generate needs --prompt .*"),
     ([*NEW, "--memory.topk"], "argument --memory.topk: expected one argument"),
     # Values of another type.
@@ -143,7 +144,7 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 from memlayers.cli import main
-print(main(["--version"]), main(["train", "--topk", "3"]), main(["generate", "run", "--prompt", "a"]))
+print(main(["--version"]), main(["train", "--topk", "3"]), main(["generate", ".", "--prompt", "a"]))
 """
 
 
@@ -161,6 +162,48 @@ def test_only_what_a_command_does_is_imported_for_it():
     assert err[0] == "memlayers: error: unknown option --topk; did you mean --memory.topk?"
     assert err[1] in [needs.format(name) for name in ("transformers", "safetensors")]
     assert run("yaml") == ([version, "0 2 2"], [needs.format("yaml")] * 2)
+
+
+EARLY = """
+import sys
+from memlayers.cli import main
+for words in sys.stdin.read().splitlines():
+    print(main(words.split()), sorted({"torch", "transformers", "tokenizers", "numba"} & set(sys.modules)))
+"""
+REFUSED = [
+    "nonsense", "train --nonsense", "train", "train --output x --model.dim 7", "train --output x --model.heads many",
+    "train --output x --resume --overwrite", "train --output x --preset none", "train --output x --config none.yaml",
+    "prepare --output x --data.vocab_size 3", "compare --output x --model.dim -1", "eval missing", "doctor",
+    "generate missing --prompt a", "generate missing", "info --preset x",
+]  # fmt: skip
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "a command line with a mistake: an unknown option, a wrong value, a folder that is not there",
+    "refused",
+    "at once, before torch and transformers are imported",
+)
+def test_a_refusal_does_not_wait_for_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY], input="\n".join(REFUSED), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["2 []"] * len(REFUSED), done.stderr
+    assert done.stderr.count("memlayers: error: ") == len(REFUSED)
+
+
+@pytest.mark.parametrize("words", [["play.txt"], ["a", "b"], ['["a", "b"]'], ["[a, b]"]])
+def test_sources_are_words_or_a_list(words, trainings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--output", "new", "--data.sources", *words]) == 0
+    assert trainings[0][0].data.sources == (("play.txt",) if words == ["play.txt"] else ("a", "b"))
+
+
+def test_the_usage_line_is_a_line(capsys):
+    assert main(["train", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: memlayers train [--OPTION VALUE ...]\n\nTrain one model.")
+    assert main(["eval", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: memlayers eval RUN [--OPTION VALUE ...]\n")
 
 
 def test_the_package_runs_as_a_module():

@@ -1,3 +1,4 @@
+import json
 import math
 import shutil
 
@@ -77,3 +78,67 @@ def test_a_run_that_did_not_finish_has_no_text(tiny_run, tmp_path):
         generate(tmp_path, PROMPT, max_new_tokens=5)
     with pytest.raises(ValueError, match=r"it has no config.json"):
         generate(tmp_path / "nothing", PROMPT, max_new_tokens=5)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(tiny_run, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.encode", lambda *_, **__: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match="prompt must have at most 15 tokens .* got 2,000,000 characters"):
+        generate(tiny_run, "ACGT" * 500_000)
+
+
+@pytest.fixture
+def saved(tiny_run, tmp_path):
+    """A folder of `save_pretrained`, with the memory and its tokenizer."""
+    run = RunFolder(tiny_run)
+    run.load_model().save_pretrained(tmp_path / "saved")
+    run.load_tokenizer().save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`memlayers generate` and `memlayers eval` on a folder that `save_pretrained` wrote, memory included",
+    "supported",
+    "with the tokenizer saved there, too; `eval` takes its text from `--corpus`",
+)
+def test_a_folder_of_transformers_writes_text(saved, tiny_run, capsys):
+    folder = RunFolder(tiny_run)
+    model, tokenizer = folder.load_model(), folder.load_tokenizer()
+    ids = tokenizer.encode(PROMPT)
+    for _ in range(5):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    assert generate(saved, PROMPT, max_new_tokens=5, temperature=0) == expected
+    assert generate(saved, "", max_new_tokens=2)
+    with pytest.raises(ValueError, match="max_new_tokens must be at most .* context of 16 tokens"):
+        generate(saved, PROMPT, max_new_tokens=100)
+
+
+def test_a_folder_of_transformers_is_evaluated_on_a_corpus(saved, tiny_run, tiny_corpus, capsys):
+    from memlayers.cli import main
+
+    corpus = str(tiny_corpus.folder)
+    assert main(["eval", str(saved), "--corpus", corpus, "--tokens", "300", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = RunFolder(tiny_run).read_result()["validation"]
+    for name in ("tokens", "words", "bytes"):  # the same text, in the same tokens
+        assert found[name] >= expected[name]
+    assert main(["eval", str(tiny_run), "--corpus", corpus, "--tokens", str(found["tokens"] + 1), "--json"]) == 0
+    own = json.loads(capsys.readouterr().out)
+    assert own["nll"] == pytest.approx(found["nll"], rel=1e-5)
+    assert main(["eval", str(saved)]) == 2
+    assert "corpus must be given for a model that is no run: --corpus FOLDER" in capsys.readouterr().err
+    assert main(["eval", str(saved), "--corpus", corpus]) == 0
+    shown = capsys.readouterr().out
+    assert "top-1 usage" in shown
+    assert "(the first choice of a head), KL" in shown
+
+
+def test_a_folder_without_a_tokenizer_is_refused(saved):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (saved / name).unlink()
+    with pytest.raises(ValueError, match="must hold the tokenizer of its model, too, .*tokenizer.save_pretrained"):
+        generate(saved, PROMPT)

@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         super().__init__(
             prog=f"memlayers {command}",
+            usage=" ".join([f"memlayers {command}", *([placed.upper()] if placed else []), "[--OPTION VALUE ...]"]),
             description=summary,
             add_help=False,
             allow_abbrev=False,

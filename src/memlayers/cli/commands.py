@@ -9,12 +9,14 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from memlayers.cli.arguments import Parser
 from memlayers.cli.configuration import Base, Call
 from memlayers.lm.config import SECTIONS, RunConfig, run_settings
 from memlayers.lm.presets import Comparison, preset_names
+from memlayers.lm.run import RunFolder
 from memlayers.settings import Setting, instead, require, settings_of
 from memlayers.tables import two_columns
 
@@ -71,7 +73,7 @@ _OF_A_CONFIGURATION = {
         default=(),
     ),
 }
-_RUN = {"run": _option("folder of a finished run")}
+_RUN = {"run": _option("folder of a finished run, or of a model that save_pretrained wrote with its tokenizer")}
 _CORPUS = (
     "folder of the prepared corpus; made if it is not there. One that is ready decides the data options, unless some "
     "are given (default: `corpus` {})"
@@ -122,7 +124,7 @@ COMMANDS = {
                 100_000,
                 least=2,
             ),
-            "corpus": _option("folder of the prepared corpus, if it has moved since the training", default=None),
+            "corpus": _option("folder of the prepared corpus, if it has moved or the model is no run", default=None),
         },
         flags={"json": "print all figures as JSON"},
         placed="run",
@@ -190,10 +192,26 @@ def run_command(arguments: Sequence[str]) -> None:
     call = Call(
         _options(name, command, given), {field: given[field] for field in command.fields({}) if field in given}, base
     )
+    _refuse_early(name, call)
     run = _load(command.run)
     if transformers := sys.modules.get("transformers"):  # which not every command imports
         transformers.utils.logging.disable_progress_bar()  # of saving and loading; training keeps its own
     run(call)
+
+
+def _refuse_early(name: str, call: Call) -> None:
+    """Raises what the command would raise of its configuration and its folder, before seconds of imports."""
+    if name in ("train", "compare", "prepare") and call.base is not None:
+        options = call.options
+        if options.get("overwrite") and options.get("resume"):
+            raise ValueError("overwrite and resume exclude each other: a run is either replaced or goes on")
+        if name == "train" and options["output"] is None and not options["dry_run"]:
+            raise ValueError("output must be given: --output FOLDER, for the run")
+        # A corpus that is ready says what the data are, and weights need its sources.
+        if options.get("corpus") is None or "data.weights" not in (*call.fields, *call.base.files):
+            call.configuration()
+    elif name in ("eval", "generate") and not Path(call.options["run"]).is_dir():
+        RunFolder(call.options["run"]).read_result()
 
 
 def overview() -> str:

@@ -1,17 +1,16 @@
 """eval, generate, doctor: the commands that use a trained model; and what info says of one."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from memlayers import models
 from memlayers.cli.configuration import Base, Call
 from memlayers.diagnosis import DoctorError, doctor
 from memlayers.lm.build import build_model, build_optimizer, pick_device, resolve_precision
@@ -23,17 +22,23 @@ from memlayers.lm.footprint import available_memory, footprint
 from memlayers.lm.generate import generate
 from memlayers.lm.presets import preset, preset_names
 from memlayers.lm.run import RunFolder
+from memlayers.lm.saved import is_saved_model, load_model, load_tokenizer, read_again
 from memlayers.optim import MemoryAdamW
 from memlayers.parameters import count_parameters
 from memlayers.tables import Lines, perplexity_text
 
 BATCH_WINDOWS = 4
 MOST_TOKENS = 512  # of a window
+EVAL_TOKENS = 1024  # of one that a model of transformers is evaluated on; those of today take a hundred times as many
 
 
 def run_eval(call: Call) -> None:
     """memlayers eval"""
     options, folder = call.options, RunFolder(call.options["run"])
+    if not folder.finished and is_saved_model(folder.path):
+        evaluation = _evaluate_saved(folder.path, options)
+        print(json.dumps(evaluation, indent=2) if options["json"] else quality(evaluation))
+        return
     result, config = folder.read_result(), folder.read_config()
     data = _entry(result, "data", folder.result)
     corpus = open_corpus(options["corpus"] or _entry(data, "folder", folder.result))
@@ -50,6 +55,18 @@ def run_eval(call: Call) -> None:
         precision=resolve_precision(config.training.precision, device),
     ).to_dict()
     print(json.dumps(evaluation, indent=2) if options["json"] else quality(evaluation))
+
+
+def _evaluate_saved(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model of transformers makes of a corpus, whose text it reads with its own tokenizer."""
+    if options["corpus"] is None:
+        raise ValueError("corpus must be given for a model that is no run: --corpus FOLDER, from memlayers prepare")
+    corpus, tokenizer, device = open_corpus(options["corpus"]), load_tokenizer(folder), pick_device()
+    text = read_again(getattr(corpus, options["split"]), corpus.tokenizer(), tokenizer, options["tokens"])
+    model: Any = load_model(folder)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or EVAL_TOKENS
+    model.to(device)
+    return evaluate(model, text, tokens=options["tokens"], context=min(context, EVAL_TOKENS), batch_windows=4).to_dict()
 
 
 def run_generate(call: Call) -> None:
@@ -101,7 +118,7 @@ def open_saved(folder: Path) -> Saved:
             raise ValueError(f"{folder / DESCRIPTION} is of another version: {error}") from error
         # A checkpoint does not say where its text is; without being told, a run puts it beside its own folder.
         corpus = folder.absolute().parents[2] / "corpus"
-        return Saved(lambda: _load(folder), config, str(corpus), data.get("tokenizer_sha256"))
+        return Saved(lambda: load_model(folder), config, str(corpus), data.get("tokenizer_sha256"))
     if run.checkpoints.is_dir():
         raise ValueError(
             f"checkpoint must be the folder of a finished run, got {str(folder)!r}, which did not finish; "
@@ -111,27 +128,7 @@ def open_saved(folder: Path) -> Saved:
         raise ValueError(
             f"checkpoint must be the folder of a run, of a checkpoint in one, or of a saved model, got {str(folder)!r}"
         )
-    return Saved(lambda: _load(folder))
-
-
-def _load(folder: Path) -> PreTrainedModel:
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        places = {*config.get("auto_map", {})} - {"AutoConfig"}
-        names = config.get("architectures") or []
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} must describe a model of transformers ({error})") from None
-    if places and "AutoModelForCausalLM" not in places:
-        raise ValueError(
-            f"checkpoint must hold a causal language model, got {str(folder)!r} with a {' or '.join(names)}: call "
-            f"memlayers.doctor(model, batch) with a batch of its own"
-        )
-    for name in names:  # known to the Auto classes from now on
-        getattr(models, name, None)
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder)
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged: {error}") from error
+    return Saved(lambda: load_model(folder))
 
 
 def _open_corpus(folder: str, saved: Saved) -> Corpus:
@@ -175,8 +172,9 @@ def quality(evaluation: Mapping[str, Any]) -> str:
     for name, report in evaluation["usage"].items():
         overall = report["overall"]
         lines.append(
-            f"{name}: usage {overall['usage']:.1f} %, KL {overall['kl']:.3f}, "
-            f"top-1 usage {overall['top1_usage']:.1f} % of {report['slots']:,} slots (over {report['tokens']:,} tokens)"
+            f"{name}: usage {overall['usage']:.1f} % of {report['slots']:,} slots, top-1 usage "
+            f"{overall['top1_usage']:.1f} % (the first choice of a head), KL {overall['kl']:.3f} (0: all are read "
+            f"equally often, {math.log(report['slots']):.1f}: one alone), over {report['tokens']:,} tokens"
         )
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from memlayers.cli.model_commands import quality
 from memlayers.console import show, tell
 from memlayers.experiments.compare import compare
 from memlayers.lm.data import MANIFEST, Corpus, DataConfig, open_corpus, prepare
-from memlayers.lm.data.prepare import is_occupied
+from memlayers.lm.data.prepare import copies_text, is_occupied, strange_text
 from memlayers.lm.data.sources import open_sources
 from memlayers.lm.dry_run import dry_run
 from memlayers.lm.run import check_output
@@ -22,13 +22,9 @@ from memlayers.tables import two_columns
 def run_train(call: Call) -> None:
     """memlayers train"""
     options = call.options
-    if options["overwrite"] and options["resume"]:
-        raise ValueError("overwrite and resume exclude each other: a run is either replaced or goes on")
     if options["dry_run"]:
         _dry_run(call)
         return
-    if options["output"] is None:
-        raise ValueError("output must be given: --output FOLDER, for the run")
     config, corpus = _with_data_of_corpus(call)
     result = train(config, options["output"], corpus=corpus, overwrite=options["overwrite"], resume=options["resume"])
     run = result["training"]
@@ -88,6 +84,8 @@ def _described(corpus: Corpus, seconds: float | None) -> str:
         lines.append((name, text))
     lines.append(("vocabulary", f"{corpus.vocab_size:,} tokens"))
     left_out = [("blank", "blank_documents"), ("malformed", "malformed_records")]
+    found = [("copies", copies_text(corpus.manifest)), ("not text", strange_text(corpus.manifest))]
+    lines += [line for line in found if line[1]]
     lines.append(("left out", ", ".join(f"{corpus.manifest[field]:,} {what}" for what, field in left_out)))
     if seconds is not None:
         lines.append(("time", f"{seconds:,.1f} s ({num_bytes / 1e6 / seconds:,.1f} MB/s of text)"))

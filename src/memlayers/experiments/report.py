@@ -117,6 +117,12 @@ def _speed_columns(baseline: str) -> list[Column]:
     ]
 
 
+_USAGE = (
+    "Usage: slots that were read at all; KL: of the reads from equally many of each slot, in nats (0: all slots "
+    "equally often); top-1 usage: slots that were the first choice of a head."
+)
+
+
 def _memory_table(models: Models) -> str:
     rows = []
     for model in models.values():
@@ -133,7 +139,7 @@ def _memory_table(models: Models) -> str:
                 ]
             )
     head = ["memory", "slots", "usage %", "KL", "top-1 usage %", "over validation tokens"]
-    return markdown_table(head, rows) if rows else ""
+    return f"{markdown_table(head, rows)}\n\n{_USAGE}" if rows else ""
 
 
 def _notes(content: Mapping[str, Any]) -> str:

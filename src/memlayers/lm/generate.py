@@ -1,11 +1,13 @@
 """Text from a trained model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from memlayers.checks import require_int, require_number
 from memlayers.lm.run import RunFolder
+from memlayers.lm.saved import first_token, is_saved_model, load_model, load_tokenizer
 
 
 def generate(
@@ -17,17 +19,17 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """Continue `prompt` with the model of a finished run: the prompt and what follows, up to the document's end.
+    """Continue `prompt` with a trained model: the prompt and what follows, up to the document's end.
 
     Args:
-        run: folder of a finished run.
+        run: folder of a finished run, or one that `save_pretrained` (or `save_memory`) wrote, with its tokenizer.
         prompt: the beginning of a document; may be empty.
         max_new_tokens: tokens to write at most. With the prompt they must fit into the model's context.
         temperature: of the distribution that is drawn from; 0: the likeliest token each time.
         top_p: draw from the likeliest tokens that together have this probability.
         seed: of the draws.
 
-    Raises `ValueError` for a folder without a finished run, a bad setting, or a text that does not fit.
+    Raises `ValueError` for a folder without a finished run or saved model, a bad setting, or a text that does not fit.
     """
     require_int("max_new_tokens", max_new_tokens, least=1)
     require_int("seed", seed, least=0, most=2**64 - 1)
@@ -39,10 +41,19 @@ def generate(
     except UnicodeEncodeError as error:
         raise ValueError(f"prompt must be valid UTF-8, got {prompt!r}") from error
     folder = RunFolder(run)
-    context = folder.read_config().model.context
-    model, tokenizer = folder.load_model(), folder.load_tokenizer()
-    # Documents begin with <|endoftext|> in training, so a prompt does here.
-    ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
+    if not folder.finished and is_saved_model(folder.path):
+        model, tokenizer = load_model(folder.path), load_tokenizer(folder.path)
+        config = model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or len(prompt) + max_new_tokens + 1
+        ids = tokenizer.encode(prompt) or [first_token(tokenizer)]
+        if ids == [None]:
+            raise ValueError("prompt must not be empty for a tokenizer without a token that begins a text")
+    else:
+        context = folder.read_config().model.context
+        model, tokenizer = folder.load_model(), folder.load_tokenizer()
+        _refuse_endless(prompt, context, tokenizer)
+        # Documents begin with <|endoftext|> in training, so a prompt does here.
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
     if len(ids) >= context:
         raise ValueError(
             f"prompt must have at most {context - 1} tokens to leave room for one more in the model's context of "
@@ -66,3 +77,13 @@ def generate(
         **drawing,
     )
     return str(tokenizer.decode(written_BT[0], skip_special_tokens=True))
+
+
+def _refuse_endless(prompt: str, context: int, tokenizer: Any) -> None:
+    """Raises `ValueError` for a prompt that cannot fit, before it is encoded: a long run of letters takes minutes."""
+    longest = max(map(len, tokenizer.get_vocab()))  # in the bytes of a token
+    if len(prompt) > (context - 1) * longest:
+        raise ValueError(
+            f"prompt must have at most {context - 1} tokens to leave room for one more in the model's context of "
+            f"{context}, got {len(prompt):,} characters"
+        )

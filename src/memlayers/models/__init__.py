@@ -9,6 +9,10 @@ same base), `folder` (the format on disk), `storage` (memory <-> folder), `class
 
 from typing import TYPE_CHECKING, Any
 
+from memlayers.extras import require_extra
+
+require_extra("lm", "memlayers.models", "transformers", "safetensors", "huggingface_hub")
+
 from memlayers.layer import memory_layers
 from memlayers.models import classes
 from memlayers.models.add import add_memory, freeze_base, load_memory, remove_memory, save_memory

@@ -13,11 +13,16 @@ Then, for how one is made:
     encode.py  spans.py        the second: documents to tokens, tokens to shards
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from memlayers.lm.data.config import DataConfig
 from memlayers.lm.data.corpus import DOCUMENT, END_OF_TEXT, MANIFEST, SPLITS, Corpus, Shard, Split, open_corpus
 from memlayers.lm.data.prepare import prepare
 from memlayers.lm.data.tokenize import SMALLEST_VOCABULARY
-from memlayers.lm.data.windows import Windows, training_order
+
+if TYPE_CHECKING:
+    from memlayers.lm.data.windows import Windows, training_order
 
 __all__ = [
     "DOCUMENT",
@@ -34,3 +39,10 @@ __all__ = [
     "prepare",
     "training_order",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Windows", "training_order"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # On demand: these stand on torch, which takes seconds to import, and a command that is refused needs none.
+    return getattr(importlib.import_module("memlayers.lm.data.windows"), name)
