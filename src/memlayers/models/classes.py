@@ -161,9 +161,11 @@ class MemoryMixin(PreTrainedModel):
         return rebuild, (self.plain_class, False), self.__getstate__()
 
     def declare_memories(self) -> None:
-        """Tells `transformers` of shared tables, and of the loss of the plain class."""
+        """Tells `transformers` of shared tables, of what no quantiser converts, and of the loss of the plain class."""
         # Of the class, or of the model itself, as some constructors set them.
         self._tied_weights_keys = {**(self._tied_weights_keys or {}), **self._tied_tables()}
+        # Every quantiser leaves these out; otherwise it means float32 where float16 was asked for, as for new memories.
+        self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *self._parts_of_memories()}
         if self.loss_type is None and self.auto_class_name == "AutoModelForCausalLM":
             # Chosen by the class's name, which GPT-2's does not settle; without it every first loss logs a warning.
             self.loss_type = "ForCausalLM"
@@ -173,9 +175,13 @@ class MemoryMixin(PreTrainedModel):
         """The inverse of `declare_memories`, while the memories are still there."""
         tables = self._tied_tables()
         tied = {name: source for name, source in (self._tied_weights_keys or {}).items() if name not in tables}
+        self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ())} - self._parts_of_memories()
         self.__dict__.pop("_tied_weights_keys", None)
         if tied != (type(self)._tied_weights_keys or {}):
             self._tied_weights_keys = tied
+
+    def _parts_of_memories(self) -> set[str]:
+        return {f"{name}.{part}" for name, _ in find_wrappers(self) for part in ("memory", "gate")}
 
     def _tied_tables(self) -> dict[str, str]:
         """The names under which a shared table appears again, each with the first one."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlayers.models.modules import base_name
+from memlayers.models.modules import base_name, packed_shape
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
 from memlayers.torch_private import is_wrapper_subclass
 
@@ -130,7 +130,10 @@ def _base_tensors(module: nn.Module, prefix: str, without: Collection[str]) -> I
         module = inside
     if isinstance(module, MemoryWrapper):  # in place of a module that is gone
         return
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+    own = [*module._parameters.items(), *module._buffers.items()]
+    if (packed := packed_shape(module)) is not None:  # by shape alone; whatever it is packed as may change (on a CPU)
+        own = [("weight", torch.empty(packed, dtype=torch.uint8, device="meta")), *(i for i in own if i[0] == "bias")]
+    for name, tensor in own:
         if tensor is not None and name not in module._non_persistent_buffers_set:
             yield prefix + name, tensor
     for name, child in module._modules.items():
@@ -188,8 +191,10 @@ def _digest(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _same(known: TensorIdentity, other: TensorIdentity | None) -> bool:
-    if other is None or known.shape != other.shape:
+    if other is None:
         return False
+    if known.shape != other.shape:  # one that is packed may stand for the transposed one (GPT-2)
+        return not (known.values and other.values) and sorted(known.shape) == sorted(other.shape)
     is_rounded = "float16" in (known.dtype, other.dtype)
     pairs = ((known.values, other.values), (known.rows, other.rows))
     return all(

@@ -34,10 +34,38 @@ def base_name(name: str) -> str:
 
 def tensor_like(model: nn.Module, name: str) -> Tensor:
     """A tensor on the device and in the dtype that a memory at the module `name` takes."""
-    for tensor in chain(model.get_submodule(name).parameters(), model.parameters()):
-        if tensor.is_floating_point():  # quantised weights are not
-            return tensor
+    for part in chain(model.get_submodule(name).modules(), model.modules()):
+        for tensor in part.parameters(recurse=False):
+            if tensor.is_floating_point() and packed_shape(part) is None:  # packed weights may be of any dtype
+                return tensor
     return torch.empty(())
+
+
+def packed_shape(module: nn.Module) -> tuple[int, int] | None:
+    """The shape that the weight of a quantised linear map [out, in] stands for; None for any other module.
+
+    Those of bitsandbytes, GPTQ, AWQ, HQQ and their like say what they take and return, and keep numbers of another
+    shape or of fewer bits.
+    """
+    shape = [getattr(module, side, None) for side in ("out_features", "in_features")]
+    own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+    if not (isinstance(shape[0], int) and isinstance(shape[1], int) and own):
+        return None
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and {*weight.shape} == {*shape}:
+        is_packed = not weight.is_floating_point() or weight.element_size() == 1
+    else:
+        is_packed = isinstance(weight, Tensor) or any(not tensor.is_floating_point() for tensor in own)
+    return (shape[0], shape[1]) if is_packed else None
+
+
+def weight_sizes(module: nn.Module) -> set[int]:
+    """All sizes of the weights of `module`; of quantised ones, of what they stand for."""
+    sizes: set[int] = set()
+    for part in module.modules():
+        packed = packed_shape(part)
+        sizes.update(packed or (size for tensor in part.parameters(recurse=False) for size in tensor.shape))
+    return sizes
 
 
 def require_no_memory(model: nn.Module) -> None:

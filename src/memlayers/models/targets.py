@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from memlayers.models.modules import tensor_like
+from memlayers.models.modules import tensor_like, weight_sizes
 from memlayers.models.placement import MemoryPlacement
 
 Layers = Sequence[int] | Sequence[str] | str
@@ -77,7 +77,7 @@ def names_of(model: nn.Module, placement: MemoryPlacement) -> list[str]:
                 raise ValueError(f"layers must be names of modules of this model, got {name!r}{_closest(name, known)}")
     dim = placement.config.dim
     for name in names:
-        sizes = {size for parameter in model.get_submodule(name).parameters() for size in parameter.shape}
+        sizes = weight_sizes(model.get_submodule(name))
         if sizes and dim not in sizes:
             raise ValueError(
                 f"config.dim must be the width of what {name!r} is given and returns, got {dim}, which is no size of "
