@@ -195,3 +195,20 @@ def test_generation_with_beams():
     model.eval()
     cached, uncached = (model.generate(input_ids=IDS[:, :6], use_cache=cache, **options) for cache in (True, False))
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.promise(
+    "Adapters",
+    "`get_peft_model` on a model with a memory that was to be trained, then training",
+    "supported",
+    "PEFT freezes the memory, which a warning says in the first training step; `freeze_base(model)` lets it be trained",
+)
+def test_a_memory_that_peft_has_frozen_says_so_when_it_is_trained():
+    model = memory_first()
+    model.eval()(input_ids=IDS)
+    with pytest.warns(UserWarning, match=r"frozen it. Call memlayers.models.freeze_base\(model\) before the optimizer"):
+        model.train()(input_ids=IDS)
+    model(input_ids=IDS)  # once; from here on a warning is an error
+    freeze_base(memory_first()).train()(input_ids=IDS)
+    on_purpose = add_memory(base(), MEMORY, [2], mode="parallel").requires_grad_(False)
+    lora(on_purpose).train()(input_ids=IDS)

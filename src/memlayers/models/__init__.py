@@ -4,7 +4,7 @@ Read `add` first: what people call, and `disable`. Below, each imports those bef
 go), `switch` (which are off), `wrappers` (what stands in the model), `modules` (what is in a model), `masks` (how
 padding reaches memories), `targets` (which modules can take one), `install` (put in, take out), `identity` (is it the
 same base), `folder` (the format on disk), `storage` (memory <-> folder), `classes` (what `transformers` must know).
-`summary`, `presets`, `checkpoints` and `carriers` stand beside it.
+`adapters` (what PEFT must know), `summary`, `presets`, `checkpoints` and `carriers` stand beside it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from memlayers.extras import require_extra
 require_extra("lm", "memlayers.models", "transformers", "safetensors", "huggingface_hub")
 
 from memlayers.layer import memory_layers
+from memlayers.models import adapters as adapters  # changes PEFT, where that is imported
 from memlayers.models import classes
 from memlayers.models.add import add_memory, freeze_base, load_memory, remove_memory, save_memory
 from memlayers.models.carriers import causal_lm

@@ -1,14 +1,10 @@
-"""disable_memory: a model without its memories, for the length of a block; also in that of PEFT's `disable_adapter`."""
+"""disable_memory: a model without its memories, for the length of a block."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
 
 from torch import nn
 
-from memlayers.after_import import after_import
 from memlayers.layer import memory_layers
 from memlayers.models.install import match_device_and_dtype
 from memlayers.models.modules import unwrap
@@ -46,39 +42,16 @@ def disable_memory(model: nn.Module) -> Iterator[None]:
             f"model must still have the modules that its memories replaced, got one that has not kept "
             f"{', '.join(lost)}: use add_memory(..., keep_original=True), or mode='parallel'"
         )
-    with _off(inner, list(wrappers.values())):
+    with off(inner, list(wrappers.values())):
         yield
 
 
 @contextmanager
-def _off(model: nn.Module, wrappers: Sequence[MemoryWrapper]) -> Iterator[None]:
+def off(model: nn.Module, wrappers: Sequence[MemoryWrapper]) -> Iterator[None]:
+    """In its block, these wrappers of `model`, whose modules are all there, answer without their memories."""
     for wrapper in wrappers:
         if wrapper.mode == "replace" and wrapper.original is not None:
             match_device_and_dtype(wrapper.original, wrapper.memory)
     carry_through_checkpoints(model)
     with switched_off(wrappers):
         yield
-
-
-def _off_with_adapters(module: ModuleType) -> None:
-    """Has `disable_adapter` of PEFT's classes switch memories off, too: TRL's reference model is called in it."""
-    for kind in vars(module).values():
-        plain = vars(kind).get("disable_adapter") if isinstance(kind, type) else None
-        if plain is not None and kind.__module__ == module.__name__:
-            kind.disable_adapter = _with_memories(plain)
-
-
-def _with_memories(plain: Any) -> Any:
-    @functools.wraps(plain)
-    @contextmanager
-    def disable_adapter(self: Any) -> Iterator[None]:
-        wrappers = [wrapper for _, wrapper in find_wrappers(self) if wrapper.original is not None]
-        with plain(self), _off(self, wrappers):
-            yield
-
-    return disable_adapter
-
-
-# PEFT is optional, and may be imported later.
-for _home in ("peft.peft_model", "peft.mixed_model"):
-    after_import(_home, _off_with_adapters)

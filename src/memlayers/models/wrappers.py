@@ -3,6 +3,7 @@
 Either takes the module's place under its name, so the model around it goes on calling what it called.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ class MemoryWrapper(nn.Module):
 
     mode: ClassVar[Mode]
     memory: MemoryLayer
+    frozen_by_peft: bool = False  # and not by whoever wanted it frozen
     base_identity: object = None  # the `BaseIdentity` of the model that the memory was added to, if it is known
     givers: tuple[str, ...] = ()  # whose calls' masks the memory takes (`memlayers.models.masks`)
     tokens_first: bool = False  # whether the model's blocks work on [tokens, batch, width]
@@ -32,6 +34,8 @@ class MemoryWrapper(nn.Module):
 
     def remember(self, x: Tensor) -> Tensor:
         """What the memory makes of x; a float16 one reaches a memory that is wider than the model in its dtype."""
+        if self.frozen_by_peft and self.training and not torch.compiler.is_compiling():
+            self._say_that_it_is_frozen()
         dtype = self.memory.keys.weight.dtype
         wide = x.to(dtype) if x.dtype == torch.float16 else x
         mask = self.mask_for(x)
@@ -41,6 +45,20 @@ class MemoryWrapper(nn.Module):
         """The mask of the call in progress for hidden states x; None if all are of real tokens."""
         mask_BT = mask_for(self.givers)
         return None if mask_BT is None else fitted(mask_BT.to(x.device), x.shape[:-1], tokens_first=self.tokens_first)
+
+    def _say_that_it_is_frozen(self) -> None:
+        self.frozen_by_peft = False  # once
+        if not self.is_trained():
+            warnings.warn(
+                "a memory is trained no more: peft.get_peft_model (or a trainer that was given peft_config) has frozen "
+                "it. Call memlayers.models.freeze_base(model) before the optimizer is built, in a trainer on "
+                "trainer.model before trainer.train(); to keep it frozen, do memory.requires_grad_(False) before",
+                stacklevel=3,
+            )
+
+    def is_trained(self) -> bool:
+        """Whether something of the memory requires a gradient."""
+        return any(parameter.requires_grad for parameter in self.memory.parameters())
 
 
 class ReplacingMemory(MemoryWrapper):
@@ -90,6 +108,9 @@ class ParallelMemory(MemoryWrapper):
         self.gate = nn.Parameter(torch.empty(memory.config.dim, device=like.device, dtype=like.dtype))
         self.reset_parameters()
         self.base = base  # last: from here on its attributes are found, too
+
+    def is_trained(self) -> bool:
+        return self.gate.requires_grad or super().is_trained()
 
     def reset_parameters(self) -> None:
         """The gate at zero; the memory and the base module initialise themselves."""

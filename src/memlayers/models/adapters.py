@@ -1,0 +1,54 @@
+"""What PEFT does to a model with memories, made right: its classes are told of memories as soon as they are imported.
+
+- `disable_adapter` switches memories off, too: TRL calls its reference model in it.
+- Adapters that are put on a model freeze all the rest. A memory that was to be trained remembers that, and says so at
+  its first call in training (TRL's trainers do the same where they are given ``peft_config``).
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from memlayers.after_import import after_import
+from memlayers.models.disable import off
+from memlayers.models.wrappers import find_wrappers
+
+
+def _with_memories(module: ModuleType) -> None:
+    """Changes the classes of models that a module of PEFT's defines."""
+    for kind in list(vars(module).values()):
+        if isinstance(kind, type) and kind.__module__ == module.__name__ and "disable_adapter" in vars(kind):
+            changed: Any = kind
+            changed.disable_adapter = _disable_adapter(changed.disable_adapter)
+            changed.__init__ = _init(changed.__init__)
+
+
+def _disable_adapter(plain: Any) -> Any:
+    @functools.wraps(plain)
+    @contextmanager
+    def disable_adapter(self: Any) -> Iterator[None]:
+        wrappers = [wrapper for _, wrapper in find_wrappers(self) if wrapper.original is not None]
+        with plain(self), off(self, wrappers):
+            yield
+
+    return disable_adapter
+
+
+def _init(plain: Any) -> Any:
+    @functools.wraps(plain)
+    def initialise(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        trained = [wrapper for _, wrapper in find_wrappers(model) if wrapper.is_trained()]
+        plain(self, model, *args, **kwargs)
+        for wrapper in trained:
+            wrapper.frozen_by_peft = not wrapper.is_trained()
+
+    return initialise
+
+
+# PEFT is optional, and may be imported later.
+for _home in ("peft.peft_model", "peft.mixed_model"):
+    after_import(_home, _with_memories)
