@@ -98,10 +98,41 @@ def test_the_tutorial_runs_and_prints_what_it_shows(capsys):
     assert names["report"].overall.usage > 30
 
 
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_what_is_supported_is_what_the_tests_say():
+    make_supported = script("make_supported")
+    rows = make_supported.promises()
+    assert len(rows) > 60
+    assert len({(row.topic, row.what) for row in rows}) == len(rows)
+    assert make_supported.PAGE.read_text() == make_supported.page(rows), "run python docs/make_supported.py"
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        '@pytest.mark.promise("Masks", "what", "promised", "how")',
+        '@pytest.mark.promise("No topic", "what", "supported", "how")',
+        '@pytest.mark.promise("Masks", "what", "supported", "of two\\nlines")',
+        '@pytest.mark.promise("Masks", WHAT, "supported", "how")',
+        '@pytest.mark.parametrize("a", [pytest.param(1, marks=pytest.mark.promise("Masks", "what", "no", "how"))])',
+    ],
+)
+def test_a_mark_that_makes_no_row_is_refused(mark, tmp_path):
+    make_supported = script("make_supported")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_this.py").write_text(f"{mark}\ndef test_it(): pass\n")
+    with pytest.raises(ValueError, match="tests/test_this.py, line 1: a promise must"):
+        make_supported.promises(tmp_path / "tests")
+
+
 def test_the_pictures_are_drawn_by_their_script(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
+    pictures = script("pictures")
     pictures.main(tmp_path)
     drawn = sorted(file.name for file in tmp_path.iterdir())
     assert drawn == sorted(pictures.PICTURES)

@@ -33,6 +33,7 @@ def generate(model, ids, mask, **options):
     )  # fmt: skip
 
 
+@pytest.mark.promise("Threads and servers", "`generate` with a cache", "supported", "as without, to a tolerance")
 def test_cached_agrees_with_uncached(model):
     ids, mask = padded_prompt()
     cached, uncached = (generate(model, ids, mask, use_cache=use_cache) for use_cache in (True, False))
@@ -44,6 +45,7 @@ def test_cached_agrees_with_uncached(model):
     )
 
 
+@pytest.mark.promise("Threads and servers", "`generate` with a static cache", "supported", "")
 def test_a_static_cache_agrees(model):
     # Its masks come prepared, [B, 1, T, S].
     ids, mask = padded_prompt()

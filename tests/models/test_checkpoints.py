@@ -68,6 +68,7 @@ def differing(first, second):
     return [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
 
 
+@pytest.mark.promise("Trainers", "a run with LoRA and a memory, resumed", "supported", "with the callback `SaveMemory`")
 @pytest.mark.parametrize("mode", ["parallel", "replace"])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, mode):
     whole = build(mode)
@@ -130,6 +131,9 @@ def test_the_best_memory_comes_back(tmp_path):
     assert differing(last, now) != []
 
 
+@pytest.mark.promise(
+    "Trainers", "resuming such a run from a checkpoint without a memory", "refused", "one that `SaveMemory` has written"
+)
 def test_a_checkpoint_without_memories_is_refused(tmp_path):
     trainer(tmp_path, build()).train()
     folder = tmp_path / f"checkpoint-{SAVED}" / "memory"

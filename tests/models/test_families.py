@@ -100,6 +100,12 @@ def assert_is(model, base):
     assert torch.equal(logits(model), logits(base))
 
 
+@pytest.mark.promise(
+    "Saving and loading",
+    '`add_memory(mode="parallel")` on a pretrained model',
+    "supported",
+    "the base's outputs, bit for bit, until the gate is trained",
+)
 def test_a_memory_beside_begins_as_the_base_and_goes_without_a_trace(base):
     expected = logits(base)
     model = add_memory(copy.deepcopy(base), MEMORY, [2, 3], mode="parallel")

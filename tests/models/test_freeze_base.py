@@ -27,6 +27,7 @@ def test_memories_and_their_gates_are_what_is_trained(plain, memory_config, mode
     assert len(trainable(model)) == 11 + (2 if mode == "parallel" else 0)
 
 
+@pytest.mark.promise("Gradients by hand", "`freeze_base`: training memories alone", "supported", "")
 def test_only_they_move(plain, memory_config):
     model = freeze_base(add_memory(plain, memory_config, [2], mode="parallel")).train()
     (name,) = (name for name, _ in find_wrappers(model))

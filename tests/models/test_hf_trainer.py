@@ -33,6 +33,7 @@ def logits(model):
         return model.eval()(IDS).logits
 
 
+@pytest.mark.promise("Saving and loading", "`trainer.save_model` and `from_pretrained`", "supported", "the same logits")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trained_saved_and_loaded(with_memory, tmp_path, checkpointing):
     before = logits(with_memory)
@@ -47,6 +48,7 @@ def test_trained_saved_and_loaded(with_memory, tmp_path, checkpointing):
         assert first.values is second.values
 
 
+@pytest.mark.promise("Trainers", "`load_best_model_at_end`", "supported", "")
 def test_the_best_model_comes_back(with_memory, tmp_path):
     # The highest loss, so that it is the first checkpoint and not what the model holds at the end.
     mine = trainer(with_memory, tmp_path, load_best_model_at_end=True, greater_is_better=True)

@@ -86,6 +86,12 @@ def trained(folder, *, resume=None, **settings):
     return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.promise(
+    "Trainers",
+    "`transformers.Trainer` with `MemoryAdamW`: accumulation and clipping",
+    "supported",
+    "a frozen base stays as it is, bit for bit",
+)
 def test_trainer_clips_accumulates_and_leaves_the_base_alone(tmp_path):
     start = weights(build())
     whole, losses = trained(tmp_path / "a")
@@ -95,6 +101,12 @@ def test_trainer_clips_accumulates_and_leaves_the_base_alone(tmp_path):
     assert_near(parts, whole)
 
 
+@pytest.mark.promise(
+    "Trainers",
+    "`trainer.train(resume_from_checkpoint=...)`",
+    "supported",
+    "the same end as an uninterrupted run, bit for bit",
+)
 def test_trainer_resumes_where_it_stopped(tmp_path):
     whole, losses = trained(tmp_path / "a", save_strategy="steps", save_steps=3)
     resumed, later = trained(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-3"))
@@ -106,6 +118,7 @@ def test_trainer_resumes_where_it_stopped(tmp_path):
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
+@pytest.mark.promise("Trainers", "`TrainingArguments(bf16=True)`", "supported", "")
 def test_trainer_in_bfloat16(tmp_path):
     model, losses = trained(tmp_path, bf16=True)
     assert losses[-1] < losses[0]
@@ -113,6 +126,12 @@ def test_trainer_in_bfloat16(tmp_path):
     assert_only_memories_moved(model, weights(build()))
 
 
+@pytest.mark.promise(
+    "Trainers",
+    "gradient checkpointing, `use_reentrant` or not",
+    "supported",
+    "recomputation neither records nor counts twice",
+)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_trainer_with_checkpointing(use_reentrant, tmp_path):
     settings = {
@@ -125,6 +144,9 @@ def test_trainer_with_checkpointing(use_reentrant, tmp_path):
     assert_near(recomputed, plain)
 
 
+@pytest.mark.promise(
+    "Trainers", "a plain loop: `backward`, `step`, `zero_grad`", "supported", "`MemoryAdamW(model)` in place of `AdamW`"
+)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_plain_loop(family):
     def run(parts):
@@ -146,6 +168,7 @@ def test_a_plain_loop(family):
     assert_near(run(4), run(1))
 
 
+@pytest.mark.promise("Trainers", "Accelerate: `prepare`, `accumulate`, mixed precision", "supported", "")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(precision):
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
@@ -202,6 +225,7 @@ def compiled_steps(family, backend):
     assert_near(compiled, eager)
 
 
+@pytest.mark.promise("Trainers", "`torch.compile` of a model that is trained", "supported", "one graph")
 @pytest.mark.slow
 def test_compiled():
     compiled_steps("llama", "aot_eager")
@@ -213,6 +237,12 @@ def test_compiled_by_inductor(family):
     compiled_steps(family, "inductor")
 
 
+@pytest.mark.promise(
+    "Masks",
+    "left and right padding by `attention_mask`",
+    "supported",
+    "what stands in it changes no output, statistic or gradient",
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_what_padding_holds_changes_nothing(side):
     model = build(config=MEMORY).train()
@@ -234,6 +264,12 @@ def test_what_padding_holds_changes_nothing(side):
     assert all(map(torch.equal, *seen))
 
 
+@pytest.mark.promise(
+    "Averages and copies",
+    "`copy.deepcopy` and pickle of a model",
+    "supported",
+    "the copy has a table of its own and no owner: it is dense",
+)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_models_of_their_own(copied):
     model = build()
@@ -252,6 +288,7 @@ def test_copies_are_models_of_their_own(copied):
     assert all(torch.equal(value, start[name]) for name, value in weights(model).items())
 
 
+@pytest.mark.promise("Threads and servers", "two models with memories in one process", "supported", "")
 def test_two_models_in_one_process():
     first, second = build("gpt2"), build("llama")
     twins = build("gpt2"), build("llama")
@@ -273,6 +310,7 @@ def test_two_models_in_one_process():
         assert all(torch.equal(value, twin.state_dict()[name]) for name, value in weights(model).items())
 
 
+@pytest.mark.promise("Trainers", "a base in bfloat16 or float16", "supported", "beside float16 a memory is float32")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_base_of_16_bits(family, dtype):

@@ -75,6 +75,9 @@ class Scaled(MemoryLayer):
         return self.again(self.mixing(self.output(y_TV))) * self.scale
 
 
+@pytest.mark.promise(
+    "Saving and loading", "`save_memory`, then `load_memory` into the base", "supported", "the same logits, bit for bit"
+)
 @pytest.mark.parametrize("share_values", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("mode", ["replace", "parallel"])
 @pytest.mark.parametrize("kind", [MemoryLayer, MemoryPlus, Scaled])
@@ -128,6 +131,12 @@ def test_16_bit_models(family, memory_config, tmp_path, dtype, mode):
         assert torch.equal(tensor, model.state_dict()[name].to(tensor.dtype))
 
 
+@pytest.mark.promise(
+    "Saving and loading",
+    "memories in an `nn.Module` that is not of transformers",
+    "supported",
+    "`save_memory`, `load_memory`; modules by name",
+)
 def test_a_plain_module(memory_config, tmp_path):
     x, net = torch.randn(3, 5, 16), Net()
     state = net.state_dict()
@@ -183,6 +192,12 @@ def test_adapters_around_the_base(family, memory_config, tmp_path):
     assert torch.equal(logits(both), expected)
 
 
+@pytest.mark.promise(
+    "Saving and loading",
+    "`from_pretrained` of a folder with a memory alone",
+    "supported",
+    "the base comes from where it was loaded",
+)
 @pytest.mark.parametrize("mode", ["replace", "parallel"])
 def test_base_and_memory_at_once(family, memory_config, tmp_path, mode, caplog):
     base_model(family).save_pretrained(tmp_path / "base")
@@ -295,6 +310,7 @@ def test_the_page_about_it_runs(tmp_path, monkeypatch):
         assert f"`{file.name}`" in page.read_text()
 
 
+@pytest.mark.promise("Saving and loading", "`load_memory` of a repository of the Hub", "supported", "")
 def test_a_repository_of_the_hub(memory_config, tmp_path, monkeypatch):
     base_model().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -444,6 +460,12 @@ def test_tensors(folder):
     refused(folder, f"{file.name} must be a file of safetensors")
 
 
+@pytest.mark.promise(
+    "Saving and loading",
+    "`load_memory` into another base",
+    "refused",
+    "the base that it was saved with, or `check_base=False`",
+)
 def test_bases(folder, memory_config, tmp_path):
     refused(folder, r"\d+ of \d+ tensors differ, the first is 'transformer.wte.weight'", base_model(seed=1))
     refused(folder, "config.dim must be 32, the hidden size", base_model(dim=32), check_base=False)

@@ -58,6 +58,7 @@ def table(model):
     return memory.values.weight
 
 
+@pytest.mark.promise("Adapters", "LoRA and a memory, put in in either order", "supported", "`freeze_base` last")
 @pytest.mark.parametrize("make", [memory_first, lora_first])
 @pytest.mark.parametrize("target_modules", [ATTENTION, "all-linear"])
 def test_both_are_trained_and_the_table_is_there_once(make, target_modules):
@@ -93,6 +94,7 @@ def test_a_new_adapter_and_a_new_memory_begin_as_the_base(make):
     assert torch.equal(logits(make()), logits(plain))
 
 
+@pytest.mark.promise("Adapters", "`merge_and_unload` of a model with a memory", "supported", "the memory stays")
 @pytest.mark.parametrize("make", [memory_first, lora_first])
 @pytest.mark.parametrize("target_modules", [ATTENTION, "all-linear"])
 def test_merging_keeps_the_memory(make, target_modules):
@@ -107,6 +109,9 @@ def test_merging_keeps_the_memory(make, target_modules):
     assert type(remove_memory(merged)).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.promise(
+    "Adapters", "adapters on the linear maps of a memory (`all-linear`)", "supported", "they count in evaluation, too"
+)
 def test_an_adapter_on_the_memory_itself_counts_in_evaluation_as_in_training():
     # "all-linear" takes the query's linear map, too. Without gradients a memory runs as one operation, which knows
     # nothing of adapters: it must not be used then.
@@ -151,6 +156,12 @@ def test_adapters_that_were_frozen_stay_so():
         assert parameter.requires_grad is is_trained, name
 
 
+@pytest.mark.promise(
+    "Adapters",
+    "PEFT's `modules_to_save` with a memory in it",
+    "refused",
+    "leave memories out: `freeze_base` has them trained",
+)
 def test_a_copy_of_the_table_is_refused():
     model = memory_first(modules_to_save=["memory"])
     before = [parameter.requires_grad for parameter in model.parameters()]
@@ -167,6 +178,7 @@ def test_the_summary_has_a_line_for_adapters():
     assert "adapters" not in memory_summary(add_memory(base(), MEMORY, [2])).parts
 
 
+@pytest.mark.promise("Masks", "masks through a PEFT model", "supported", "")
 def test_masks_reach_the_memory_through_the_adapter():
     model = freeze_base(memory_first()).train()
     (memory,) = memory_layers(model).values()
@@ -178,6 +190,12 @@ def test_masks_reach_the_memory_through_the_adapter():
     assert torch.equal(seen[0], mask.bool())
 
 
+@pytest.mark.promise(
+    "Adapters",
+    "`save_pretrained` of a PEFT model with a memory",
+    "supported",
+    "saves the adapter; `save_memory` beside it, or `SaveMemory` in Trainer, the memory",
+)
 def test_an_adapter_is_saved_without_the_memory_and_loaded_beside_it(tmp_path):
     model = freeze_base(memory_first())
     train(model)

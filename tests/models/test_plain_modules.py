@@ -154,6 +154,12 @@ def test_what_is_no_kind_of_memory_is_refused(kind):
         add_memory(VisionTransformer(), MEMORY, r"blocks\.1\.mlp", kind=kind)
 
 
+@pytest.mark.promise(
+    "Masks",
+    "masks in an `nn.Module` that is not of transformers",
+    "supported",
+    "where its forward takes `attention_mask`",
+)
 def test_a_mask_reaches_the_memory_of_a_module_that_takes_one():
     model = add_memory(Masked(), MEMORY, "block.mlp", mode="parallel").train()
     (memory,) = memory_layers(model).values()

@@ -49,6 +49,12 @@ def test_removed_and_added_again(plain, memory_config):
         assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.promise(
+    "Saving and loading",
+    "`remove_memory`",
+    "supported",
+    "the base's outputs, bit for bit; `keep_original=True` where a module is replaced",
+)
 def test_a_loaded_model_gives_its_base_back(plain, memory_config, tmp_path):
     expected, plain_class = logits(plain), type(plain)
     add_memory(plain, memory_config, [2], mode="parallel")

@@ -97,6 +97,7 @@ def test_weights_are_as_readable_as_the_folder(with_memory, tmp_path):
     assert stat.S_IMODE((folder / "memory.safetensors").stat().st_mode) == 0o640
 
 
+@pytest.mark.promise("Saving and loading", "`save_memory(..., max_shard_size=...)`", "supported", "")
 @pytest.mark.parametrize("size", [2000, "2KB", "0.002MB"])
 def test_shards(with_memory, tmp_path, size):
     save_memory(with_memory, tmp_path / "one")

@@ -76,6 +76,9 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.promise(
+    "Export and counting", "`memory_summary`: what an optimizer will hold", "supported", "by part, in bytes"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_an_optimizer_will_hold_is_what_it_holds(plain, memory_config, name, dtype):

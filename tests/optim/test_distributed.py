@@ -32,6 +32,12 @@ def worker(rank, port, queue):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.promise(
+    "Trainers",
+    "`DistributedDataParallel`",
+    "supported",
+    "with dense gradients; a row optimizer in several processes is refused",
+)
 def test_dense_mode_trains_replicas_as_one_and_row_mode_is_refused():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

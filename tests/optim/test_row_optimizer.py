@@ -345,6 +345,12 @@ def test_a_scheduler_does_not_move_the_values_rate_unless_asked(make):
     torch.testing.assert_close(moved["0.1"], 2 * moved["0.05"])
 
 
+@pytest.mark.promise(
+    "Trainers",
+    "float16 loss scaling with a table in row mode",
+    "refused",
+    "bfloat16, or dense gradients by another optimizer",
+)
 @each
 def test_grad_scaler_is_refused_and_nothing_is_changed(make):
     table = ValueTable(30, 4)

@@ -65,6 +65,9 @@ def trained(folder, door, *, settings=None, **train):
     return model, trainer
 
 
+@pytest.mark.promise(
+    "Trainers", "`optimizers=` or `optimizer_cls_and_kwargs=` of Trainer", "supported", "with `MemoryAdamW`"
+)
 @pytest.mark.parametrize("door", ["optimizers", "optimizer_cls_and_kwargs"])
 def test_both_doors_train_the_table_and_the_rest(door, tmp_path):
     start = make()
@@ -83,6 +86,12 @@ def test_both_doors_give_the_same_model(tmp_path):
         assert torch.equal(value, other.state_dict()[name]), name
 
 
+@pytest.mark.promise(
+    "Trainers",
+    "a scheduler of the learning rate",
+    "supported",
+    "it moves the rate of tables with `schedule_values=True` only",
+)
 def test_the_values_rate_is_constant_while_the_trainer_s_scheduler_falls(tmp_path):
     _, trainer = trained(tmp_path, "optimizer_cls_and_kwargs")
     groups = trainer.optimizer.param_groups
