@@ -1,12 +1,16 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
-from memlayers import MemoryConfig
+from memlayers import MemoryConfig, MemoryLayer
 from memlayers.query import HeadRMSNorm, MaskedBatchNorm, QueryNetwork
+
+CONFIG = MemoryConfig(dim=8, heads=2, topk=2, num_subkeys=4, query_dim=4)
 
 
 def norm_pair(heads=2, width=3):
@@ -153,3 +157,90 @@ def test_statistics_of_masked_tokens_are_float32_under_autocast():
         y = norm(x, mask)
     torch.testing.assert_close(y, exact(x, mask), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(norm.running_var, exact.running_var, rtol=1e-6, atol=1e-6)
+
+
+class WithMasks(nn.Module):
+    """A layer whose batches are inputs and masks in one."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, batch):
+        return self.layer(batch[0], batch[1])
+
+
+@pytest.mark.promise(
+    "Averages and copies", "`torch.optim.swa_utils.update_bn`", "supported", "cumulative averages over real tokens"
+)
+@pytest.mark.parametrize("masked", [True, False])
+def test_update_bn_estimates_the_statistics_anew(masked):
+    net = WithMasks(MemoryLayer(CONFIG)).eval()
+    norm = net.layer.query.norm
+    norm.running_mean.fill_(7.0)
+    batches, found = [], []
+    for _ in range(3):
+        x = torch.randn(40, 8) * 3 + 2
+        mask = torch.rand(40) < 0.6 if masked else torch.ones(40, dtype=torch.bool)
+        batches.append([(x.masked_fill(~mask[:, None], 1e6), mask if masked else None)])
+        with torch.no_grad():
+            query = net.layer.query.projections[0](x[mask])
+        found.append((query.mean(0), query.var(0)))
+    padding = torch.randn(40, 8), torch.zeros(40, dtype=torch.bool)
+    update_bn([*batches, [padding if masked else (torch.full((4, 8), torch.nan), None)]], net)
+    mean, var = (torch.stack(stats).mean(0).view(2, 4) for stats in zip(*found, strict=True))
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, var)
+    assert norm.momentum == 0.1
+    assert not net.training
+    assert {*net.state_dict()} == {*WithMasks(MemoryLayer(CONFIG)).state_dict()}
+    assert "layer.query.norm.num_batches_tracked" not in net.state_dict()
+
+
+@pytest.mark.promise(
+    "Averages and copies", "`SyncBatchNorm.convert_sync_batchnorm` with `query_norm=\"batch\"`", "refused",
+    "`query_norm=\"rms\"`, or convert before `add_memory`",
+)  # fmt: skip
+def test_sync_batch_norm_that_would_count_padding_is_refused():
+    with pytest.raises(ValueError, match=r"query_norm 'batch' cannot become a SyncBatchNorm, .*'rms', or conv"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(8), MemoryLayer(CONFIG)))
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(MemoryLayer(dataclasses.replace(CONFIG, query_norm="rms")))
+    assert isinstance(converted, MemoryLayer)
+
+
+def test_a_state_dict_of_old_and_one_of_now_are_the_same():
+    norm = MaskedBatchNorm(2, 3)
+    state = norm.state_dict()
+    assert list(state) == ["weight", "bias", "running_mean", "running_var"]
+    assert state._metadata[""]["version"] == 1
+    del state._metadata
+    assert str(norm.load_state_dict(state)) == "<All keys matched successfully>"
+    assert list(state) == ["weight", "bias", "running_mean", "running_var"]
+
+
+@pytest.mark.promise(
+    "Averages and copies", "a batch with NaN, skipped by the training loop", "supported",
+    "it is in no running statistics",
+)  # fmt: skip
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_batch_that_is_not_finite_leaves_the_running_statistics_as_they_are(masked, value):
+    norm = MaskedBatchNorm(2, 3)
+    mask = torch.arange(7) < 5 if masked else None
+    norm(torch.randn(7, 2, 3), mask)
+    before = copy.deepcopy(norm.state_dict())
+    query = torch.randn(7, 2, 3)
+    query[1, 0, 2] = value
+    assert not norm(query, mask).isfinite().all()
+    assert all(torch.equal(now, before[name]) for name, now in norm.state_dict().items())
+
+
+def test_without_running_statistics_those_of_the_batch_count():
+    net = MemoryLayer(CONFIG).eval()
+    x, mask = torch.randn(7, 8), torch.arange(7) < 5
+    expected = copy.deepcopy(net).train()(x, mask)
+    torch.func.replace_all_batch_norm_modules_(net)
+    torch.testing.assert_close(net(x, mask), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, mask), expected.detach())
+    assert net.double().query.norm.running_mean is None

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 from torch.utils.checkpoint import checkpoint
 
@@ -41,10 +42,10 @@ def test_the_package_calls_no_other_private_name():
             found |= {
                 (str(file.relative_to(SRC)), name)
                 for name in names
-                if name.startswith(("torch.", "nn.")) and any(part.startswith("_") for part in name.split("."))
+                if name.startswith(("torch.", "nn."))
+                and any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
             }
-    allowed = {"torch.__version__"}
-    elsewhere = {(file, name) for file, name in found if file != "torch_private.py" and name not in allowed}
+    elsewhere = {(file, name) for file, name in found if file != "torch_private.py"}
     assert {(file, name) for file, name in elsewhere if not file.startswith("lm/footprint")} == set()
     assert ("torch_private.py", "torch._C._current_graph_task_id") in found  # the walk sees them
 
@@ -218,6 +219,37 @@ def test_global_forward_hooks_are_seen(register):
 def test_without_the_name_there_are_global_forward_hooks(monkeypatch, name):
     monkeypatch.delattr(nn.modules.module, name)
     assert torch_private.has_global_forward_hooks() is True
+
+
+def test_the_base_of_batch_norms_is_that_by_which_they_are_found(monkeypatch):
+    assert issubclass(nn.BatchNorm1d, torch_private.batch_norm_base())
+    assert not issubclass(nn.LayerNorm, torch_private.batch_norm_base())
+    monkeypatch.delattr(nn.modules.batchnorm, "_BatchNorm")
+    assert torch_private.batch_norm_base() is nn.Module
+
+
+def test_transforms_are_active_inside_of_them(monkeypatch):
+    seen = []
+
+    def function(x):
+        seen.append(torch_private.transforms_are_active())
+        return x.sum()
+
+    x = torch.ones(2)
+    for transform in (torch.func.grad(function), torch.func.vmap(function), function):
+        transform(x)
+    torch.func.jvp(function, (x,), (x,))
+    assert seen == [True, True, False, True]
+    monkeypatch.delattr(torch._C, "_are_functorch_transforms_active")
+    assert torch_private.transforms_are_active()
+
+
+def test_a_dual_level_is_seen(monkeypatch):
+    assert not torch_private.is_in_dual_level()
+    with forward_ad.dual_level():
+        assert torch_private.is_in_dual_level()
+    monkeypatch.delattr(forward_ad, "_current_level")
+    assert torch_private.is_in_dual_level()
 
 
 @pytest.mark.parametrize("is_there", [True, False])

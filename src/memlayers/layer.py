@@ -204,7 +204,7 @@ def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
     for step, plain in ((layer.weigh, MemoryLayer.weigh), (layer.read, MemoryLayer.read)):
         if getattr(step, "__func__", None) is not plain:
             return None
-    if len(projections) > 1 or norm.training:
+    if len(projections) > 1 or norm.training or norm.running_mean is None:
         return None
     stats = norm.running_mean, norm.running_var, norm.weight, norm.bias
     arguments = (projection.weight, projection.bias, *stats, norm.eps, keys.weight, keys.topk, values.weight)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 
@@ -91,6 +92,32 @@ def has_global_forward_hooks() -> bool:
     """
     home = nn.modules.module
     return bool(getattr(home, "_global_forward_hooks", True) or getattr(home, "_global_forward_pre_hooks", True))
+
+
+def batch_norm_base() -> type[nn.Module]:
+    """What PyTorch's own batch norms are derived from, by which others find them: `update_bn`, FSDP.
+
+    Name: `torch.nn.modules.batchnorm._BatchNorm`. Without it: `nn.Module`; the query's BatchNorm is not found.
+    """
+    return getattr(nn.modules.batchnorm, "_BatchNorm", nn.Module)
+
+
+def transforms_are_active() -> bool:
+    """Whether a transform of `torch.func` (grad, vjp, jvp, vmap) runs what this thread calls.
+
+    Name: `torch._C._are_functorch_transforms_active`, which `torch.compile` can trace. Without it: True; the caller
+    then computes by PyTorch's own operators, which is right, if slower.
+    """
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is None or active()
+
+
+def is_in_dual_level() -> bool:
+    """Whether there may be dual numbers, of `torch.autograd.forward_ad`.
+
+    Name: `torch.autograd.forward_ad._current_level`. Without it: True; the caller then looks at each tensor.
+    """
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def is_wrapper_subclass(tensor: Tensor) -> bool:

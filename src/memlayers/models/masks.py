@@ -231,8 +231,16 @@ def _carry_calls_through_checkpoint(module: nn.Module) -> None:
     """Makes the checkpoint function of `module`, if it has one, keep the calls in progress for the second run."""
     for name in _CHECKPOINTS:
         checkpoint = module.__dict__.get(name)
-        if checkpoint is not None and not (isinstance(checkpoint, partial) and checkpoint.func is checkpoint_in_calls):
+        if checkpoint is not None and not _carries(checkpoint):
             module.__dict__[name] = partial(checkpoint_in_calls, checkpoint)
+
+
+def _carries(checkpoint: Any) -> bool:
+    while isinstance(checkpoint, partial):
+        if checkpoint.func is checkpoint_in_calls:
+            return True
+        checkpoint = checkpoint.args[0] if checkpoint.args else checkpoint.func
+    return False
 
 
 def checkpoint_in_calls(checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
