@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from memlayers.models import add_memory, causal_lm, remove_memory
+from memlayers.models import (
+    add_memory,
+    causal_lm,
+    freeze_base,
+    load_memory,
+    memory_layers,
+    remove_memory,
+    save_memory,
+)
 from memlayers.models.identity import BaseIdentity, identity_of, recorded_base
 
 # peft asks models for a property under its old name.
@@ -221,3 +229,70 @@ def test_rows_at_the_end_are_kept_for_other_processes():
     old = before.to_dict()
     del old["tensors"]["weight"]["rows"]  # as in a folder from before there were any
     assert BaseIdentity.from_dict(old).differing(identity_of(tokens)) == []
+
+
+TUNERS = {
+    "LoRA": ("LoraConfig", {"target_modules": ["q_proj"]}),
+    "LoRA on embeddings": ("LoraConfig", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "DoRA": ("LoraConfig", {"target_modules": ["q_proj"], "use_dora": True}),
+    "LoRA and tokens": ("LoraConfig", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}),
+    "LoRA and modules": ("LoraConfig", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tokens": ("TrainableTokensConfig", {"target_modules": ["embed_tokens"], "token_indices": [1, 2]}),
+    "IA3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "VeRA": ("VeraConfig", {"target_modules": ["q_proj"], "r": 2}),
+    "LoHa": ("LoHaConfig", {"target_modules": ["q_proj"]}),
+    "prompts": ("PromptTuningConfig", {"num_virtual_tokens": 2}),
+    "prefixes": ("PrefixTuningConfig", {"num_virtual_tokens": 2}),
+    "AdaptionPrompt": ("AdaptionPromptConfig", {"adapter_len": 2, "adapter_layers": 2}),
+}
+
+
+@pytest.mark.promise(
+    "Adapters",
+    "a memory beside LoRA, DoRA, trained tokens, `modules_to_save`, IA3, prompts, prefixes or AdaptionPrompt",
+    "supported",
+    "`freeze_base` leaves the adapters trainable, `save_memory` saves the memory alone",
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_adapters_of_every_kind_change_no_base(memory_config, tmp_path, tuner):
+    peft = pytest.importorskip("peft")
+    kind, options = TUNERS[tuner]
+
+    def adapted(model):
+        return peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", **options))
+
+    model = adapted(small("llama"))
+    assert identity_of(small("llama")).differing(identity_of(model.get_base_model())) == []
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    models = [freeze_base(add_memory(model, memory_config, [2], mode="parallel"))]
+    assert trained
+    now = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    now = {name.replace(".base.", ".") for name in now if ".memory." not in name and not name.endswith(".gate")}
+    assert now == trained
+    if tuner != "AdaptionPrompt":  # it knows models by their type
+        models.append(adapted(add_memory(small("llama"), memory_config, [2], mode="parallel")))
+    for model in models:
+        save_memory(model, tmp_path)
+        loaded = load_memory(small("llama"), tmp_path)
+        for name, tensor in memory_layers(loaded).popitem()[1].state_dict().items():
+            assert torch.equal(tensor, memory_layers(model).popitem()[1].state_dict()[name])
+
+
+@pytest.mark.promise(
+    "Adapters", "LoRA's `layer_replication` of a model with a memory", "refused", "replicate first, then add the memory"
+)
+def test_blocks_that_were_replicated_since_are_told(memory_config, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def replicated(model):
+        config = {"target_modules": ["q_proj"], "layer_replication": [[0, 3], [1, 4]], "task_type": "CAUSAL_LM"}
+        return peft.get_peft_model(model, peft.LoraConfig(**config))
+
+    model = replicated(add_memory(small("llama"), memory_config, [3], mode="parallel"))
+    with pytest.raises(ValueError, match="layer_replication has moved and copied blocks since: replicate first"):
+        save_memory(model, tmp_path)
+    model = add_memory(replicated(small("llama")), memory_config, [3], mode="parallel")
+    save_memory(model, tmp_path)
+    loaded = load_memory(replicated(small("llama")), tmp_path)
+    assert [*memory_layers(loaded)] == [*memory_layers(model)]

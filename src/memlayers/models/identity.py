@@ -147,7 +147,9 @@ def _inside(module: nn.Module) -> nn.Module | None:
         return module.base
     names = ["_orig_mod"]  # torch.compile
     if type(module).__module__.startswith("peft."):
-        names += ["base_layer", "original_module"]
+        names += ["base_layer", "original_module", "token_adapter"]
+        if "adaption_prompt" in module._parameters:
+            names.append("model")
     return next((found for name in names if (found := module._modules.get(name)) is not None), None)
 
 

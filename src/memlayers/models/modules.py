@@ -175,4 +175,6 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
                 found.add(part)
             elif isinstance(part, nn.Module):
                 found.update(part.parameters())
+        if "adaption_prompt" in module._parameters:  # of AdaptionPrompt, whose modules do not say it
+            found.update(module.parameters(recurse=False))
     return found

@@ -71,6 +71,7 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
     tensors, kind = placed.tensors, placed.placement.kind
     if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"model must hold the weights of its memories, got {meta[0]} on the meta device")
+    base = _base_of(model)
     # What can be built again: the same as memories that were just made, neither more (adapters) nor less.
     memories = _empty_memories(model, placed.placement, [name for name, _ in find_wrappers(model)])
     fresh = memory_tensors(dict(zip(placed.wrappers, memories, strict=True)))
@@ -82,7 +83,6 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
                 f"{name}.memory must hold what a new {kind} holds, differs in {min(expected ^ found)}: merge or unload "
                 f"adapters in memories first"
             )
-    base = _base_of(model)
     _require_its_size(model, base)
     return base
 
@@ -100,6 +100,11 @@ def _base_of(model: nn.Module) -> BaseIdentity:
             advice = (
                 f"running statistics move in train(), frozen or not; put {modules} in eval() before training (and "
                 f"after every train() of the model), or save the whole model with save_pretrained"
+            )
+        if any(getattr(config, "layer_replication", None) for config in getattr(model, "peft_config", {}).values()):
+            advice = (
+                "PEFT's layer_replication has moved and copied blocks since: replicate first, by get_peft_model, then add "
+                "memories; load_memory wants a model that was replicated likewise"
             )
         raise ValueError(
             f"model must have the base that its memories were added to: {len(differing)} of {len(before.tensors)} "
