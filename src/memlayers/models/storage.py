@@ -103,8 +103,8 @@ def _base_of(model: nn.Module) -> BaseIdentity:
             )
         if any(getattr(config, "layer_replication", None) for config in getattr(model, "peft_config", {}).values()):
             advice = (
-                "PEFT's layer_replication has moved and copied blocks since: replicate first, by get_peft_model, then add "
-                "memories; load_memory wants a model that was replicated likewise"
+                "PEFT's layer_replication has moved and copied blocks since: replicate first (get_peft_model), add "
+                "memories then; load_memory wants a model that was replicated likewise"
             )
         raise ValueError(
             f"model must have the base that its memories were added to: {len(differing)} of {len(before.tensors)} "
