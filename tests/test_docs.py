@@ -48,6 +48,16 @@ def test_the_first_page_links_every_how_to_page():
     assert [page.name for page in sorted((DOCS / "how-to").glob("*.md")) if f"how-to/{page.name}" not in first] == []
 
 
+def test_the_site_is_searched_from_the_disk_and_fetches_nothing():
+    text = (ROOT / "mkdocs.yml").read_text()
+    config = yaml.safe_load(text)
+    assert {"search", "offline"} <= {plugin for plugin in config["plugins"] if isinstance(plugin, str)}
+    # The plugin adds one from elsewhere, unless there is one of this name.
+    assert [script for script in config["extra"]["polyfills"] if "iframe-worker" in script] == ["iframe-worker.js"]
+    assert (DOCS / "iframe-worker.js").is_file()
+    assert "https:" not in (DOCS / "iframe-worker.js").read_text() + text
+
+
 def test_every_page_is_in_the_navigation_once():
     text = (ROOT / "mkdocs.yml").read_text()
     assert sorted(leaves(yaml.safe_load(text)["nav"])) == [page.relative_to(DOCS).as_posix() for page in PAGES]

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 import math
 import shutil
 import time
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import memlayers.lm.train as module
 from memlayers.files import write_sealed
 from memlayers.lm.build import build_model, resolve_precision
-from memlayers.lm.data import Windows, training_order
+from memlayers.lm.data import DataConfig, Windows, prepare, training_order
 from memlayers.lm.evaluate import evaluate
 from memlayers.lm.faults import TrainingFault
 from memlayers.lm.footprint import Footprint
@@ -460,3 +461,80 @@ def test_a_damaged_model_is_refused_by_name(tiny_run, tmp_path):
             folder.load_model()
         file.write_bytes(good)
     assert folder.load_model() is not None
+
+
+# A run that begins with the model of another one
+
+
+def further(config, first, **changes):
+    settings = {"begin_with": str(first), "tokens": 64 * 2, "eval_every_tokens": 64, **changes}
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **settings))
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "more tokens for a finished run, or other text",
+    "supported",
+    "a new run with `--training.begin_with RUN` has its model, and a schedule and moments of its own; "
+    "`--data.tokenizer RUN` prepares other text for it",
+)
+def test_a_run_begins_with_the_model_of_another_one(tiny_config, tiny_corpus, tiny_run, tmp_path):
+    config = further(tiny_config, tiny_run, learning_rate=1e-12, value_learning_rate=1e-12, weight_decay=0.0)
+    train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    first, second = (RunFolder(folder).load_model().state_dict() for folder in (tiny_run, tmp_path / "run"))
+    for name, value in first.items():
+        if "running" not in name and "num_batches" not in name:  # statistics have moved
+            torch.testing.assert_close(second[name], value, rtol=0, atol=1e-9)
+    lines = RunFolder(tmp_path / "run").read_metrics()
+    assert [line["step"] for line in lines] == [1, 2]
+    assert RunFolder(tmp_path / "run").read_result()["config"]["training"]["begin_with"] == str(tiny_run)
+
+
+def test_a_run_that_began_with_another_one_goes_on(tiny_config, tiny_corpus, tiny_run, tmp_path, monkeypatch):
+    config = further(tiny_config, tiny_run, tokens=64 * 4)
+    train(config, tmp_path / "whole", corpus=tiny_corpus, progress=False)
+    original = Loop.forward_backward
+
+    def interrupted(self, batches):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return original(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "forward_backward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True)
+    losses = [[line["loss"] for line in RunFolder(tmp_path / name).read_metrics()] for name in ("whole", "run")]
+    assert losses[0] == losses[1]
+
+
+def test_the_model_to_begin_with_must_be_the_same_and_there(tiny_config, tiny_corpus, tiny_run, tmp_path):
+    other = dataclasses.replace(
+        further(tiny_config, tiny_run), memory=dataclasses.replace(tiny_config.memory, num_subkeys=8)
+    )
+    for config, message in (
+        (further(tiny_config, tmp_path / "none"), "training.begin_with must be the folder of a finished run, got"),
+        (other, "training.begin_with must be a run of the same model; .* memory.num_subkeys: 4, 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_text_has_the_tokens_of_the_first_run(tiny_config, tiny_run, tmp_path):
+    text = tmp_path / "other.jsonl"
+    text.write_text("".join(json.dumps({"id": n, "text": f"abc def {n} " * 20}) + "\n" for n in range(60)))
+    data = DataConfig(sources=(str(text),), holdout_percent=10, vocab_size=300)
+    config = dataclasses.replace(further(tiny_config, tiny_run), data=data)
+    with pytest.raises(ValueError, match=f"another one: prepare the text with --data.tokenizer {tiny_run}"):
+        train(config, tmp_path / "a" / "run", progress=False)
+    config = dataclasses.replace(config, data=dataclasses.replace(data, tokenizer=str(tiny_run)))
+    train(config, tmp_path / "b" / "run", progress=False)
+    first, second = (RunFolder(folder).load_tokenizer().get_vocab() for folder in (tiny_run, tmp_path / "b" / "run"))
+    assert first == second
+    train(config, tmp_path / "b" / "run", progress=False, resume=True)  # whose corpus is asked for again
+    with pytest.raises(ValueError, match="holds a corpus that was prepared otherwise: tokenizer '.*', asked for None"):
+        prepare(data, tmp_path / "b" / "corpus", progress=False)
+    with pytest.raises(ValueError, match="data.tokenizer must be the folder of a corpus, run or model with"):
+        prepare(dataclasses.replace(data, tokenizer=str(tmp_path)), tmp_path / "c", progress=False)

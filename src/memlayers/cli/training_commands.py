@@ -106,7 +106,8 @@ def _with_data_of_corpus(call: Call) -> tuple[Any, Any]:
 
 def _data_of(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a corpus was asked for, as fields of a configuration."""
-    names = [name for name in settings_of(DataConfig) if name in asked]
+    # Of the tokenizer its hash is known.
+    names = [name for name in settings_of(DataConfig) if name in asked and name != "tokenizer"]
     entries = [
         entry["name"] for entry in asked["sources"] if any(file["format"] != "stdlib" for file in entry["files"])
     ]

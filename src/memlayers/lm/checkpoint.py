@@ -148,7 +148,7 @@ class TrainingState(NamedTuple):
         From the disk straight into place (files are mapped): a second copy of a table or of its moments may not fit.
         Raises `ValueError` for a model of other tensors.
         """
-        self._load_model(folder)
+        load_weights(self.model, folder)
         saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
         mapped = {value.data_ptr() for state in saved["state"].values() for value in _tensors(state)}
         self.optimizer.load_state_dict(saved)
@@ -165,17 +165,19 @@ class TrainingState(NamedTuple):
             meter.load_state_dict({key.removeprefix(prefix): t for key, t in totals.items() if key.startswith(prefix)})
         _set_random_states(loop["random"])
 
-    def _load_model(self, folder: Path) -> None:
-        weights: dict[str, Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            if file.name != USAGE:
-                weights |= load_file(file)
-        held = self.model.state_dict(keep_vars=True)
-        result = self.model.load_state_dict(weights, strict=False)
-        loaded = {id(held[name]) for name in weights if name in held}
-        missing = [name for name in result.missing_keys if id(held[name]) not in loaded]  # tied ones are stored once
-        if missing or result.unexpected_keys:
-            raise ValueError(f"{folder} is not of this model: missing {missing}, unknown {result.unexpected_keys}")
+
+def load_weights(model: "PreTrainedModel", folder: Path) -> None:
+    """Take weights from a verified folder, straight from the disk. Raises `ValueError` for those of another model."""
+    weights: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name != USAGE:
+            weights |= load_file(file)
+    held = model.state_dict(keep_vars=True)
+    result = model.load_state_dict(weights, strict=False)
+    loaded = {id(held[name]) for name in weights if name in held}
+    missing = [name for name in result.missing_keys if id(held[name]) not in loaded]  # tied ones are stored once
+    if missing or result.unexpected_keys:
+        raise ValueError(f"{folder} is not of this model: missing {missing}, unknown {result.unexpected_keys}")
 
 
 def _random_states() -> dict[str, Any]:

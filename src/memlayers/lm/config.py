@@ -77,6 +77,10 @@ class TrainingConfig:
     seed: int = setting(
         0, "of the model's initialisation, of dropout and of the order of the data", least=0, most=2**32 - 1
     )
+    begin_with: str | None = setting(
+        None,
+        "folder of a finished run with whose model this one begins; its schedule and moments are new",
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, more time")
 
     def __post_init__(self) -> None:

@@ -30,6 +30,10 @@ class Comparison(RunConfig):
         """The three runs by the names of their folders. Raises `ValueError` if there is no memory to compare."""
         if not self.memory_layers:
             raise ValueError("memory_layers must name at least one block for a comparison, got ()")
+        if self.training.begin_with is not None:
+            raise ValueError(
+                f"training.begin_with must be None for a comparison of models, got {self.training.begin_with!r}"
+            )
         layers, run = self.model.layers, self.run()
         return {
             f"{layers}-layers": self._baseline(layers, self.base_learning_rate),

@@ -229,7 +229,7 @@ class RunFolder:
 
         import memlayers.models  # noqa: F401  (registers the classes of models with memories)
 
-        self._verify_model()
+        self.verify_model()
         with without_bars():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.model)
         model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that loses its signature
@@ -239,13 +239,14 @@ class RunFolder:
         """The tokenizer that the model was trained with."""
         from transformers import AutoTokenizer  # takes seconds to import
 
-        self._verify_model()
+        self.verify_model()
         return AutoTokenizer.from_pretrained(self.model)
 
     def _parts(self) -> list[Path]:
         return [self.result, self.model, self.checkpoints, self.tensorboard, self.metrics, self.config]
 
-    def _verify_model(self) -> None:
+    def verify_model(self) -> None:
+        """Raises `ValueError` if there is no model of a finished run, or it is damaged."""
         if not self.finished:
             raise ValueError(f"run must be the folder of a finished run, got {str(self.path)!r}: it has no result.json")
         described = self.read_result()["model_files"]

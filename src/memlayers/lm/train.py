@@ -13,6 +13,7 @@ Shapes: B windows, T tokens of a window.
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -34,7 +35,7 @@ from memlayers.files import sole_user
 from memlayers.hardware import hardware, versions
 from memlayers.layer import memory_layers
 from memlayers.lm.build import batch_loss, build_model, build_optimizer, build_scheduler, pick_device, resolve_precision
-from memlayers.lm.checkpoint import Checkpoint, Checkpoints, TrainingState
+from memlayers.lm.checkpoint import Checkpoint, Checkpoints, TrainingState, load_weights
 from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus, Windows, prepare, training_order
 from memlayers.lm.evaluate import ComputePrecision, Evaluation, autocast, device_name, evaluate
@@ -102,6 +103,7 @@ def train(
         if folder.finished:
             with sole_user(folder.path):
                 return _leave(folder, say)
+    first = None if config.training.begin_with is None else _first_run(config)
     if not isinstance(corpus, Corpus):
         corpus = prepare(config.data, folder.path.parent / "corpus" if corpus is None else corpus, progress=progress)
     text = _text(config, corpus)
@@ -114,6 +116,8 @@ def train(
         },
         "precision": precision,
     }
+    if first is not None:
+        identity["data"]["begin_with_sha256"] = _same_tokens(first, corpus)
     need = require_memory(config, vocab_size=corpus.vocab_size, precision=precision, device=device)
     checkpoint_bytes = need.parameters + need.optimizer_state
     checkpoints = min(config.training.keep_checkpoints + 1, config.training.checkpoints)
@@ -135,6 +139,8 @@ def train(
         checkpoint = _checkpoint(folder, identity, say) if resume else None
         if checkpoint is None:
             folder.start(config, overwrite=overwrite or resume)
+            if first is not None:
+                load_weights(model, first.model)
         loop = Loop(config, folder, text, model, precision, identity=identity, checkpoint=checkpoint, stop=stop)
         try:
             validation = loop.run(progress=progress)
@@ -461,6 +467,33 @@ def _leave(folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     return folder.read_result()
 
 
+def _first_run(config: RunConfig) -> RunFolder:
+    """The run that another one begins with, verified. Raises `ValueError` if it has no such model."""
+    first = RunFolder(str(config.training.begin_with))
+    if not first.finished:
+        raise ValueError(f"training.begin_with must be the folder of a finished run, got {str(first.path)!r}")
+    parts = ("model.", "memory.", "memory_layers")
+    others = [line for line in differences(first.read_config(), config) if line.startswith(parts)]
+    if others := [line for line in others if "dropout" not in line.partition(":")[0]]:
+        raise ValueError(
+            f"training.begin_with must be a run of the same model; {str(first.path)!r} differs in (there, asked for): "
+            f"{'; '.join(others)}"
+        )
+    first.verify_model()
+    return first
+
+
+def _same_tokens(first: RunFolder, corpus: Corpus) -> str:
+    """The hash of the model that a run begins with. Raises `ValueError` if the corpus has other tokens than that."""
+    result = first.read_result()
+    if result["data"].get("tokenizer_sha256") != corpus.tokenizer_sha256:
+        raise ValueError(
+            f"corpus must have the tokenizer of the run in training.begin_with, got {str(corpus.folder)!r} with "
+            f"another one: prepare the text with --data.tokenizer {first.path}"
+        )
+    return hashlib.sha256(json.dumps(result["model_files"], sort_keys=True).encode()).hexdigest()
+
+
 def _checkpoint(folder: RunFolder, identity: dict[str, Any], say: Callable[[str], None]) -> Checkpoint | None:
     """From where a run goes on, if its folder holds one and the checkpoint is of this very run."""
     checkpoints = Checkpoints(folder.checkpoints)
@@ -482,7 +515,7 @@ def _checkpoint(folder: RunFolder, identity: dict[str, Any], say: Callable[[str]
         RunConfig.from_dict(checkpoint.content["config"]), RunConfig.from_dict(identity["config"]), folder
     )
     for what, expected in checkpoint.content["data"].items():
-        if identity["data"][what] != expected:
+        if identity["data"].get(what) != expected:
             raise ValueError(
                 f"output must hold a run on the same text to be resumed, but {str(folder.path)!r} was trained with "
                 f"another {what.removesuffix('_sha256')}"
@@ -501,7 +534,8 @@ def _require_same_config(held: RunConfig, asked: RunConfig, folder: RunFolder) -
     if others := differences(held, asked):
         raise ValueError(
             f"output must hold a run of the same configuration to be resumed; {str(folder.path)!r} differs in (there, "
-            f"asked for): {'; '.join(others)}. Its own configuration is {folder.config.name}"
+            f"asked for): {'; '.join(others)}. Its own configuration is {folder.config.name}; to train a finished run "
+            f"on, begin a new one with its model (training.begin_with)"
         )
 
 

@@ -26,6 +26,9 @@ class DataConfig:
     vocab_size: int = setting(
         8192, "tokens, the 256 bytes and <|endoftext|> included", least=SMALLEST_VOCABULARY, most=1 << 31
     )
+    tokenizer: str | None = setting(
+        None, "folder of a corpus, a run or a model whose tokenizer is used, whatever vocab_size is; none: a new one"
+    )
     tokenizer_megabytes: float = setting(
         16.0, "of training text, a random sample, that the tokenizer is trained on", above=0
     )

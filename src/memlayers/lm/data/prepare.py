@@ -51,6 +51,7 @@ from memlayers.lm.data.spans import HELD_OUT, Span, merge_parts, read_spans
 from memlayers.lm.data.survey import survey_documents
 from memlayers.lm.data.tokenize import (
     SMALLEST_VOCABULARY,
+    copy_tokenizer,
     load_tokenizer,
     save_tokenizer,
     token_dtype,
@@ -59,6 +60,8 @@ from memlayers.lm.data.tokenize import (
 from memlayers.version import __version__
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from memlayers.lm.data.config import DataConfig
 
 SURVEY = "survey.json"
@@ -167,16 +170,12 @@ def _first_pass(
     for warning in (copies_text(survey.figures), strange_text(survey.figures)):
         if warning:
             announce(warning)
-    sample_bytes = sum(map(len, survey.sample))
-    # Every token beyond the smallest vocabulary merges some bytes. Room for more tokens than can be would be asked for
-    # all the same, and the process would end where it cannot be had.
-    most = SMALLEST_VOCABULARY + sample_bytes
-    with progress_bar("training the tokenizer", sample_bytes, progress) as bar:
-        tokenizer = train_tokenizer(_counted(survey.sample, bar), min(config.vocab_size, most))
+    if config.tokenizer is not None:
+        with new_folder(aside / TOKENIZER) as tokenizer_folder:
+            tokenizer = copy_tokenizer(config.tokenizer, tokenizer_folder)
+    else:
+        tokenizer = _new_tokenizer(aside, survey.sample, config, progress)
     vocab_size = tokenizer.get_vocab_size()
-    _require_vocabulary(config, vocab_size, sample_bytes)
-    with new_folder(aside / TOKENIZER) as tokenizer_folder:
-        save_tokenizer(tokenizer, tokenizer_folder)
     record = {
         "asked": asked,
         "shard_tokens": encode.SHARD_TOKENS,
@@ -187,11 +186,26 @@ def _first_pass(
         "dtype": token_dtype(vocab_size).str,
         "tokenizer": {
             "files": {name: file["sha256"] for name, file in describe_files(aside / TOKENIZER).items()},
-            "trained_on_bytes": sample_bytes,
+            "trained_on_bytes": 0 if config.tokenizer is not None else sum(map(len, survey.sample)),
         },
     }
     write_sealed(aside / SURVEY, record)
     return record
+
+
+def _new_tokenizer(aside: Path, sample: list[bytes], config: "DataConfig", progress: bool) -> "Tokenizer":
+    """Train a tokenizer on the sample, and leave it in its folder."""
+    sample_bytes = sum(map(len, sample))
+    # Every token beyond the smallest vocabulary merges some bytes. Room for more tokens than can be would be asked for
+    # all the same, and the process would end where it cannot be had.
+    most = SMALLEST_VOCABULARY + sample_bytes
+    with progress_bar("training the tokenizer", sample_bytes, progress) as bar:
+        tokenizer = train_tokenizer(_counted(sample, bar), min(config.vocab_size, most))
+    vocab_size = tokenizer.get_vocab_size()
+    _require_vocabulary(config, vocab_size, sample_bytes)
+    with new_folder(aside / TOKENIZER) as tokenizer_folder:
+        save_tokenizer(tokenizer, tokenizer_folder)
+    return tokenizer
 
 
 def copies_text(figures: Mapping[str, Any]) -> str:

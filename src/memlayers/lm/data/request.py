@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from memlayers.files import file_sha256
 from memlayers.lm.data.corpus import SHOWN_BYTES, progress_bar
 from memlayers.lm.data.sources import Source, open_sources
+from memlayers.lm.data.tokenize import tokenizer_file
 
 if TYPE_CHECKING:
     from memlayers.lm.data.config import DataConfig
@@ -27,6 +29,7 @@ def describe_request(
     """
     settings = asdict(config) | {"holdout_percent": config.resolved_holdout_percent()}
     settings["tokenizer_megabytes"] = float(config.tokenizer_megabytes)
+    settings["tokenizer"] = None if config.tokenizer is None else file_sha256(tokenizer_file(config.tokenizer))
     del settings["weights"]  # they concern the training, not the files
     before = held["sources"] if held else []
     known = {file["stamp"]["name"]: file for entry in before for file in entry["files"] if file["stamp"] is not None}

@@ -3,13 +3,14 @@
 import itertools
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memlayers.lm.data.corpus import END_OF_TEXT
+from memlayers.lm.data.corpus import END_OF_TEXT, TOKENIZER, TOKENIZER_FILES
 
 if TYPE_CHECKING:  # what is tokenised already is read without it
     from tokenizers import Tokenizer
@@ -62,6 +63,26 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
         if isinstance(error, OSError) or number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+
+
+def tokenizer_file(folder: str) -> Path:
+    """Return the `tokenizer.json` of a corpus, a run or a model. Raises `ValueError` if there is none."""
+    for place in (Path(folder), Path(folder, TOKENIZER), Path(folder, "model")):
+        if (place / "tokenizer.json").is_file():
+            return place / "tokenizer.json"
+    raise ValueError(f"data.tokenizer must be the folder of a corpus, run or model with a tokenizer, got {folder!r}")
+
+
+def copy_tokenizer(folder: str, into: Path) -> "Tokenizer":
+    """Copy the tokenizer of `folder`, and return it. Raises `ValueError` if it cannot mark the ends of documents."""
+    file = tokenizer_file(folder)
+    for path in file.parent.iterdir():
+        if re.fullmatch(TOKENIZER_FILES, path.name):
+            shutil.copyfile(path, into / path.name)
+    tokenizer = load_tokenizer(into)
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise ValueError(f"data.tokenizer must have the token {END_OF_TEXT}, got {str(file)!r} without it")
+    return tokenizer
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer":
