@@ -67,7 +67,7 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(fields):
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
+        assert parameter.grad.any() != name.endswith("row_mark"), name
 
 
 @pytest.mark.parametrize("fields", [f for name, f in OPTIONS.items() if name != "dropouts"], ids=lambda f: str(f))

@@ -75,7 +75,7 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(fields):
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
+        assert parameter.grad.any() != name.endswith("row_mark"), name
     assert layer.keys.log_temperature.grad.all()
 
 
@@ -101,7 +101,7 @@ def test_layers_share_one_table_and_keep_the_rest_to_themselves():
     first = MemoryPlus(config())
     second = MemoryPlus(config(heads=2, topk=3), values=first.values)
     shared = {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
-    assert shared == {id(first.values.weight)}
+    assert shared == {id(parameter) for parameter in first.values.parameters()}
     x = torch.randn(5, 13)
     alone = [torch.autograd.grad(layer(x).sum(), first.values.weight)[0] for layer in (first, second)]
     (first(x) + second(x)).sum().backward()

@@ -124,32 +124,6 @@ def test_without_after_backward_what_is_computed_on_the_side_is_no_gradient(monk
     torch.testing.assert_close(before - table.weight.detach(), torch.tensor([[1.0, 1], [1, 1], [0, 0], [0, 0]]))
 
 
-def test_version_differs_after_a_write():
-    tensor = torch.zeros(2)
-    before = torch_private.version(tensor)
-    assert torch_private.version(tensor) == before
-    tensor.add_(1)
-    assert torch_private.version(tensor) != before
-
-
-def test_without_version_the_values_decide(monkeypatch):
-    class Unversioned:
-        """What stands for a tensor of a torch that counts no versions."""
-
-    assert torch_private.version(Unversioned()) != torch_private.version(Unversioned())
-    monkeypatch.setattr("memlayers.ops.record.version", lambda tensor: object())
-    table = ValueTable(4, 2)
-    optimizer = RowSGD(table, lr=1.0)
-    before = table.weight.detach().clone()
-    for _ in range(2):
-        table_step(table, optimizer)
-    expected = torch.tensor([[2.0, 2], [2, 2], [0, 0], [0, 0]])
-    torch.testing.assert_close(before - table.weight.detach(), expected)
-    table.read(torch.tensor([[0, 1]]), torch.ones(1, 2)).sum().backward()
-    optimizer.zero_grad(set_to_none=False)
-    assert table.row_gradient.is_empty
-
-
 def changed_in_between(weight):
     loss = (weight * weight).sum()
     with torch_private.preserved_versions([weight]), torch.no_grad():

@@ -16,7 +16,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         "keys": {parameter for layer in memories for parameter in layer.keys.parameters()},
         "values": {layer.values.weight for layer in memories},
     }
-    # All parameters of a table: while a row optimizer owns it, it has one more that is no weight.
+    # All parameters of a table: it has a companion that is no weight.
     owned = parts["query"] | parts["keys"] | {other for layer in memories for other in layer.values.parameters()}
     parts["rest"] = set(model.parameters()) - owned
     counts = {part: sum(parameter.numel() for parameter in parameters) for part, parameters in parts.items()}

@@ -50,15 +50,6 @@ def after_backward(callback: Callable[[], None]) -> None:
         engine.queue_callback(callback)
 
 
-def version(tensor: Tensor) -> object:
-    """What differs from an earlier answer if the tensor was written to in between.
-
-    Name: `Tensor._version`. It shows that somebody cleared or clipped a gradient without waiting for the device.
-    Without it: always differs, so that callers look at the values.
-    """
-    return getattr(tensor, "_version", object())
-
-
 def preserved_versions(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
     """In it, writing to the tensors does not count as a change of what autograd has saved.
 
@@ -67,6 +58,45 @@ def preserved_versions(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]
     """
     preserve = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
     return nullcontext() if preserve is None else preserve(tuple(tensors))
+
+
+class WrapperTensor(Tensor):
+    """A tensor that has the shape, dtype and device of another and no elements; what it answers, a subclass says.
+
+    Names: `Tensor._make_wrapper_subclass`, and `torch._C._disabled_torch_function_impl`, without which each call would
+    be made twice. Without the first: raises `RuntimeError`, for nothing else can stand at a parameter's `.grad`.
+    """
+
+    __torch_function__ = getattr(torch._C, "_disabled_torch_function_impl", Tensor.__torch_function__)
+
+    @staticmethod
+    def __new__(cls, like: Tensor, *args: Any, **kwargs: Any) -> "WrapperTensor":
+        make = getattr(Tensor, "_make_wrapper_subclass", None)
+        if make is None:
+            raise RuntimeError(
+                f"torch {torch.__version__} makes no tensors without elements (Tensor._make_wrapper_subclass), without "
+                f"which no row optimizer trains a table; use a version from 2.8 to 2.13"
+            )
+        return make(cls, like.shape, dtype=like.dtype, device=like.device)
+
+
+def take_in_lists(kind: type[Tensor]) -> None:
+    """Tells `torch.nn.utils` that a subclass of Tensor may be among those that one operation takes as a list.
+
+    Name: `torch.utils._foreach_utils._foreach_supported_types`. Without it: does nothing; whoever clips gradients takes
+    each by itself, which is slower.
+    """
+    known = getattr(getattr(torch.utils, "_foreach_utils", None), "_foreach_supported_types", None)
+    if isinstance(known, list) and kind not in known:
+        known.append(kind)
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether `register_hook` was called on the parameter.
+
+    Name: `Tensor._backward_hooks`. Without it: False.
+    """
+    return bool(getattr(parameter, "_backward_hooks", None))
 
 
 def hooks_after_accumulation(parameter: Tensor) -> dict[Any, Any]:

@@ -4,22 +4,43 @@ Letters: T tokens, S slots, V value width, M rows a token reads, ... any leading
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from memlayers.checks import require_int
 from memlayers.ops import exported
 from memlayers.ops.read import read, read_row_mode
-from memlayers.ops.record import RowGradient
+from memlayers.ops.record import HOOKS, RowGradient, RowHookArgument
+from memlayers.torch_private import has_gradient_hooks
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
 
-def _mark(device: torch.device, *, requires_grad: bool = True) -> nn.Parameter:
-    """Always float32: its gradient would round to zero in float16."""
-    return nn.Parameter(torch.zeros(1, device=device, dtype=torch.float32), requires_grad=requires_grad)
+class Companion(nn.Module):
+    """Holds the `row_mark` of a table, which is in no state_dict.
+
+    It is a module of its own for those who move the tensors of each module that they find, and fill them from a
+    state_dict (offloading by accelerate). It is never on the meta device unless it was moved there: nobody would fill
+    it.
+    """
+
+    row_mark: nn.Parameter
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, requires_grad: bool = True):
+        super().__init__()
+        zero = torch.zeros(1, dtype=dtype, device="cpu" if device.type == "meta" else device)
+        # Not registered: while a model is built without storage, accelerate moves to meta what is.
+        self._parameters["row_mark"] = nn.Parameter(zero, requires_grad)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        pass
+
+    def _load_from_state_dict(self, *args):
+        pass
 
 
 class ValueTable(nn.Module):
@@ -29,10 +50,11 @@ class ValueTable(nn.Module):
     backward gives `weight` an ordinary dense gradient. A row optimizer takes it with `own`; from then until `release`,
     `weight.grad` stays None and backward records a row gradient. A copy (deepcopy, pickle) has no owner and is dense.
 
-    In row mode the table has a second parameter, `row_mark`, of one element, whose gradient makes the row gradient
-    visible to code that clears the model's gradients. It is in no state_dict. A copy keeps it, frozen, so that code
-    that walks the parameters of a model and of its copy side by side (`torch.optim.swa_utils`) stays in step: make such
-    copies after the optimizer.
+    Beside `weight` there is always a second parameter, the companion `row_mark`, of one element that is zero and stays
+    so: in row mode its gradient is the row gradient, so that what a loop does to the gradients of parameters (adds,
+    scales, clears, clones, puts back) is done to it; `memlayers.ops.row_tensor` says what is followed and what is
+    refused. In dense mode its gradient is zero. The parameters of a model are thus the same ones in either mode, and a
+    copy can be walked side by side with its original. It is in no state_dict and in no count of parameters.
 
     Args:
         slots: S, the number of rows.
@@ -44,8 +66,6 @@ class ValueTable(nn.Module):
         ValueError: a size below 1.
     """
 
-    row_mark: nn.Parameter | None
-
     def __init__(
         self, slots: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ):
@@ -53,9 +73,14 @@ class ValueTable(nn.Module):
         require_int("slots", slots, least=1)
         require_int("dim", dim, least=1)
         self.weight = nn.Parameter(torch.empty(slots, dim, device=device, dtype=dtype))
-        self.register_parameter("row_mark", None)
+        self.companion = Companion(self.weight.device, self.weight.dtype)
         self.row_gradient: RowGradient | None = None
         self.reset_parameters()
+
+    @property
+    def row_mark(self) -> nn.Parameter:
+        """The companion parameter."""
+        return self.companion.row_mark
 
     def reset_parameters(self) -> None:
         """Normal with standard deviation 1/sqrt(V)."""
@@ -75,13 +100,14 @@ class ValueTable(nn.Module):
         if torch.compiler.is_exporting():
             y_TV = exported.read(self.weight, slots_TM, weights_TM)
         # Without gradients there is nothing to record, and the handle, on the CPU, would keep CUDA graphs away.
-        elif self.row_gradient is not None and self.weight.requires_grad and torch.is_grad_enabled():
-            assert self.row_mark is not None
-            if not self.row_mark.requires_grad:  # frozen by code that names the weights to train
-                self.row_mark.requires_grad_(True)
+        elif not torch.is_grad_enabled():
+            y_TV = read(self.weight, slots_TM, weights_TM)
+        elif self.row_gradient is not None and self.weight.requires_grad:
+            self._check_row_mode()
             y_TV = read_row_mode(self.weight, slots_TM, weights_TM, self.row_mark, self.row_gradient.handle)
         else:
-            y_TV = read(self.weight, slots_TM, weights_TM)
+            self.settle_mark()
+            y_TV = read(self.weight, slots_TM, weights_TM, None if self.weight.is_meta else self.row_mark)
         return y_TV.unflatten(0, slots.shape[:-1])
 
     def own(self, owner: object) -> RowGradient:
@@ -94,39 +120,77 @@ class ValueTable(nn.Module):
                 "this value table already has a row optimizer; a second owner would train it twice. Call release() on "
                 "the first optimizer (or table.release()) before building another"
             )
-        self.row_mark = _mark(self.weight.device)
-        self.row_gradient = RowGradient(owner, self.row_mark, self.weight.shape[0])
-        return self.row_gradient
+        self.settle_mark()
+        row_gradient = RowGradient(owner, self.weight, self.row_mark)
+        self.release()
+        self.row_gradient = row_gradient
+        return row_gradient
 
     def release(self) -> None:
         """Leaves row mode: the table has no owner and dense gradients again. Discards what was recorded."""
+        if self.row_gradient is not None:
+            self.row_gradient.close()
         self.row_gradient = None
-        self.row_mark = None
+
+    def register_row_hook(self, hook: Callable[[RowHookArgument], None]) -> RemovableHandle:
+        """In row mode: calls `hook` at each step with the row gradient, before the optimizer uses it.
+
+        The hook may look at `slots` and `norm()`, and change the gradient by `scale(factor)`, a number or one a row
+        (a tensor [S]), and by `keep(rows)`, a mask [S] of the rows that may be trained. Hooks run in the order in which
+        they were registered, before the table's own clipping, and end with `release`.
+
+        Returns:
+            A handle; its `remove()` takes the hook away.
+
+        Raises:
+            ValueError: the table is not in row mode.
+        """
+        if self.row_gradient is None:
+            raise ValueError(
+                "row hooks are for a table in row mode: build its row optimizer first; the gradient of a table without "
+                "one is dense, and weight.register_hook changes it"
+            )
+        return self.row_gradient.register_hook(hook)
 
     def extra_repr(self) -> str:
         slots, dim = self.weight.shape
         return f"slots={slots}, dim={dim}" + (", row mode" if self.row_gradient is not None else "")
 
     def __getstate__(self) -> dict[str, Any]:
-        parameters = dict(self._parameters)
-        if self.row_mark is not None:
-            parameters["row_mark"] = _mark(self.row_mark.device, requires_grad=False)
-        return {**self.__dict__, "row_gradient": None, "_parameters": parameters}
+        modules = dict(self._modules)
+        if self.row_gradient is not None:  # whoever shares its companion would share its row gradient
+            modules["companion"] = Companion(
+                self.row_mark.device, self.row_mark.dtype, requires_grad=self.row_mark.requires_grad
+            )
+        return {**self.__dict__, "row_gradient": None, "_modules": modules}
+
+    def _check_row_mode(self) -> None:
+        """What somebody did since the optimizer was built: froze the companion by name, or put a hook on the table."""
+        if torch.compiler.is_compiling():  # backward finds the hook then
+            return
+        if not self.row_mark.requires_grad:
+            self.row_mark.requires_grad_(True)
+        if has_gradient_hooks(self.weight):
+            raise RuntimeError(HOOKS)
+
+    def settle_mark(self) -> None:
+        """Puts the companion where the table is: loaders that it is unknown to leave it elsewhere."""
+        mark, weight = self.row_mark, self.weight
+        is_settled = weight.is_meta or (mark.device, mark.dtype) == (weight.device, weight.dtype)
+        if self.row_gradient is None and not is_settled:
+            zero = torch.zeros(1, device=weight.device, dtype=weight.dtype)
+            self.companion._parameters["row_mark"] = nn.Parameter(zero, mark.requires_grad)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self.row_mark is not None and self.row_mark.dtype != torch.float32:
-            self.row_mark.data = self.row_mark.data.float()
+        self.settle_mark()
+        if not self.row_mark.is_meta and not self.row_mark.is_inference():
+            self.row_mark.detach().zero_()  # after `to_empty`
         return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(prefix + "row_mark", None)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
-        if prefix + "row_mark" in missing_keys:
-            missing_keys.remove(prefix + "row_mark")
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.settle_mark()
 
 
 def value_tables(model: nn.Module) -> list[ValueTable]:

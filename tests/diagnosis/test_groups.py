@@ -6,6 +6,7 @@ import torch
 
 from memlayers import MemoryConfig, RowAdam, doctor
 from memlayers.models import add_memory, causal_lm
+from memlayers.optim import MemoryAdamW
 
 
 def test_table_without_an_owner(block, batch, found, fails):
@@ -75,3 +76,19 @@ def test_weight_decay_on_the_table(block, batch, found, fails):
     report = doctor(block, batch, optimizer=torch.optim.AdamW(block.parameters(), weight_decay=0.05))
     fails(report, "decay", "weight decay of 0.05")
     assert found(report, "unread").state in ("warn", "pass")
+
+
+def test_a_hook_on_a_table_in_row_mode_is_named(block, batch, found):
+    optimizer = MemoryAdamW(block)
+    block.mlp.values.weight.register_post_accumulate_grad_hook(lambda weight: None)
+    finding = found(doctor(block, batch, optimizer=optimizer), "owner")
+    assert (finding.state, "a hook is registered on the weight" in finding.message) == ("warn", True)
+    assert "register_row_hook" in finding.advice
+
+
+def test_a_plain_tensor_in_the_place_of_a_row_gradient_is_named(block, batch, found):
+    optimizer = MemoryAdamW(block)
+    block.mlp.values.row_mark.grad = torch.ones(1)
+    finding = found(doctor(block, batch, optimizer=optimizer), "owner")
+    assert (finding.state, "replaced by a plain tensor" in finding.message) == ("warn", True)
+    assert "row gradients can be" in finding.advice

@@ -24,7 +24,7 @@ def test_every_trainable_parameter_is_in_one_group_and_norms_biases_and_tables_a
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [{names[p] for p in group["params"]} for group in optimizer.param_groups]
     assert sum(map(len, groups)) == len(set().union(*groups)) == len(names) - 1
-    assert set(names.values()) - set().union(*groups) == {"2.values.row_mark"}
+    assert set(names.values()) - set().union(*groups) == {"2.values.companion.row_mark"}
     decayed, spared, tables = groups
     assert decayed == {"0.weight", "2.query.projections.0.weight", "2.keys.weight", "3.weight"}
     assert tables == {"2.values.weight"}

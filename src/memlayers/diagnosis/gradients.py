@@ -36,7 +36,7 @@ def gradients(watch: Watch) -> Answer:
         )
     if both:
         return fails(
-            f"{', '.join(both)} has a dense gradient beside that of its rows, which its row optimizer does not see",
+            f"{', '.join(both)} has a dense gradient beside that of its rows: a step writes wherever it is not 0",
             "let the loss not use the table itself, as a penalty on its rows does; or train it with dense gradients",
         )
     if stuck:

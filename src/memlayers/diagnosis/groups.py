@@ -92,6 +92,8 @@ def owner(subject: Subject, training: Training) -> Answer:
             f"the table is in the wrong group: a {kind} owns it, and it is in a group of {others} too",
             f"leave values.weight out of {others}",
         )
+    if (fault := table.row_gradient.fault()) is not None:
+        return warns(f"a step of {kind} will be refused: {fault.partition(': ')[0]}", fault.partition(": ")[2])
     return passed(f"{kind}, which is alive and among the optimizers given")
 
 

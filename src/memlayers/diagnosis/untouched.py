@@ -74,13 +74,11 @@ def untouched(model: nn.Module, subjects: Sequence[Subject]) -> Iterator[None]:
         for table in tables:
             if table.row_gradient is not None:
                 undo.enter_context(table.row_gradient.set_aside())
-        marks = {table.row_mark for table in tables}
         for parameter in model.parameters():
             undo.attribute(parameter, "grad", None)
             undo.attribute(parameter, "requires_grad", parameter.requires_grad)
             hooks = hooks_after_accumulation(parameter)
-            # No optimizer that steps in the backward pass does so; what commits the gradients of rows stays.
-            if hooks and parameter not in marks:
+            if hooks:  # no optimizer that steps in the backward pass does so
                 undo.entries(hooks)
                 hooks.clear()
         weights = {table.weight for subject in subjects for table in subject.tables}

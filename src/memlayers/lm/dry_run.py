@@ -179,7 +179,8 @@ def _steps(
             losses.append(loss.detach())
         scaler.unscale_(optimizer)
         if training.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+            dense = [one for group in optimizer.param_groups for one in group["params"]]
+            torch.nn.utils.clip_grad_norm_(dense, training.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

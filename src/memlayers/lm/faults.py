@@ -65,7 +65,11 @@ def bad_output(model: nn.Module, run: Callable[[], Any]) -> str | None:
 
         return hook
 
-    leaves = [(name, module) for name, module in model.named_modules() if name and not any(module.children())]
+    leaves = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and (isinstance(module, ValueTable) or not any(module.children()))
+    ]
     handles = [module.register_forward_hook(look(name)) for name, module in leaves]
     try:
         with torch.no_grad():

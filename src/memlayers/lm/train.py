@@ -223,7 +223,8 @@ class Loop:
                 norm = self.checked_norm(loss)
                 line = {"step": self.step + 1, "loss": loss, "learning_rate": self.scheduler.get_last_lr()[0]}
                 if training.max_grad_norm:
-                    torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.max_grad_norm, norm)
+                    dense = [one for group in self.optimizer.param_groups for one in group["params"]]
+                    torch.nn.utils.clip_grads_with_norm_(dense, training.max_grad_norm, norm)
                 scale = self.scaler.get_scale()
                 self.scaler.step(self.optimizer)
                 self.scaler.update()

@@ -48,7 +48,7 @@ from memlayers.models.placement import MemoryPlacement
 from memlayers.models.storage import read_memory
 from memlayers.models.targets import names_of
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
-from memlayers.values import ValueTable
+from memlayers.values import ValueTable, value_tables
 
 PREFIX = "Memory"
 
@@ -213,16 +213,19 @@ class MemoryMixin(PreTrainedModel):
         # of a memory, too. So memories are initialised here and marked, and the plain rule passes them by.
         for _, wrapper in find_wrappers(self):
             _reset_what_was_not_loaded(wrapper)
+        for table in value_tables(self):
+            table.settle_mark()
         super().initialize_weights()
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As in `transformers`; `exclude_embeddings` leaves out tables of values, too.
+        """As in `transformers`, without companions of value tables; `exclude_embeddings` leaves out tables, too.
 
         By that number Trainer counts operations, six for each parameter and token; of a table a token reads few rows.
         """
         count = super().num_parameters(only_trainable, exclude_embeddings)
-        tables = [module.weight for module in self.modules() if exclude_embeddings and isinstance(module, ValueTable)]
-        return count - sum(table.numel() for table in tables if table.requires_grad or not only_trainable)
+        tables = value_tables(self)
+        left_out = [table.row_mark for table in tables] + [table.weight for table in tables if exclude_embeddings]
+        return count - sum(one.numel() for one in left_out if one.requires_grad or not only_trainable)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `transformers.PreTrainedModel.save_pretrained`, except that a save that fails leaves the folder as it was.

@@ -1,7 +1,7 @@
 """memory_summary: how many parameters a model has and trains, by part, and what bytes they, their gradients and an
 optimizer take."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from memlayers.models.modules import adapter_parameters, memory_parameters, unwr
 from memlayers.optim.memory_adamw import MemoryAdamW
 from memlayers.optim.row_optimizer import RowOptimizer
 from memlayers.sizes import nominal_bytes, size_text
-from memlayers.values import value_tables
+from memlayers.values import ValueTable, value_tables
 
 _COLUMNS = ("", "parameters", "trainable", "weights", "gradients", "optimizer")
 
@@ -75,20 +75,21 @@ def memory_summary(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     optimizers and of torch's Adam and AdamW. Raises `ValueError` for a model without memories.
     """
     inner = unwrap(model)
-    parts = _parts(inner)
+    tables = value_tables(inner)
+    parts = _parts(inner, tables)
     while isinstance(around := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):  # of accelerate
         optimizer = around
-    tables = value_tables(inner)
     in_row_mode = {table.weight for table in tables if table.row_gradient is not None}
     summaries = {}
     for name, parameters in parts.items():
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        held = [*trainable, *(table.row_mark for table in tables)] if name == "values" else trainable
         summaries[name] = PartSummary(
             parameters=sum(parameter.numel() for parameter in parameters),
             trainable=sum(parameter.numel() for parameter in trainable),
             weight_bytes=nominal_bytes(parameters),
             gradient_bytes=nominal_bytes(parameter for parameter in trainable if parameter not in in_row_mode),
-            optimizer_bytes=None if optimizer is None else _state_bytes(optimizer, trainable),
+            optimizer_bytes=None if optimizer is None else _state_bytes(optimizer, held),
         )
     return MemorySummary(
         parts=summaries,
@@ -98,7 +99,7 @@ def memory_summary(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     )
 
 
-def _parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+def _parts(model: nn.Module, tables: Sequence[ValueTable]) -> dict[str, list[nn.Parameter]]:
     """Each parameter in one part, in the order of the model."""
     memories = memory_layers(model).values()
     if not memories:
@@ -111,7 +112,7 @@ def _parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     place |= dict.fromkeys(adapters := adapter_parameters(model), "adapters")
     names = ("base", *(["adapters"] if adapters else []), "query", "keys", "values", "gate and output")
     parts: dict[str, list[nn.Parameter]] = {name: [] for name in names}
-    marks = {memory.values.row_mark for memory in memories}  # a mark of row mode, no weight
+    marks = {table.row_mark for table in tables}  # companions, which are no weights
     for parameter in model.parameters():
         if parameter not in marks:
             parts[place.get(parameter, "base")].append(parameter)

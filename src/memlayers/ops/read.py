@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlayers.ops.precision import wide_dtype, without_autocast
-from memlayers.ops.record import MARK, record_
+from memlayers.ops.record import record_
 from memlayers.ops.row_sum import dense_sum, parts_of
 from memlayers.ops.table import operation
 from memlayers.torch_private import dot_in_bags
@@ -93,6 +93,7 @@ def _flops_sum(slots_TK, weights_TK, outputs_TV, *_, **__):
 
 def _save_read(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
+    ctx.has_mark = len(inputs) > 3 and inputs[3] is not None
     # Not saved as a tensor: another layer's backward may have written to it since, and that is not an error.
     ctx.log = inputs[4] if len(inputs) > 4 else None
 
@@ -104,14 +105,14 @@ def _read_backward(ctx, grad_TV):
         grad_SV = sum_rows(slots_TK, weights_TK, grad_TV, table_SV.shape[0]).to(table_SV.dtype)
     if ctx.needs_input_grad[2]:
         grad_TK = dot(table_SV, slots_TK, grad_TV).to(weights_TK.dtype)
-    return grad_SV, None, grad_TK
+    return grad_SV, None, grad_TK, table_SV.new_zeros(1) if ctx.has_mark else None
 
 
 def _read_row_mode_backward(ctx, grad_TV):
     table_SV, slots_TK, weights_TK = ctx.saved_tensors
     grad_TK = dot(table_SV, slots_TK, grad_TV).to(weights_TK.dtype) if ctx.needs_input_grad[2] else None
     record_(ctx.log, slots_TK, weights_TK, grad_TV)
-    return None, None, grad_TK, grad_TV.new_full((1,), MARK), None
+    return None, None, grad_TK, table_SV.new_zeros(1), None
 
 
 def _dot_backward(ctx, grad_TK):
@@ -138,10 +139,18 @@ def _sum_backward(ctx, grad_SV):
     return None, grad_TK, grad_TV, None
 
 
-# Backward gives the table an ordinary dense gradient.
-read = operation("read", read_reference, _empty_outputs, backward=_read_backward, save=_save_read, flops=_flops)
+# Backward gives the table an ordinary dense gradient; that of `mark_1`, its companion parameter, is zero.
+read = operation(
+    "read",
+    read_reference,
+    _empty_outputs,
+    backward=_read_backward,
+    save=_save_read,
+    pack=lambda table_SV, slots_TK, weights_TK, mark_1=None: (table_SV, slots_TK, weights_TK),
+    flops=_flops,
+)
 # Backward records a row gradient in `log`, the handle of the table's `RowGradient` (see `memlayers.ops.record`), and
-# leaves the table's gradient None; the gradient of `mark_1`, a companion parameter, shows that something was recorded.
+# leaves the table's gradient None; a hook puts what was recorded into the gradient of `mark_1`.
 read_row_mode = operation(
     "read_row_mode",
     read_reference,

@@ -8,10 +8,10 @@ operation mutates is `RowGradient.handle`, a tensor that is its argument (a glob
 the `RowGradient` and a count of recorded tokens, on the CPU, so that reading it never waits for a device. Its
 implementation runs at run time, compiled or not, and survives the copies of the handle that functionalisation makes.
 
-Life: gradients are recorded while a backward pass runs, and committed when that pass accumulates the gradient of the
-companion parameter `mark`. So what `torch.autograd.grad` computes on the side is never taken for a gradient, and
-whoever clears the companion's gradient (`zero_grad` of the model or of the optimizer) discards what is recorded.
-Passes may nest (reentrant checkpointing), so each keeps its own until then.
+Life: what a backward pass records waits under the number of that pass. When the pass reaches the companion parameter of
+the table, a hook puts it into the companion's gradient, as a `RowTensor`: from there on it is where the gradients of
+other parameters are, and what a loop does to those happens to it. So what `torch.autograd.grad` computes on the side is
+never taken for a gradient. Passes may nest (reentrant checkpointing), and several threads may run some at once.
 
 Letters: T tokens, K rows a token, S slots, V width.
 """
@@ -19,25 +19,25 @@ Letters: T tokens, K rows a token, S slots, V width.
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from memlayers.ops.row_sum import Part, SummedRows, dense_sum, parts_of, row_norm, sum_parts
+from memlayers.ops.precision import wide_dtype
+from memlayers.ops.recorded import Recorded, dense_part
+from memlayers.ops.row_sum import Part, SummedRows, parts_of, row_norm, sum_parts
+from memlayers.ops.row_tensor import REMEDY, RowTensor
 from memlayers.ops.table import operation
-from memlayers.torch_private import after_backward, current_backward, version
+from memlayers.torch_private import after_backward, current_backward, has_gradient_hooks, hooks_after_accumulation
 
 _numbers = itertools.count(1)
 # The way from the number in a handle to its object. It keeps nothing alive.
 _row_gradients: "weakref.WeakValueDictionary[int, RowGradient]" = weakref.WeakValueDictionary()
-
-
-# What backward adds to the companion's gradient. Its square is 0 in float32, so a norm over all parameters does not
-# see it; it is far above the smallest float32, so neither clipping nor averaging makes it 0. Only zero_grad does.
-MARK = 1e-23
 
 
 def _record(handle: Tensor, slots_TK: Tensor, weights_TK: Tensor, grad_TV: Tensor) -> None:
@@ -71,55 +71,67 @@ record_ = operation("record_", _record, lambda *_: None, flops=_flops)
 
 
 class RowGradient:
-    """The gradient of one table in row mode: opaque, factored, consumed by its owner's step."""
+    """The gradient of one table in row mode: opaque, factored, consumed by its owner's step.
 
-    def __init__(self, owner: object, mark: nn.Parameter, num_slots: int):
+    What is done to the gradient of the companion by anybody is done to it (`memlayers.ops.row_tensor` says what is).
+
+    Args:
+        owner: the row optimizer; it is not kept alive.
+        weight: the table, [S, V].
+        mark: its companion.
+
+    Raises:
+        ValueError: hooks are registered on the table.
+    """
+
+    def __init__(self, owner: object, weight: nn.Parameter, mark: nn.Parameter):
+        if has_gradient_hooks(weight):
+            raise ValueError(HOOKS)
         self.owner = weakref.ref(owner)
         number = next(_numbers)
         self.handle = torch.tensor([number, 0], device="cpu")
         _row_gradients[number] = self
-        self._mark = mark
-        self._num_slots = num_slots
-        self._parts: list[Part] = []
-        self._is_merged = False  # whether the first part is the sum of many
-        self._uncommitted: dict[int, list[Part]] = {}
-        self._seen: tuple[Tensor | None, object] = (None, 0)
+        self._weight, self._mark = weight, mark
+        self._num_slots = weight.shape[0]
+        self._passes: dict[int, list[Part]] = {}  # what each has recorded that has not reached the companion
+        self._reached = False  # a pass has put something into the companion's gradient since the last step
+        self._missed = False  # or has not
+        self._hooks: OrderedDict[int, Callable[[RowHookArgument], None]] = OrderedDict()
+        mark.requires_grad_(True)
+        mark.grad = None  # of dense mode, where it is zero
         # Weakly: torch keeps the hook where Python's collector cannot see the cycle.
         commit = weakref.WeakMethod(self._commit)
+        self._handle_of_hook = mark.register_hook(lambda grad: None if (call := commit()) is None else call(grad))
 
-        def commit_if_alive(mark: Tensor) -> None:
-            method = commit()
-            if method is not None:
-                method(mark)
-
-        mark.register_post_accumulate_grad_hook(commit_if_alive)
+    def close(self) -> None:
+        """Forgets the companion, which may be used by another."""
+        self._handle_of_hook.remove()
+        self._mark.grad = None
 
     # What a loop or an optimizer may do with it.
 
     def add(self, slots_TK: Tensor, weights_TK: Tensor, grad_TV: Tensor) -> None:
         """Add sum over (t, k) of weights[t, k] * grad[t] to row slots[t, k], as a backward pass would."""
-        if self._was_cleared():
-            self._forget()
-            self._mark.grad = torch.full_like(self._mark, MARK)
-            self._seen = (self._mark.grad, version(self._mark.grad))
-        self._add(*parts_of([slots_TK], [weights_TK], [grad_TV]))
+        recorded = self._recorded or self._new()
+        recorded.add(self._new(parts_of([slots_TK], [weights_TK], [grad_TV])))
+        if self._recorded is None:
+            self._mark.grad = RowTensor(self._mark, recorded)
 
     @property
     def is_empty(self) -> bool:
         """Nothing to step on: nothing was recorded, or it was discarded by clearing the companion's gradient."""
-        return self._was_cleared() or not self._parts
+        return not self._parts
 
     def scale(self, factor: float | Tensor) -> None:
         """Multiply the gradient by a number."""
-        self._parts = [part._replace(weights_TK=part.weights_TK * factor) for part in self._parts]
+        if self._recorded is not None:
+            self._recorded.scale(factor)
 
     def norm(self) -> Tensor:
         """Euclidean norm of the summed rows, a scalar; zero when nothing is recorded."""
-        parts = self._recorded()
-        if parts is None:
+        if not self._parts:
             return torch.zeros((), device=self._mark.device)
-        slots, weights, grads = (list(factors) for factors in zip(*parts, strict=True))
-        return row_norm(slots, weights, grads, self._num_slots)
+        return row_norm(*_factors(self._parts), self._num_slots)
 
     def is_finite(self) -> Tensor:
         """Whether what is recorded, its products and their squares are: a scalar of bool on the table's device."""
@@ -129,87 +141,162 @@ class RowGradient:
 
     def discard(self) -> None:
         """Forget what is recorded, as `zero_grad` does."""
-        self._forget()
         self._mark.grad = None
+        self._passes, self._reached, self._missed = {}, False, False
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Inside there is nothing recorded; afterwards what was recorded before is there again, and nothing else."""
-        before = self._parts, self._is_merged, self._uncommitted, self._seen
+        before = self._passes, self._reached, self._missed
         handle, grad = self.handle.clone(), self._mark.grad
         self.discard()
         try:
             yield
         finally:
-            self._parts, self._is_merged, self._uncommitted, self._seen = before
+            self._passes, self._reached, self._missed = before
             self.handle.copy_(handle)
             self._mark.grad = grad
 
     def summed(self) -> SummedRows | None:
         """The rows summed by slot, or None when nothing is recorded: to look at; what is recorded stays."""
-        parts = self._recorded()
-        return None if parts is None else sum_parts(parts, self._num_slots)
+        return sum_parts(self._parts, self._num_slots) if self._parts else None
+
+    def register_hook(self, hook: "Callable[[RowHookArgument], None]") -> RemovableHandle:
+        """See `memlayers.ValueTable.register_row_hook`."""
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        return handle
 
     def consume(self) -> list[Part] | None:
-        """What is recorded, or None when nothing is; nothing stays."""
-        parts = self._recorded()
-        self._forget()
-        return parts
+        """What is recorded, as hooks leave it, or None when nothing is; nothing stays.
 
-    def _recorded(self) -> list[Part] | None:
+        Of what somebody has set as the gradient of the table itself, such as the second derivatives of a penalty, each
+        row that is not zero counts as one that was recorded.
+
+        Raises:
+            RuntimeError: the gradient cannot be the one that was meant; nothing is changed.
+        """
+        if (fault := self.fault()) is not None:
+            raise RuntimeError(fault)
+        recorded = self._new(self._parts)
+        if (grad := self._weight.grad) is not None:
+            recorded.parts.append(_part_of(grad))
+            self._weight.grad = None
+        for hook in list(self._hooks.values()):
+            if recorded.parts:
+                hook(RowHookArgument(recorded))
+        if self._recorded is not None:
+            self._recorded.clear()
+        self._reached = self._missed = False
+        return recorded.parts or None
+
+    def fault(self) -> str | None:
+        """What somebody did to the gradient that cannot be followed, and the remedy; None if all is well."""
+        if has_gradient_hooks(self._weight) or hooks_after_accumulation(self._weight):
+            return HOOKS
         grad = self._mark.grad
-        if grad is None or not self._parts:
-            return None
-        if self._was_written(grad):  # Whether it was cleared is left to the device: no weight is left then.
-            is_there = grad.any()
-            return [part._replace(weights_TK=part.weights_TK.where(is_there, 0)) for part in self._parts]
-        return self._parts
+        if grad is None and self._missed and not self._reached and self._weight.grad is None:
+            return (
+                "a backward pass went through a value table in row mode and did not reach its row_mark, so its row "
+                "gradient was not kept: have row_mark beside weight in the list that backward(inputs=...) or "
+                "autograd.grad is given, as model.parameters() does, and set both gradients; or call zero_grad() on "
+                "the optimizer if the pass was not meant to train the table"
+            )
+        if grad is not None and not isinstance(grad, RowTensor) and (self._reached or bool(grad.any())):
+            return f"the gradient of row_mark was replaced by a plain tensor, which holds no row gradient: {REMEDY}"
+        return None
+
+    def _new(self, parts: Iterable[Part] = ()) -> Recorded:
+        return Recorded(self._num_slots, self._mark, parts)
+
+    @property
+    def _recorded(self) -> Recorded | None:
+        return self._mark.grad.recorded if isinstance(self._mark.grad, RowTensor) else None
+
+    @property
+    def _parts(self) -> list[Part]:
+        return self._recorded.parts if self._recorded is not None else []
 
     # How it is recorded.
 
     def _append(self, part: Part) -> None:
         backward_pass = current_backward()
-        if backward_pass not in self._uncommitted:
-            if self._was_cleared():
-                self._parts, self._is_merged = [], False
-            self._uncommitted[backward_pass] = []
-            # After the pass, whatever it did not commit was computed on the side.
+        parts = self._passes.get(backward_pass)
+        if parts is None:
+            parts = self._passes.setdefault(backward_pass, [])
+            # After the pass, whatever did not reach the companion was computed on the side.
             after_backward(partial(self._end_of_pass, backward_pass))
-        self._uncommitted[backward_pass].append(part)
+        parts.append(part)
 
-    def _commit(self, mark: Tensor) -> None:
-        for part in self._uncommitted.pop(current_backward(), []):
-            self._add(part)
-        assert mark.grad is not None
-        self._seen = (mark.grad, version(mark.grad))
+    def _commit(self, grad: Tensor) -> Tensor:
+        if has_gradient_hooks(self._weight):
+            raise RuntimeError(HOOKS)
+        if self._mark.grad is not None and self._recorded is None and not self._mark.grad.any():
+            self._mark.grad = None  # a loop that makes its gradients beforehand
+        recorded = self._new()
+        for part in self._passes.pop(current_backward(), []):
+            recorded.add(self._new([part]))
+            self._reached = True
+        return RowTensor(grad, recorded)
 
     def _end_of_pass(self, backward_pass: int) -> None:
-        self._uncommitted.pop(backward_pass, None)
+        self._missed |= bool(self._passes.pop(backward_pass, None))
 
-    def _add(self, part: Part) -> None:
-        self._parts.append(part)
-        factors = self._parts[1:] if self._is_merged else self._parts
-        if sum(part.size for part in factors) > self._num_slots * part.grad_TV.shape[1]:
-            self._merge(factors)
 
-    def _was_cleared(self) -> bool:
-        grad = self._mark.grad
-        return grad is None or (self._was_written(grad) and not bool(grad.any()))
+class RowHookArgument:
+    """The row gradient of one step, in the hands of a hook of `ValueTable.register_row_hook`."""
 
-    def _was_written(self, grad: Tensor) -> bool:
-        """Whether somebody wrote to it: a clipping, which leaves it above zero, or zero_grad(set_to_none=False)."""
-        return self._seen[0] is not grad or self._seen[1] != version(grad)
+    def __init__(self, recorded: Recorded):
+        self._recorded = recorded
 
-    def _forget(self) -> None:
-        self._parts, self._is_merged, self._uncommitted = [], False, {}
+    @property
+    def slots(self) -> Tensor:
+        """The slots of the rows that have a gradient, ascending."""
+        read = [part.slots_TK[part.weights_TK != 0] for part in self._recorded.parts]
+        return torch.cat(read).unique()
 
-    def _merge(self, factors: list[Part]) -> None:
-        """One dense gradient, as a part that reads each row once, instead of factors that have grown larger than it."""
-        _, live_S, grad_SV = dense_sum(factors, self._num_slots)
-        assert live_S is not None
-        if self._is_merged:
-            before = self._parts[0]
-            live_S = live_S | (before.weights_TK[:, 0] != 0)
-            grad_SV.addcmul_(before.grad_TV, before.weights_TK)
-        slots_S1 = torch.arange(self._num_slots, device=grad_SV.device)[:, None]
-        self._parts, self._is_merged = [Part(slots_S1, live_S[:, None].to(grad_SV.dtype), grad_SV)], True
+    def norm(self) -> Tensor:
+        """Euclidean norm of the summed rows, a scalar."""
+        return row_norm(*_factors(self._recorded.parts), self._recorded.num_slots)
+
+    def scale(self, factor: float | Tensor) -> None:
+        """Multiplies the gradient by a number, or that of each row by its own: a tensor [S].
+
+        A row that is multiplied by zero is as one that was not read: the step leaves it, and its state, as they are.
+        """
+        if torch.is_tensor(factor) and factor.ndim:
+            if factor.shape != (self._recorded.num_slots,):
+                raise ValueError(
+                    f"factor must be a number or a tensor of shape [{self._recorded.num_slots}], one number a row, got "
+                    f"{[*factor.shape]}"
+                )
+            self._recorded.scale_rows(factor)
+        else:
+            self._recorded.scale(factor)
+
+    def keep(self, rows_S: Tensor) -> None:
+        """Only the rows where the mask [S] of bool is True; the step leaves the others as they are."""
+        if rows_S.dtype != torch.bool:
+            raise ValueError(f"rows_S must be a mask of dtype torch.bool, one a row, got {rows_S.dtype}")
+        self.scale(rows_S)
+
+
+HOOKS = (
+    "a hook is registered on the weight of a value table in row mode, where it is called without a gradient: use "
+    "ValueTable.register_row_hook, or call release() on the row optimizer and train the table with dense gradients"
+)
+
+
+def _factors(parts: list[Part]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    slots, weights, grads = (list(factors) for factors in zip(*parts, strict=True))
+    return slots, weights, grads
+
+
+def _part_of(grad_SV: Tensor) -> Part:
+    """What somebody has set as the gradient of a table."""
+    grad_SV = grad_SV.detach()
+    if grad_SV.is_sparse:
+        grad_SV = grad_SV.coalesce()
+        slots_T1, grad_TV = grad_SV.indices().T, grad_SV.values()
+        return Part(slots_T1.contiguous(), torch.ones_like(slots_T1, dtype=wide_dtype(grad_TV.dtype)), grad_TV)
+    return dense_part(grad_SV.to(wide_dtype(grad_SV.dtype)), (grad_SV != 0).any(1))

@@ -49,7 +49,12 @@ OPERATIONS = {
     ),
     "select": Operation("(Tensor first_N, Tensor second_N, int topk) -> (Tensor, Tensor)", "select.select", _16, _16),
     # From slots to the output, and back.
-    "read": Operation("(Tensor table_SV, Tensor slots_TK, Tensor weights_TK) -> Tensor", "read.read", _TABLES, _TABLES),
+    "read": Operation(
+        "(Tensor table_SV, Tensor slots_TK, Tensor weights_TK, Tensor? mark_1=None) -> Tensor",
+        "read.read",
+        _TABLES,
+        _TABLES,
+    ),
     "read_row_mode": Operation(
         "(Tensor table_SV, Tensor slots_TK, Tensor weights_TK, Tensor mark_1, Tensor log) -> Tensor",
         "read.read",

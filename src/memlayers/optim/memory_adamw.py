@@ -10,7 +10,7 @@ from memlayers.optim.row_adam import Moments, RowAdam
 from memlayers.optim.row_optimizer import Rounding, require_row_settings
 from memlayers.optim.table_owner import TableOwner
 from memlayers.query import HeadRMSNorm, MaskedBatchNorm
-from memlayers.values import ValueTable, value_tables
+from memlayers.values import Companion, ValueTable, value_tables
 
 # Norms whose gains and biases may have more than one dimension; they are not decayed either.
 _NORMS = (nn.LayerNorm, nn.RMSNorm, MaskedBatchNorm, HeadRMSNorm)
@@ -120,7 +120,7 @@ def dense_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     spared: list[nn.Parameter] = []
     seen: set[nn.Parameter] = set()
     for module in model.modules():
-        if isinstance(module, ValueTable):
+        if isinstance(module, ValueTable | Companion):
             continue
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:

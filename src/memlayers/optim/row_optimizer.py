@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memlayers.checks import require_choice, require_number
 from memlayers.optim.table_owner import TableOwner
-from memlayers.values import ValueTable, value_tables
+from memlayers.values import Companion, ValueTable, value_tables
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -47,7 +47,9 @@ class RowOptimizer(TableOwner):
         rounding: Rounding,
         **settings: Any,
     ):
-        tables = value_tables(tables) if isinstance(tables, nn.Module) else list(tables)
+        if isinstance(tables, nn.Module):
+            tables = value_tables(tables)
+        tables = [table for table in tables if not isinstance(table, Companion)]  # a part of each
         if not tables:
             raise ValueError("tables must hold at least one ValueTable, got none")
         for table in tables:

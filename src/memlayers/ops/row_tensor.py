@@ -1,0 +1,256 @@
+"""row tensor: a row gradient as the tensor that stands at `.grad` of a table's companion, so that loops reach it.
+
+What a loop does to the gradients of parameters, it does to this one: a sum of two is the sum of what they recorded, a
+product with a number scales it, a clone goes its own way, `zero_` clears it, detached and `.data` are the same one.
+
+What is contracted:
+
+- Scaling is followed: `grad.div_(n)`, `grad *= x`, `torch._foreach_mul_(grads, x)`, by a number or a tensor.
+- Clipping is not, since tables have a limit of their own (``max_grad_norm`` of their optimizer): a gradient whose norm
+  was asked for, and is then multiplied by a tensor, as `torch.nn.utils.clip_grad_norm_` does, stays as it is; so do
+  clamped ones. This is said once in the log.
+- Whoever reads it (a norm, a mean, a histogram, a comparison) reads zeros of the companion's shape.
+- What cannot be followed is refused: noise and other plain tensors that are added, writing to elements, sums kept in a
+  plain buffer.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlayers.ops.recorded import Recorded
+from memlayers.torch_private import WrapperTensor, take_in_lists
+
+_LOG = logging.getLogger("memlayers")
+_said: set[str] = set()
+
+REMEDY = (
+    "row gradients can be added to each other, scaled, cleared, cloned and put back. For more, change them in a hook "
+    "(ValueTable.register_row_hook), or call release() on the row optimizer and train the table with dense gradients"
+)
+
+
+class RowTensor(WrapperTensor):
+    """A row gradient that looks like the gradient of the companion, a tensor of one element.
+
+    Args:
+        like: the companion, or its gradient.
+        recorded: what it holds, and shares with whoever has been given the same.
+    """
+
+    def __init__(self, like: Tensor, recorded: Recorded):
+        self.recorded = recorded
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        name = func.overloadpacket.__name__
+        if name.startswith("_foreach_") and name.removeprefix("_foreach_") in _RULES:
+            return _each(name.removeprefix("_foreach_"), func, args, kwargs or {})
+        return _RULES.get(name, _read)(func, *args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RowTensor":
+        return memo.setdefault(id(self), self.clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _zeros(self).__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"RowTensor({len(self.recorded.parts)} parts of a row gradient)"
+
+    # What torch refuses to say of a subclass without elements.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return _zeros(self).numpy(force=force)
+
+    def tolist(self) -> Any:
+        return _zeros(self).tolist()
+
+
+def _zeros(tensor: Any) -> Any:
+    """What a reader sees: zeros in place of row gradients, also of those in a list."""
+    if isinstance(tensor, list | tuple):
+        return type(tensor)(_zeros(one) for one in tensor)
+    if isinstance(tensor, RowTensor):
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor
+
+
+def _refused(what: str) -> RuntimeError:
+    return RuntimeError(f"{what} a row gradient: {REMEDY}")
+
+
+def _like(tensor: Any, recorded: Recorded) -> RowTensor:
+    return RowTensor(tensor, recorded)
+
+
+# The rules, by the name of the operation.
+
+
+def _read(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """All that is not below: it may look, and must not write."""
+    is_fused = func.overloadpacket.__name__.startswith("_fused_")  # an optimizer, which names gradients as written to
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write and not is_fused and _has_row(value):
+            raise _refused(f"{func.overloadpacket.__name__} cannot be applied to")
+    return func(*_zeros(args), **{name: _zeros(value) for name, value in kwargs.items()})
+
+
+def _has_row(value: Any) -> bool:
+    return isinstance(value, RowTensor) or (isinstance(value, list | tuple) and any(map(_has_row, value)))
+
+
+def _same(func: Any, grad: RowTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The same gradient: detached, or under another shape."""
+    seen = func(_zeros(grad), *args, **kwargs)
+    if seen.dtype != grad.dtype:  # its bytes
+        return seen
+    if seen.numel() != grad.numel():
+        raise _refused("some elements cannot be taken of")
+    return _like(seen, grad.recorded)
+
+
+def _copied(func: Any, grad: RowTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A clone, or one in another dtype or on another device."""
+    seen, copied = func(_zeros(grad), *args, **kwargs), grad.recorded.copy()
+    if seen.device != grad.device:
+        copied.parts = [type(part)(*(factor.to(seen.device) for factor in part)) for part in copied.parts]
+    return _like(seen, copied)
+
+
+def _nothing(func: Any, grad: RowTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A gradient of zero, to be added to."""
+    return _like(func(_zeros(grad), *args, **kwargs), grad.recorded.copy(empty=True))
+
+
+def _set(func: Any, grad: Any, source: Any, *args: Any) -> Tensor:
+    if not (isinstance(grad, RowTensor) and isinstance(source, RowTensor)):
+        raise _refused("values cannot be copied between a plain tensor and")
+    grad.recorded.set(source.recorded)
+    return grad
+
+
+def _clear(func: Any, grad: RowTensor, *args: Any) -> Tensor:
+    if any(args):
+        raise _refused("values cannot be filled into")
+    grad.recorded.clear()
+    return grad
+
+
+def _sum(sign: int) -> Callable[..., Tensor]:
+    def rule(func: Any, grad: Any, other: Any, *, alpha: Any = 1) -> Tensor:
+        in_place = func.overloadpacket.__name__.endswith("_")
+        if not isinstance(grad, RowTensor):
+            if in_place:
+                return _step(grad, other)
+            if torch.is_tensor(grad) and bool(grad.any()):  # a sum may begin with zeros
+                raise _refused("a plain tensor cannot be added to")
+            result = _like(other, other.recorded.copy())
+            result.recorded.scale(sign * alpha)
+            return result
+        result = grad if in_place else _like(grad, grad.recorded.copy())
+        if isinstance(other, RowTensor):
+            added = other.recorded.copy()
+            if sign * alpha != 1:
+                added.scale(sign * alpha)
+            result.recorded.add(added)
+        elif torch.is_tensor(other):
+            # The decay of an optimizer that holds the companion, which is zero; by hand it was meant for the table.
+            if in_place or not grad.recorded.is_of(other):
+                raise _refused("a plain tensor cannot be added to")
+        elif other != 0:
+            raise _refused("a number cannot be added to")
+        return result
+
+    return rule
+
+
+def _step(plain: Tensor, grad: RowTensor) -> Tensor:
+    """An optimizer that holds the companion leaves it where it is; no other plain tensor can take a row gradient."""
+    if not grad.recorded.is_of(plain):
+        raise _refused("a plain tensor (make it by zeros_like or clone of the gradient) cannot take the sum with")
+    return plain
+
+
+def _negative(func: Any, grad: RowTensor) -> Tensor:
+    return _product(torch.ops.aten.mul.Tensor, grad, -1)
+
+
+def _product(func: Any, grad: Any, factor: Any) -> Tensor:
+    in_place = func.overloadpacket.__name__.endswith("_")
+    if not isinstance(grad, RowTensor) and not in_place and "mul" in func.overloadpacket.__name__:
+        grad, factor = factor, grad
+    is_number = not torch.is_tensor(factor) or (not isinstance(factor, RowTensor) and factor.numel() == 1)
+    if not (isinstance(grad, RowTensor) and is_number):
+        raise _refused("another gradient or several numbers cannot be multiplied with, or divided by,")
+    result = grad if in_place else _like(grad, grad.recorded.copy())
+    if torch.is_tensor(factor):
+        if grad.recorded.norm_was_asked:
+            grad.recorded.norm_was_asked = False
+            return _left_alone(result, factor)
+        factor = factor.detach().reshape(())
+    result.recorded.scale(1 / factor if "div" in func.overloadpacket.__name__ else factor)
+    return result
+
+
+def _left_alone(result: RowTensor, factor: Tensor | None = None) -> RowTensor:
+    if "clipping" not in _said and (factor is None or factor.device.type != "cpu" or bool(factor < 1)):
+        _said.add("clipping")
+        _LOG.warning(
+            "clipping leaves the row gradients of value tables as they are; a table is clipped by its own norm where "
+            "its optimizer has a limit for it (value_max_grad_norm of MemoryAdamW, max_grad_norm of the others)"
+        )
+    return result
+
+
+def _clamped(func: Any, grad: RowTensor, *args: Any, **kwargs: Any) -> Tensor:
+    in_place = func.overloadpacket.__name__.endswith("_")
+    return _left_alone(grad if in_place else _like(grad, grad.recorded.copy()))
+
+
+def _norm(func: Any, grad: RowTensor, *args: Any, **kwargs: Any) -> Tensor:
+    grad.recorded.norm_was_asked = True
+    return _read(func, grad, *args, **kwargs)
+
+
+_RULES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("detach", "alias", "view", "_unsafe_view", "_reshape_alias", "slice", "select"), _same),
+    **dict.fromkeys(("unsqueeze", "squeeze", "expand", "as_strided", "t", "view_as", "lift_fresh"), _same),
+    **dict.fromkeys(("clone", "_to_copy"), _copied),
+    **dict.fromkeys(("new_empty_strided", "zeros_like", "empty_like"), _nothing),
+    "copy_": _set,
+    **dict.fromkeys(("zero_", "fill_"), _clear),
+    **dict.fromkeys(("add", "add_"), _sum(1)),
+    **dict.fromkeys(("sub", "sub_"), _sum(-1)),
+    "neg": _negative,
+    **dict.fromkeys(("mul", "mul_", "div", "div_"), _product),
+    **dict.fromkeys(("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"), _clamped),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), _norm),
+}
+
+
+def _each(name: str, func: Any, args: Any, kwargs: Any) -> list[Any] | None:
+    """An operation on lists: those without row gradients at once, each of the others by itself."""
+    length = len(args[0])
+    rows = [place for place in range(length) if any(_has_row(one) for one in _at(args, place, length))]
+    rest = [place for place in range(length) if place not in rows]
+    results: list[Any] = [None] * length
+    if rest:
+        those = [
+            [one[place] for place in rest] if isinstance(one, list | tuple) and len(one) == length else one
+            for one in args
+        ]
+        for place, result in zip(rest, func(*those, **kwargs) or [None] * len(rest), strict=True):
+            results[place] = result
+    for place in rows:
+        results[place] = getattr(torch.ops.aten, name)(*_at(args, place, length), **kwargs)
+    return None if name.endswith("_") else results
+
+
+def _at(args: Any, place: int, length: int) -> list[Any]:
+    return [one[place] if isinstance(one, list | tuple) and len(one) == length else one for one in args]
+
+
+take_in_lists(RowTensor)  # clipping goes on to take the gradients of the rest of a model as one list

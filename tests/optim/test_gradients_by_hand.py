@@ -1,0 +1,499 @@
+"""What loops do to gradients by hand, in row mode: each is compared with the same loop on a dense gradient."""
+
+import copy
+import logging
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from memlayers import MemoryConfig, MemoryLayer, ValueTable
+from memlayers.ops import row_tensor
+from memlayers.optim import MemoryAdamW, RowAdam, RowSGD
+
+
+def net():
+    torch.manual_seed(0)
+    config = MemoryConfig(dim=8, heads=2, topk=2, num_subkeys=4, query_dim=4, query_norm="rms")
+    return nn.Sequential(nn.Linear(6, 8), MemoryLayer(config), nn.Linear(8, 3)).double()
+
+
+def loss_of(model, seed=1):
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(seed)).double()
+    return model(x).square().mean()
+
+
+def scaled_by_a_number(model, optimizer):
+    loss_of(model).backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.div_(40.0)
+
+
+def scaled_into_new_ones(model, optimizer):
+    loss_of(model).backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = -2 * (parameter.grad / 3.0)
+
+
+def scaled_by_a_tensor(model, optimizer):
+    loss_of(model).backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.data *= torch.tensor(0.25).double()
+
+
+def scaled_as_a_list(model, optimizer):
+    loss_of(model).backward()
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    torch._foreach_mul_(grads, 0.5)
+    torch._foreach_div_(grads, torch.tensor(3.0).double())
+
+
+def two_losses_added(model, optimizer):
+    loss_of(model, 1).backward()
+    first = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss_of(model, 2).backward()
+    for parameter, grad in zip(model.parameters(), first, strict=True):
+        if grad is not None:
+            parameter.grad.add_(grad, alpha=0.5)
+
+
+def a_sum_in_a_buffer(model, optimizer):
+    sums = None
+    for seed in (1, 2, 3):
+        model.zero_grad()
+        loss_of(model, seed).backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        sums = sums or {name: torch.zeros_like(grad) for name, grad in grads.items()}
+        for name, grad in grads.items():
+            sums[name] += grad
+    for name, parameter in model.named_parameters():
+        if name in sums:
+            parameter.grad = sums[name] / 3
+
+
+def put_aside_and_back(model, optimizer):
+    loss_of(model, 1).backward()
+    kept = [copy.deepcopy(parameter.grad) for parameter in model.parameters()]
+    optimizer.zero_grad()
+    loss_of(model, 2).backward()
+    for parameter, grad in zip(model.parameters(), kept, strict=True):
+        parameter.grad = grad
+
+
+def difference_of_two(model, optimizer):
+    loss_of(model, 1).backward()
+    first = {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    loss_of(model, 2).backward()
+    for name, parameter in model.named_parameters():
+        if name in first:
+            parameter.grad = first[name] - parameter.grad
+
+
+def given_by_autograd_grad(model, optimizer):
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(loss_of(model), parameters, allow_unused=True)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+
+
+def sums_from_autograd_grad(model, optimizer):
+    parameters = list(model.parameters())
+    one, two = (torch.autograd.grad(loss_of(model, seed), parameters, allow_unused=True) for seed in (1, 2))
+    for parameter, first, second in zip(parameters, one, two, strict=True):
+        parameter.grad = None if first is None else first + second
+
+
+def cleared_and_made_again(model, optimizer):
+    loss_of(model, 1).backward()
+    model.zero_grad(set_to_none=False)
+    loss_of(model, 2).backward()
+
+
+def made_beforehand(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    model[1].values.weight.grad = None
+    loss_of(model).backward()
+
+
+def a_gradient_penalty(model, optimizer):
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    (grad.square().sum() + loss_of(model, 2)).backward()
+
+
+def a_penalty_on_the_table(model, optimizer):
+    (loss_of(model) + 0.1 * sum(parameter.square().sum() for parameter in model.parameters())).backward()
+
+
+def set_on_the_table(model, optimizer):
+    loss_of(model).backward()
+    model.zero_grad()
+    model[1].values.weight.grad = torch.arange(16.0).double()[:, None].expand(16, 8).clone()
+
+
+def a_graph_of_gradients(model, optimizer):
+    for seed in (1, 2):
+        loss_of(model, seed).backward(create_graph=True)
+
+
+LOOPS = [
+    scaled_by_a_number,
+    scaled_into_new_ones,
+    scaled_by_a_tensor,
+    scaled_as_a_list,
+    two_losses_added,
+    a_sum_in_a_buffer,
+    put_aside_and_back,
+    difference_of_two,
+    given_by_autograd_grad,
+    sums_from_autograd_grad,
+    cleared_and_made_again,
+    made_beforehand,
+    a_gradient_penalty,
+    a_penalty_on_the_table,
+    set_on_the_table,
+    pytest.param(a_graph_of_gradients, marks=pytest.mark.filterwarnings("ignore:Using backward.*create_graph")),
+]
+ROWS = {
+    "RowSGD": lambda model: RowSGD(model, lr=0.1),
+    "RowAdam": lambda model: RowAdam(model, lr=0.1, eps=1e-3),
+    "MemoryAdamW": lambda model: MemoryAdamW(model, lr=0.1, value_lr=0.1, eps=1e-3),
+}
+DENSE = {
+    "RowSGD": lambda weight: torch.optim.SGD([weight], lr=0.1),
+    "RowAdam": lambda weight: torch.optim.Adam([weight], lr=0.1, eps=1e-3),
+    "MemoryAdamW": lambda weight: torch.optim.Adam([weight], lr=0.1, eps=1e-3),
+}
+
+
+def moved(model, optimizer, loop):
+    """By how much one step after the loop moves the table."""
+    weight = model[1].values.weight
+    before = weight.detach().clone()
+    loop(model, optimizer)
+    optimizer.step()
+    return weight.detach() - before
+
+
+@pytest.mark.promise(
+    "Gradients by hand", "scaling, adding, replacing, putting aside and back, clearing", "supported", ""
+)
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_that_changes_gradients_trains_the_table_as_with_a_dense_gradient(loop, kind):
+    rows, dense = net(), net()
+    expected = moved(dense, DENSE[kind](dense[1].values.weight), loop)
+    got = moved(rows, ROWS[kind](rows), loop)
+    assert expected.any()
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("how", "loop"),
+    [
+        (how, loop)
+        for how in ("checkpointed", "reentrant", "compiled")
+        for loop in (scaled_by_a_number, two_losses_added, given_by_autograd_grad)
+        if (how, loop) != ("reentrant", given_by_autograd_grad)  # torch refuses it
+    ],
+)
+def test_the_same_with_recomputation_and_compiled(how, loop):
+    rows, dense = net(), net()
+    expected = moved(dense, DENSE["RowSGD"](dense[1].values.weight), loop)
+    optimizer = RowSGD(rows, lr=0.1)
+    memory = rows[1]
+    if how == "compiled":
+        rows.forward = torch.compile(rows.forward, backend="aot_eager")
+    else:
+        inner = memory.forward
+        memory.forward = lambda x: checkpoint(inner, x, use_reentrant=how == "reentrant")
+    torch.testing.assert_close(moved(rows, optimizer, loop), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.promise(
+    "Gradients by hand", "`backward(inputs=...)` with a list made before the optimizer", "supported", ""
+)
+def test_a_list_of_inputs_made_before_the_optimizer_trains_the_table():
+    rows, dense = net(), net()
+    inputs = list(rows.parameters())
+    optimizer = RowSGD(rows, lr=0.1)
+    expected = moved(dense, DENSE["RowSGD"](dense[1].values.weight), lambda model, _: loss_of(model).backward())
+    got = moved(rows, optimizer, lambda model, _: loss_of(model).backward(inputs=inputs))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.promise(
+    "Gradients by hand", "`backward(inputs=[table.weight])`", "refused", "name `table.row_mark` beside the weight"
+)
+def test_inputs_without_the_companion_are_refused_at_the_step():
+    model = net()
+    optimizer = RowSGD(model, lr=0.1)
+    loss_of(model).backward(inputs=[model[1].values.weight])
+    with pytest.raises(RuntimeError, match="did not reach its row_mark"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    loss_of(model).backward(inputs=[model[1].values.weight, model[1].values.row_mark])
+    optimizer.step()
+
+
+REFUSED = {
+    "noise": lambda grad: grad.add_(torch.ones_like(grad.detach().abs())),
+    "a weight decay": lambda grad: grad + torch.zeros(1).double(),
+    "filled": lambda grad: grad.fill_(1.0),
+    "copied from a plain one": lambda grad: grad.copy_(torch.zeros(1).double()),
+    "written to": lambda grad: grad.__setitem__(0, 1.0),
+    "rows masked in it": lambda grad: grad.__setitem__(slice(100, None), 0.0),
+    "sums in a plain buffer": lambda grad: torch.zeros(1).double().add_(grad),
+    "its sign": lambda grad: grad.sign_(),
+}
+
+
+@pytest.mark.promise(
+    "Gradients by hand", "noise, signs, masks or other plain values written to a row gradient", "refused",
+    "`ValueTable.register_row_hook`, or dense gradients after `release()`",
+)  # fmt: skip
+@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_followed_is_refused_with_the_remedy(change):
+    model = net()
+    optimizer = RowSGD(model)
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match=r"a row gradient: .*register_row_hook.*release\(\)"):
+        change(model[1].values.row_mark.grad)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_plain_tensor_in_the_place_of_a_row_gradient_is_refused_at_the_step(value):
+    model = net()
+    optimizer = RowSGD(model)
+    loss_of(model).backward()
+    model[1].values.row_mark.grad = torch.full((1,), value).double()
+    with pytest.raises(RuntimeError, match="replaced by a plain tensor"):
+        optimizer.step()
+    optimizer.zero_grad()
+    model[1].values.row_mark.grad = torch.zeros(1).double()
+    optimizer.step()
+
+
+def test_whoever_reads_a_row_gradient_reads_zero():
+    model = net()
+    optimizer = RowSGD(model)
+    loss_of(model).backward()
+    grad = model[1].values.row_mark.grad
+    assert [grad.item(), float(grad.norm()), grad.tolist(), grad.numpy().tolist()] == [0.0, 0.0, [0.0], [0.0]]
+    assert float(grad.abs().max()) == float(grad.pow(2).sum()) == float(grad.flatten()[:1].mean()) == 0
+    assert bool(grad.isfinite().all())
+    assert not bool(torch.isnan(grad).any())
+    assert "row gradient" in repr(grad)
+    assert not model[1].values.row_gradient.is_empty
+    assert optimizer is not None
+
+
+def clipped(model, clip):
+    weight = model[1].values.weight
+    before = weight.detach().clone()
+    optimizer = RowSGD(model, lr=0.1)
+    loss_of(model).backward()
+    clip(list(model.parameters()))
+    optimizer.step()
+    return weight.detach() - before, [p.grad for n, p in model.named_parameters() if "values" not in n]
+
+
+CLIPS = {
+    "by norm": lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e-3),
+    "by norm, as a list": lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e-3, foreach=True),
+    "by norm, one by one": lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e-3, foreach=False),
+    "by the largest": lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e-3, norm_type=float("inf")),
+    "by value": lambda parameters: nn.utils.clip_grad_value_(parameters, 1e-3),
+    "by value, one by one": lambda parameters: nn.utils.clip_grad_value_(parameters, 1e-3, foreach=False),
+}
+
+
+@pytest.mark.promise(
+    "Gradients by hand", "clipping by `torch.nn.utils`, Trainer, Accelerate, Lightning", "changed",
+    "it leaves tables alone and the log says so once; `value_max_grad_norm` clips each table by its own norm",
+)  # fmt: skip
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
+def test_clipping_leaves_tables_alone_and_says_so_once(clip, caplog, monkeypatch):
+    monkeypatch.setattr(row_tensor, "_said", set())
+    plain, _ = clipped(net(), lambda parameters: None)
+    with caplog.at_level(logging.WARNING, logger="memlayers"):
+        for _ in range(2):
+            left, others = clipped(net(), clip)
+    torch.testing.assert_close(left, plain, rtol=0, atol=0)
+    assert max(float(grad.abs().max()) for grad in others) <= 1.001e-3
+    assert caplog.text.count("clipping leaves the row gradients") == 1
+
+
+def test_a_clipping_that_does_nothing_is_not_worth_a_word(caplog, monkeypatch):
+    monkeypatch.setattr(row_tensor, "_said", set())
+    clipped(net(), lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e9))
+    assert not caplog.text
+
+
+def test_scaling_after_clipping_is_followed():
+    def loop(parameters):
+        nn.utils.clip_grad_norm_(parameters, 1e9)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(torch.tensor(0.5).double())
+
+    plain, _ = clipped(net(), lambda parameters: None)
+    half, _ = clipped(net(), loop)
+    torch.testing.assert_close(half, 0.5 * plain)
+
+
+def test_another_optimizer_may_hold_the_companion():
+    """One over all parameters, beside a row optimizer for the tables."""
+    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        settings = {"lr": 0.1, "foreach": True, "weight_decay": 0.1} | (
+            {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        )
+        model, twin = net(), net()
+        rest, rows, alone = kind(model.parameters(), **settings), RowSGD(model, lr=0.1), RowSGD(twin, lr=0.1)
+        for _ in range(2):
+            for optimizer, one in ((rest, model), (alone, twin)):
+                loss_of(one).backward()
+                optimizer.step()
+            rows.step()
+            rest.zero_grad()
+            twin.zero_grad()
+            twin.load_state_dict(model.state_dict())
+        assert model[1].values.row_mark.tolist() == [0.0]
+        assert not torch.equal(model[1].values.weight, net()[1].values.weight)
+
+
+# Hooks.
+
+
+def test_a_hook_masks_rows_and_scales_as_on_a_dense_gradient():
+    rows, dense = net(), net()
+    keep = torch.arange(16) < 8
+    optimizer = RowSGD(rows, lr=0.1)
+    seen = []
+
+    def hook(gradient):
+        seen.append((gradient.slots, gradient.norm()))
+        gradient.keep(keep)
+        gradient.scale(0.5)
+        gradient.scale(torch.arange(16.0).double())
+
+    handle = rows[1].values.register_row_hook(hook)
+    dense[1].values.weight.register_hook(lambda grad: grad * keep[:, None] * 0.5 * torch.arange(16.0).double()[:, None])
+    expected = moved(dense, DENSE["RowSGD"](dense[1].values.weight), lambda model, _: loss_of(model).backward())
+    got = moved(rows, optimizer, lambda model, _: loss_of(model).backward())
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert not got[8:].any()
+    ((slots, norm),) = seen
+    assert slots.max() >= 8
+    assert slots.tolist() == sorted(set(slots.tolist()))
+    assert norm > 0
+    handle.remove()
+    loss_of(rows).backward()
+    optimizer.step()
+    assert len(seen) == 1
+
+
+@pytest.mark.promise(
+    "Gradients by hand",
+    "changing a table's gradient in a hook",
+    "changed",
+    "`ValueTable.register_row_hook`: mask, scale",
+)
+def test_rows_that_a_hook_masks_keep_their_state():
+    table = ValueTable(4, 2)
+    optimizer = RowAdam([table])
+    table.register_row_hook(lambda gradient: gradient.keep(torch.tensor([True, False, True, True])))
+    table.read(torch.tensor([[0, 1]]), torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[table.weight]["steps"].tolist() == [1, 0, 0, 0]
+
+
+def test_row_hooks_refuse_what_is_no_mask_and_a_dense_table():
+    table = ValueTable(4, 2)
+    with pytest.raises(ValueError, match="build its row optimizer first"):
+        table.register_row_hook(print)
+    optimizer = RowSGD([table])
+    for change, named in (
+        (lambda gradient: gradient.keep(torch.ones(4)), "mask of dtype torch.bool"),
+        (lambda gradient: gradient.scale(torch.ones(3)), r"shape \[4\].*got \[3\]"),
+    ):
+        handle = table.register_row_hook(change)
+        table.read(torch.tensor([[0, 1]]), torch.ones(1, 2)).sum().backward()
+        with pytest.raises(ValueError, match=named):
+            optimizer.step()
+        handle.remove()
+
+
+@pytest.mark.promise(
+    "Gradients by hand", "hooks on `table.weight` in row mode", "refused", "`ValueTable.register_row_hook`"
+)
+@pytest.mark.parametrize("when", ["before", "after", "compiled"])
+def test_a_hook_on_the_table_is_refused(when):
+    table = ValueTable(4, 2)
+    read = torch.compile(table.read, backend="aot_eager") if when == "compiled" else table.read
+    if when == "before":
+        handle = table.weight.register_hook(lambda grad: grad)
+        with pytest.raises(ValueError, match="register_row_hook"):
+            RowSGD([table])
+        handle.remove()
+        return
+    optimizer = RowSGD([table])
+    table.weight.register_hook(lambda grad: grad)
+    with pytest.raises(RuntimeError, match="register_row_hook"):
+        read(torch.tensor([[0, 1]]), torch.ones(1, 2)).sum().backward()
+    assert optimizer is not None
+
+
+def test_a_hook_after_accumulation_is_refused_at_the_step():
+    """It is called, and what it does to a gradient that is None changes nothing."""
+    table = ValueTable(4, 2)
+    optimizer = RowSGD([table])
+    before = table.weight.detach().clone()
+    handle = table.weight.register_post_accumulate_grad_hook(lambda weight: None)
+    table.read(torch.tensor([[0, 1]]), torch.ones(1, 2)).sum().backward()
+    with pytest.raises(RuntimeError, match="register_row_hook"):
+        optimizer.step()
+    assert torch.equal(table.weight, before)
+    handle.remove()
+    optimizer.step()
+    assert not torch.equal(table.weight, before)
+
+
+# Threads.
+
+
+def test_backward_in_several_threads_adds_up_also_where_parts_are_merged():
+    table = ValueTable(8, 3, dtype=torch.float64)
+    optimizer = RowSGD([table], lr=1.0)
+    barrier = threading.Barrier(4)
+    faults = []
+
+    def work(seed):
+        try:
+            slots = torch.randint(8, (5, 3), generator=torch.Generator().manual_seed(seed))
+            for _ in range(150):
+                barrier.wait()
+                table.read(slots, torch.ones(5, 3).double().requires_grad_()).sum().backward()
+        except BaseException as fault:
+            faults.append(fault)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not faults
+    slots = torch.cat([torch.randint(8, (15,), generator=torch.Generator().manual_seed(seed)) for seed in range(4)])
+    before = table.weight.detach().clone()
+    optimizer.step()
+    expected = 150.0 * torch.bincount(slots, minlength=8).double()
+    torch.testing.assert_close(before - table.weight.detach(), expected[:, None].expand(8, 3))
