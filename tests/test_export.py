@@ -117,10 +117,13 @@ def test_onnxruntime_computes_what_a_layer_does(names, dynamic_shapes, tmp_path,
     "refused",
     "`torch.export.export`, or `torch.onnx.export(..., dynamo=True)`",
 )
-@pytest.mark.parametrize("export", [torch.jit.trace, torch.jit.script], ids=["trace", "script"])
+@pytest.mark.parametrize(
+    "export",
+    [lambda model: torch.jit.trace(model, torch.randn(2, 5, 16)), lambda model: torch.jit.script(model)],
+    ids=["trace", "script"],
+)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
 def test_torchscript_is_refused_in_words(export):
     model = nn.Sequential(nn.Linear(16, 16), LAYERS["product"]().eval())
-    arguments = (torch.randn(2, 5, 16),) if export is torch.jit.trace else ()
     with pytest.raises(ValueError, match="TorchScript cannot hold a memory layer: use torch.export"):
-        export(model, *arguments)
+        export(model)

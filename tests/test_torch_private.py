@@ -305,3 +305,21 @@ def test_openmp_parallel_is_found():
 def test_without_the_library_there_is_no_openmp(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     assert torch_private.openmp_parallel() is None
+
+
+@pytest.mark.parametrize("has_name", [True, False], ids=["", "without"])
+def test_an_export_is_told_from_a_compilation(has_name, monkeypatch):
+    if not has_name:
+        monkeypatch.delattr(torch.compiler, "_is_exporting_flag")
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+        assert torch_private.is_exporting()
+        return
+
+    class Asks(nn.Module):
+        def forward(self, x):
+            return x + 1 if torch_private.is_exporting() else x - 1
+
+    x = torch.zeros(1)
+    assert Asks()(x).item() == torch.compile(Asks(), backend="eager", fullgraph=True)(x).item() == -1
+    for strict in (False, True):
+        assert torch.export.export(Asks(), (x,), strict=strict).module()(x).item() == 1

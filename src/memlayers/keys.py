@@ -15,6 +15,7 @@ from memlayers.ops import exported, wide_dtype, widened, without_autocast
 from memlayers.ops.read import dot
 from memlayers.ops.search import search
 from memlayers.ops.select import best
+from memlayers.torch_private import is_exporting
 
 
 class Hits(NamedTuple):
@@ -63,7 +64,7 @@ class ProductKeys(nn.Module):
 
     def forward(self, query: Tensor) -> Hits:
         """query: [..., H, Q] -> Hits of shape [..., H, K]."""
-        searched = exported.search if torch.compiler.is_exporting() else search
+        searched = exported.search if is_exporting() else search
         scores_THK, slots_THK = searched(*self.factors(query.reshape(-1, *query.shape[-2:])), self.topk)
         shape = (*query.shape[:-1], self.topk)
         return Hits(scores_THK.reshape(shape), slots_THK.reshape(shape))
@@ -170,7 +171,7 @@ class FlatKeys(nn.Module):
         heads, slots, query_dim = self.weight.shape
         query_THQ = query.reshape(-1, heads, query_dim)
         shape = (*query.shape[:-1], self.topk)
-        if torch.compiler.is_exporting():
+        if is_exporting():
             scores_THK, slots_THK = exported.search_all(query_THQ, self.weight, self.topk)
             return Hits(scores_THK.reshape(shape), slots_THK.reshape(shape))
         slots_THK = self._search(query_THQ)

@@ -17,7 +17,7 @@ from memlayers.config import MemoryConfig
 from memlayers.keys import FlatKeys, ProductKeys
 from memlayers.ops.infer import infer
 from memlayers.query import MaskedBatchNorm, QueryNetwork
-from memlayers.torch_private import has_forward_hooks, has_global_forward_hooks
+from memlayers.torch_private import has_forward_hooks, has_global_forward_hooks, is_exporting
 from memlayers.values import ValueTable, modules_of
 
 # The parts whose work `infer` does. A part of another class (wrapped, reparametrised, of a subclass) is called.
@@ -190,7 +190,7 @@ def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
     device, dtype = x_TD.device.type, x_TD.dtype
     if torch.is_grad_enabled() or layer.training or dtype not in _DTYPES.get(device, ()):
         return None
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return None
     if has_global_forward_hooks() or torch.is_autocast_enabled(device):
         return None

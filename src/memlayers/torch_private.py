@@ -150,6 +150,17 @@ def is_in_dual_level() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` traces what runs.
+
+    Name: `torch.compiler._is_exporting_flag`. Under `torch.compile`, the public `torch.compiler.is_exporting` is always
+    True in versions before 2.11, so a compiled table would be trained without its row optimizer. Without it: the public
+    one.
+    """
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
 def is_wrapper_subclass(tensor: Tensor) -> bool:
     """Whether the tensor wraps others and has no elements of its own, as a quantised weight.
 

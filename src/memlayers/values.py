@@ -15,7 +15,7 @@ from memlayers.checks import require_int
 from memlayers.ops import exported
 from memlayers.ops.read import read, read_row_mode
 from memlayers.ops.record import HOOKS, RowGradient, RowHookArgument
-from memlayers.torch_private import has_gradient_hooks
+from memlayers.torch_private import has_gradient_hooks, is_exporting
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
@@ -97,7 +97,7 @@ class ValueTable(nn.Module):
         if slots.shape != weights.shape:
             raise ValueError(f"slots and weights must have one shape, got {[*slots.shape]} and {[*weights.shape]}")
         slots_TM, weights_TM = slots.flatten(0, -2), weights.flatten(0, -2)
-        if torch.compiler.is_exporting():
+        if is_exporting():
             y_TV = exported.read(self.weight, slots_TM, weights_TM)
         # Without gradients there is nothing to record, and the handle, on the CPU, would keep CUDA graphs away.
         elif not torch.is_grad_enabled():

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from memlayers.torch_private import is_exporting
+
 
 def wide_dtype(*given: torch.dtype) -> torch.dtype:
     """float64 where one of them is, float32 for everything narrower."""
@@ -18,6 +20,6 @@ def widened(tensor: Tensor) -> Tensor:
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Inside, products on the tensor's device are computed in the dtypes that they are given."""
-    if tensor.is_meta or torch.compiler.is_exporting():  # an exported program has no such contexts
+    if tensor.is_meta or is_exporting():  # an exported program has no such contexts
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
