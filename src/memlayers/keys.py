@@ -15,6 +15,7 @@ from memlayers.ops import exported, wide_dtype, widened, without_autocast
 from memlayers.ops.read import dot
 from memlayers.ops.search import search
 from memlayers.ops.select import best
+from memlayers.ops.table import is_transformed
 from memlayers.torch_private import is_exporting
 
 
@@ -171,7 +172,7 @@ class FlatKeys(nn.Module):
         heads, slots, query_dim = self.weight.shape
         query_THQ = query.reshape(-1, heads, query_dim)
         shape = (*query.shape[:-1], self.topk)
-        if is_exporting():
+        if is_exporting() or is_transformed(query, self.weight):
             scores_THK, slots_THK = exported.search_all(query_THQ, self.weight, self.topk)
             return Hits(scores_THK.reshape(shape), slots_THK.reshape(shape))
         slots_THK = self._search(query_THQ)

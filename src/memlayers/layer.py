@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from memlayers.config import MemoryConfig
 from memlayers.keys import FlatKeys, ProductKeys
 from memlayers.ops.infer import infer
+from memlayers.ops.table import is_transformed
 from memlayers.query import MaskedBatchNorm, QueryNetwork
 from memlayers.torch_private import has_forward_hooks, has_global_forward_hooks, is_exporting
 from memlayers.values import ValueTable, modules_of
@@ -212,6 +213,8 @@ def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
         # A tensor of another class (a quantised weight, say) knows what to do with the operations of a module only.
         if isinstance(tensor, Tensor) and type(tensor) not in (Tensor, nn.Parameter):
             return None
+    if is_transformed(x_TD, *arguments):
+        return None
     if projection.weight.dtype != dtype or keys.weight.dtype != dtype:
         return None
     if not torch.compiler.is_compiling() and (run := capturing.of.get(layer)) is not None:

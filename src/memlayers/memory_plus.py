@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from memlayers.config import MemoryConfig
 from memlayers.keys import NormalisedKeys
 from memlayers.layer import MemoryLayer
+from memlayers.ops.table import is_transformed
 from memlayers.values import ValueTable
 
 
@@ -58,4 +59,7 @@ class MemoryPlus(MemoryLayer):
         return nn.Linear(self.config.width, self.config.dim, bias=False, **where)
 
     def combine(self, y_TV: Tensor, x_TD: Tensor) -> Tensor:
-        return self.output(y_TV * F.silu(self.gate(x_TD)))
+        gate_TV = self.gate(x_TD)
+        # The gradient of PyTorch's silu has no tangent.
+        silu_TV = gate_TV * gate_TV.sigmoid() if is_transformed(gate_TV) else F.silu(gate_TV)
+        return self.output(y_TV * silu_TV)

@@ -94,9 +94,9 @@ def test_operations_keep_torch_s_rules(size):
     outputs = torch.randn(size[1], size[3])
     for tensor in (table, weights, outputs):
         tensor.requires_grad_()
-    opcheck(read, (table, slots, weights))
-    opcheck(dot, (table, slots, outputs))
-    opcheck(sum_rows, (slots, weights.detach(), outputs.detach(), size[0]))
+    opcheck(torch.ops.memlayers.read.default, (table, slots, weights))
+    opcheck(torch.ops.memlayers.dot.default, (table, slots, outputs))
+    opcheck(torch.ops.memlayers.sum_rows.default, (slots, weights.detach(), outputs.detach(), size[0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

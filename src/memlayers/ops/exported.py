@@ -1,7 +1,8 @@
-"""exported: search and read in PyTorch's own operators, which is what `torch.export` sees of a memory.
+"""exported: the operations in PyTorch's own operators, for `torch.export` and for derivatives of any kind.
 
 An exported program runs where this package is not: in onnxruntime, in AOTInductor. So nothing in it is one of our
-operations, and nothing depends on how many tokens there are, or on the bits of a float.
+operations, and nothing depends on how many tokens there are, or on the bits of a float. PyTorch's own operators also
+have what ours lack: tangents (`torch.func.jvp`, dual numbers) and rules for `vmap`.
 
 Letters: T tokens, H heads, Q query width of a head, C = Q / 2, N sub-keys a codebook, S slots, K rows a head reads,
 P pairs of the staircase, M rows a token reads, V value width.
@@ -9,27 +10,33 @@ P pairs of the staircase, M rows a token reads, V value width.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from memlayers.ops.precision import widened
-from memlayers.ops.search import half_scores
+from memlayers.ops.precision import widened, without_autocast
+from memlayers.ops.search import half_scores, search_backward_reference
 from memlayers.ops.select import staircase
+from memlayers.ops.table import compositions
 
 
 def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """As the operation `search`: scores and slots [T, H, K] of product keys."""
-    first_HTN, second_HTN = widened(half_scores(query_THQ, weight_2HNC))
-    num_subkeys = weight_2HNC.shape[2]
-    rank_first_P, rank_second_P = staircase(topk, query_THQ.device)
-    first_HTP = _best(first_HTN, topk)[..., rank_first_P]
-    second_HTP = _best(second_HTN, topk)[..., rank_second_P]
-    # In the order of slots, so that the first of equal sums is the lowest. Not by `halves`: ONNX divides in float32.
-    slots_HTP, order_HTP = (first_HTP * num_subkeys + second_HTP).sort(-1)
-    first_HTP, second_HTP = first_HTP.gather(-1, order_HTP), second_HTP.gather(-1, order_HTP)
-    scores_HTP = first_HTN.gather(-1, first_HTP) + second_HTN.gather(-1, second_HTP)
-    place_HTK = _best(scores_HTP, topk)
-    scores_HTK, slots_HTK = scores_HTP.gather(-1, place_HTK), slots_HTP.gather(-1, place_HTK)
+    first_HTN, second_HTN = half_scores(query_THQ, weight_2HNC)
+    scores_HTK, slots_HTK = select(first_HTN, second_HTN, topk)
     return scores_HTK.transpose(0, 1), slots_HTK.transpose(0, 1)
+
+
+def select(first_N: Tensor, second_N: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """As the operation `select`: scores and slots [..., K] of half scores [..., N]."""
+    first_N, second_N = widened(first_N), widened(second_N)
+    rank_first_P, rank_second_P = staircase(topk, first_N.device)
+    first_P = _best(first_N, topk)[..., rank_first_P]
+    second_P = _best(second_N, topk)[..., rank_second_P]
+    # In the order of slots, so that the first of equal sums is the lowest. Not by `halves`: ONNX divides in float32.
+    slots_P, order_P = (first_P * first_N.shape[-1] + second_P).sort(-1)
+    first_P, second_P = first_P.gather(-1, order_P), second_P.gather(-1, order_P)
+    scores_P = first_N.gather(-1, first_P) + second_N.gather(-1, second_P)
+    place_K = _best(scores_P, topk)
+    return scores_P.gather(-1, place_K), slots_P.gather(-1, place_K)
 
 
 def search_all(query_THQ: Tensor, weight_HSQ: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +49,55 @@ def search_all(query_THQ: Tensor, weight_HSQ: Tensor, topk: int) -> tuple[Tensor
 def read(table_SV: Tensor, slots_TM: Tensor, weights_TM: Tensor) -> Tensor:
     """As the operation `read`: y [T, V]; holds the rows [T, M, V]."""
     rows_TMV = widened(F.embedding(slots_TM, table_SV))
-    return (weights_TM.to(rows_TMV.dtype)[:, None] @ rows_TMV).squeeze(1)
+    with without_autocast(table_SV):
+        return (weights_TM.to(rows_TMV.dtype)[:, None] @ rows_TMV).squeeze(1)
+
+
+def read_row_mode(table_SV: Tensor, slots_TM: Tensor, weights_TM: Tensor, mark_1: Tensor, log: Tensor) -> Tensor:
+    """As `read`; no gradient reaches a table that a row optimizer trains, for it could not be recorded."""
+    # A table that is an input of what is differentiated, as by `torch.func.functional_call`, is no parameter there.
+    is_trained = isinstance(table_SV, nn.Parameter) and table_SV.requires_grad
+    return read(_NoRowGradient.apply(table_SV) if is_trained else table_SV, slots_TM, weights_TM)
+
+
+class _NoRowGradient(torch.autograd.Function):
+    """The identity, whose backward raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(table_SV):
+        return table_SV.view_as(table_SV)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def jvp(ctx, tangent_SV):
+        return tangent_SV.view_as(tangent_SV)
+
+    @staticmethod
+    def backward(ctx, grad_SV):
+        raise ValueError(
+            "a table in row mode records no row gradients inside of torch.func or for dual numbers: pass its weight as "
+            "an input (torch.func.functional_call), or call release() on its optimizer first"
+        )
+
+
+def dot(table_SV: Tensor, slots_TM: Tensor, outputs_TV: Tensor) -> Tensor:
+    """As the operation `dot`: [T, M]; holds the rows [T, M, V]."""
+    rows_TMV = widened(F.embedding(slots_TM, table_SV))
+    with without_autocast(table_SV):
+        return (rows_TMV @ outputs_TV.to(rows_TMV.dtype)[..., None]).squeeze(-1)
+
+
+def sum_rows(slots_TM: Tensor, weights_TM: Tensor, outputs_TV: Tensor, num_slots: int) -> Tensor:
+    """As the operation `sum_rows`: [S, V]; holds T * M rows."""
+    outputs_TV = widened(outputs_TV)
+    rows_TMV = weights_TM.to(outputs_TV.dtype)[..., None] * outputs_TV[:, None]
+    zeros_SV = outputs_TV.new_zeros(num_slots, outputs_TV.shape[-1])
+    return zeros_SV.index_add(0, slots_TM.flatten(), rows_TMV.flatten(0, 1))
 
 
 def _best(scores: Tensor, topk: int) -> Tensor:
@@ -54,3 +109,14 @@ def _best(scores: Tensor, topk: int) -> Tensor:
     count = scores.shape[-1]
     wide, place = scores.double(), torch.arange(count, device=scores.device)
     return (wide - (wide.abs() * 2.0**-26 + 2.0**-151) * (place / count)).topk(topk).indices
+
+
+compositions.update(
+    search=search,
+    search_backward=search_backward_reference,
+    select=select,
+    read=read,
+    read_row_mode=read_row_mode,
+    dot=dot,
+    sum_rows=sum_rows,
+)

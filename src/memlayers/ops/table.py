@@ -15,10 +15,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from memlayers.ops import cpu, gpu
 from memlayers.ops.cpu import launch
 from memlayers.ops.flops import count_flops
+from memlayers.torch_private import is_in_dual_level, transforms_are_active
 
 
 class Operation(NamedTuple):
@@ -95,6 +98,8 @@ OPERATIONS = {
 DEVICES: dict[str, ModuleType] = {"cpu": cpu, "cuda": gpu}
 
 references: dict[str, Callable[..., Any]] = {}
+# By operation, what computes it by PyTorch's own operators, for derivatives of any kind (`memlayers.ops.exported`).
+compositions: dict[str, Callable[..., Any]] = {}
 _packings: dict[str, Callable[..., tuple[Any, ...]]] = {}
 # Not `torch.library.custom_op`, whose wrappers cost more than the arithmetic of one token.
 _library = torch.library.Library("memlayers", "FRAGMENT")
@@ -134,7 +139,30 @@ def operation(
     packet = getattr(torch.ops.memlayers, name)
     if flops is not None:
         count_flops(packet, flops)
-    return packet.default
+    overload = packet.default
+    if backward is None:
+        return overload
+
+    def differentiable(*arguments: Any, **keywords: Any) -> Any:
+        if is_transformed(*arguments):
+            return compositions[name](*arguments, **keywords)
+        return overload(*arguments, **keywords)
+
+    return differentiable
+
+
+def is_transformed(*inputs: Any) -> bool:
+    """Whether derivatives are taken of these inputs that an operation has no rules for.
+
+    So it is in the transforms of `torch.func` and where a tensor is a dual number. An operation would have a tangent of
+    zero there.
+    """
+    if transforms_are_active():
+        return True
+    if not is_in_dual_level():
+        return False
+    tensors = (given for given in inputs if isinstance(given, Tensor))
+    return torch.compiler.is_compiling() or any(forward_ad.unpack_dual(one).tangent is not None for one in tensors)
 
 
 def run(device: str | None, name: str, *arguments: Any, **keywords: Any) -> Any:

@@ -103,9 +103,9 @@ def test_slots_out_of_range_are_an_error(bad):
 
 def test_operations_keep_torch_s_rules():
     query, keys, topk = arguments((6, 2, 9, 4, 3))
-    torch.library.opcheck(search, (query.requires_grad_(), keys.requires_grad_(), topk))
+    torch.library.opcheck(torch.ops.memlayers.search.default, (query.requires_grad_(), keys.requires_grad_(), topk))
     grad, slots = torch.randn(6, 2, 3), torch.randint(81, (6, 2, 3))
-    torch.library.opcheck(search_backward, (grad, slots, query.detach(), keys.detach()))
+    torch.library.opcheck(torch.ops.memlayers.search_backward.default, (grad, slots, query.detach(), keys.detach()))
 
 
 @pytest.mark.parametrize("wanted", ["query", "keys"])

@@ -81,7 +81,9 @@ def test_gradients_are_the_reference_s():
 
 def test_operation_keeps_torch_s_rules():
     first, second = torch.randn(2, 3, 5, 40).requires_grad_().unbind()
-    torch.library.opcheck(select_pairs, (first.detach().requires_grad_(), second.detach().requires_grad_(), 8))
+    torch.library.opcheck(
+        torch.ops.memlayers.select.default, (first.detach().requires_grad_(), second.detach().requires_grad_(), 8)
+    )
 
 
 def test_the_kernel_is_what_runs(monkeypatch):
