@@ -17,12 +17,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
@@ -35,6 +36,7 @@ from memlayers.models.folder import (
     REMOTE_MODULE,
     WEIGHTS,
     Description,
+    check_whole_model,
     holds_memory_alone,
     is_damaged_memory,
     keeps_card,
@@ -43,9 +45,9 @@ from memlayers.models.folder import (
     write_placement,
 )
 from memlayers.models.identity import BaseIdentity
-from memlayers.models.install import build_memories, put_in, take_out
+from memlayers.models.install import all_or_nothing, build_memories, put_in, take_out
 from memlayers.models.placement import MemoryPlacement
-from memlayers.models.storage import read_memory
+from memlayers.models.storage import check_values, read_memory
 from memlayers.models.targets import names_of
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
 from memlayers.values import ValueTable, value_tables
@@ -267,7 +269,15 @@ class MemoryMixin(PreTrainedModel):
         hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
         folder = None if name is None or kwargs.get("gguf_file") else _memory_alone(name, **hub)
         if folder is None:
-            return super().from_pretrained(name, *args, config=config, **kwargs)
+            if name is not None and os.path.isdir(name):
+                check_whole_model(Path(name, hub.get("subfolder", "")))
+            loaded = super().from_pretrained(name, *args, config=config, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+            memories = tuple(model._parts_of_memories())
+            for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+                if key.startswith(memories):
+                    check_values(tensor, f"{key!r} of {str(name)!r}")
+            return loaded
         options = {
             key: value for key, value in kwargs.items() if key not in ("revision", "subfolder", "adapter_kwargs")
         }
@@ -493,25 +503,23 @@ def add_memories(
     memories: Sequence[MemoryLayer],
     base: BaseIdentity,
     *,
+    gates: Sequence[Tensor] = (),
     keep_original: bool = False,
-) -> list[MemoryWrapper]:
+) -> None:
     """Puts finished memories into a model, which was unwrapped, and makes it say that it has them.
 
-    `base` is the identity of the model before. Returns what stands in the model now. What fails leaves the model as it
-    was.
+    `base` is the identity of the model before. What fails, or is interrupted, leaves the model as it was.
     """
-    originals = {name: model.get_submodule(name) for name in names}
-    try:
+    with all_or_nothing(model):
         wrappers = put_in(model, placement, names, memories, keep_original=keep_original)
         _mark_built(wrappers)
         for wrapper in wrappers:
             wrapper.base_identity = base
+        for wrapper, gate in zip(wrappers, gates, strict=False):
+            assert isinstance(wrapper, ParallelMemory)
+            wrapper.gate.data.copy_(gate)
         if isinstance(model, PreTrainedModel):
             _change_class(model, placement)
-    except BaseException:
-        remove_memories(model, originals, base.name_or_path)
-        raise
-    return wrappers
 
 
 def _change_class(model: PreTrainedModel, placement: MemoryPlacement) -> None:
@@ -532,13 +540,17 @@ def _change_class(model: PreTrainedModel, placement: MemoryPlacement) -> None:
 def remove_memories(model: nn.Module, originals: Mapping[str, nn.Module], name_or_path: str) -> None:
     """Puts the modules of the base back, and the class and the configuration that the model had.
 
-    `name_or_path` is where the base came from, if it is known.
+    `name_or_path` is where the base came from, if it is known. What is interrupted leaves the memories in the model.
     """
-    if not isinstance(model, MemoryMixin):
+    with all_or_nothing(model):
+        if isinstance(model, MemoryMixin):
+            model.undeclare_memories()
         take_out(model, originals)
-        return
-    model.undeclare_memories()
-    take_out(model, originals)
+        if isinstance(model, MemoryMixin):
+            _change_class_back(model, name_or_path)
+
+
+def _change_class_back(model: MemoryMixin, name_or_path: str) -> None:
     plain: Any = model.config.without_memory()
     if plain.architectures == [type(model).__name__]:
         plain.architectures = [model.plain_class.__name__]
@@ -552,10 +564,7 @@ def remove_memories(model: nn.Module, originals: Mapping[str, nn.Module], name_o
 def load_memories(model: nn.Module, folder: Path, description: Description, *, check_base: bool = True) -> None:
     """Adds the memories in `folder` to their base, which was unwrapped. Raises the `ValueError` of `load_memory`."""
     stored = read_memory(model, folder, description, check_base=check_base)
-    wrappers = add_memories(model, stored.placement, stored.names, stored.memories, stored.base)
-    for wrapper, gate in zip(wrappers, stored.gates, strict=False):
-        assert isinstance(wrapper, ParallelMemory)
-        wrapper.gate.data.copy_(gate)
+    add_memories(model, stored.placement, stored.names, stored.memories, stored.base, gates=stored.gates)
 
 
 def _exchange_config(model: PreTrainedModel, config: Any) -> None:

@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from memlayers.files import file_sha256, finish_replacing, read_sealed, write_sealed
-from memlayers.models.identity import BaseIdentity
+from memlayers.files import file_sha256, finish_replacing, path_below, read_sealed, write_sealed
+from memlayers.models.identity import BaseIdentity, require_fields
 from memlayers.models.placement import MemoryPlacement
 from memlayers.version import __version__
 
@@ -164,7 +164,7 @@ def lacks_memory(folder: Path) -> bool:
 def _content(config: Path) -> Any:
     try:
         return json.loads(config.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -191,8 +191,18 @@ def read_description(folder: Path) -> Description:
         )
     if missing := [key for key in KEYS if key not in content]:
         raise ValueError(f"{config} must have the keys {', '.join(KEYS)}; {', '.join(missing)} is missing")
-    placement, base = MemoryPlacement.from_dict(content["memory"]), BaseIdentity.from_dict(content["base"])
-    return Description(placement, content["names"], base, content["files"])
+    names, files = content["names"], content["files"]
+    try:
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"names must be a list of names of modules, got {names!r:.80}")
+        if not isinstance(files, dict):
+            raise ValueError(f"files must be a dictionary, got {files!r:.80}")
+        for name, written in files.items():
+            require_fields(f"files[{name!r:.80}]", written, size=int, sha256=str)
+        placement, base = MemoryPlacement.from_dict(content["memory"]), BaseIdentity.from_dict(content["base"])
+    except ValueError as error:
+        raise ValueError(f"{config} is no description that save_memory wrote: {error}") from None
+    return Description(placement, names, base, files)
 
 
 def is_whole_model(folder: Path) -> bool:
@@ -215,17 +225,52 @@ def check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
             raise ValueError(f"{folder / name} is damaged: its SHA-256 must be {written['sha256']}, got {digest}")
 
 
-def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, tuple[Path, list[int]]]:
-    """Each tensor in the files: which it is in, and its shape. Raises `ValueError` for a file that says nothing."""
+FLOATS = ("F64", "F32", "F16", "BF16")  # as files of safetensors call them
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    file: Path
+    shape: list[int]
+    dtype: str  # as in `FLOATS`
+
+
+def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, Stored]:
+    """The tensors in the files. Raises `ValueError` for a file that says nothing."""
     found = {}
     for name in files:
         try:
             with safe_open(folder / name, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (no dictionary)
-                    found[key] = (folder / name, list(opened.get_slice(key).get_shape()))
+                    part = opened.get_slice(key)
+                    found[key] = Stored(folder / name, list(part.get_shape()), part.get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{folder / name} must be a file of safetensors ({error})") from None
     return found
+
+
+def check_whole_model(folder: Path) -> None:
+    """Raises `ValueError` for weights of memories that are no numbers, and for an index that leads out of `folder`.
+
+    Before `transformers` casts the ones, and follows the other.
+    """
+    for path in folder.glob("*.safetensors.index*.json"):
+        content = _content(path)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not (isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())):
+            raise ValueError(f"{path} must have a weight_map, names of tensors and of their files")
+        for name in set(shards.values()):
+            path_below(folder, name)
+    files = [path.name for path in folder.glob("*.safetensors") if re.fullmatch(WHOLE_MODEL, path.name)]
+    for name, stored in stored_tensors(folder, files).items():
+        part = name.rpartition(".")[2]
+        if (
+            ".memory." in name
+            and part in ("weight", "bias", "running_mean", "running_var")
+            and stored.dtype not in FLOATS
+        ):
+            raise ValueError(f"{name!r} in {stored.file} must be of {', '.join(FLOATS)}, got {stored.dtype}")
 
 
 def keeps_card(folder: Path) -> bool:

@@ -6,6 +6,7 @@ the model lives, sums over all bits of its tensors are kept, too, which any trai
 """
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,6 +30,17 @@ class TensorIdentity(NamedTuple):
     dtype: str
     values: str  # hexadecimal bits of bfloat16 values at fixed places; empty for weights that are not here (meta)
     rows: str = ""  # the same of one value of each of the last rows, where new tokens are; empty in old folders
+
+
+def require_fields(where: str, content: object, **kinds: Any) -> None:
+    """Raises `ValueError` unless `content` is a dictionary of exactly these fields, of these kinds."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} must be a dictionary, got {content!r:.80}")
+    if odd := kinds.keys() ^ content.keys():
+        raise ValueError(f"{where} must have the keys {', '.join(kinds)}, got {', '.join(content)}, not {min(odd)}")
+    for key, kind in kinds.items():
+        if not isinstance(content[key], kind) or isinstance(content[key], bool):
+            raise ValueError(f"{where}.{key} must be a {getattr(kind, '__name__', kind)}, got {content[key]!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -55,11 +67,20 @@ class BaseIdentity:
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> "BaseIdentity":
-        """The inverse of `to_dict`."""
-        tensors = {
-            name: TensorIdentity(**{**known, "shape": tuple(known["shape"])})
-            for name, known in section["tensors"].items()
-        }
+        """The inverse of `to_dict`. Raises `ValueError` for what that did not write."""
+        require_fields(
+            "base", section, name_or_path=str, class_name=str, model_type=str | None, dtype=str, tensors=dict
+        )
+        tensors = {}
+        for name, known in section["tensors"].items():
+            where = f"base.tensors of {name!r}"
+            require_fields(where, {"rows": "", **known} if isinstance(known, dict) else known,
+                           shape=list, dtype=str, values=str, rows=str)  # fmt: skip
+            if not all(isinstance(size, int) for size in known["shape"]):
+                raise ValueError(f"{where} must have a shape of integers, got {known['shape']!r}")
+            if not re.fullmatch("([0-9a-f]{4})*", known["values"] + known.get("rows", "")):
+                raise ValueError(f"{where} must have values in hexadecimal, got {known['values']!r}")
+            tensors[name] = TensorIdentity(**{**known, "shape": tuple(known["shape"])})
         return cls(**{**section, "tensors": tensors})
 
     def differing(self, other: "BaseIdentity") -> list[str]:

@@ -1,6 +1,8 @@
 """How memories get into the modules of a model and out again: what all kinds of models have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from memlayers.models.masks import install_hooks, remove_hooks
 from memlayers.models.modules import tensor_like
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, ReplacingMemory
+
+_DICTS = (dict, OrderedDict)  # of modules, parameters, buffers and hooks
 
 
 def build_memories(
@@ -35,6 +39,26 @@ def build_memories(
     return memories
 
 
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """An error or an interruption inside leaves the modules, hooks, attributes and classes of `model` as they were."""
+    before = []
+    for module in model.modules():
+        contents = [(value, {**value}) for value in vars(module).values() if type(value) in _DICTS]
+        before.append((module, type(module), {**vars(module)}, contents))
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes, contents in before:
+            for value, content in contents:
+                value.clear()
+                value.update(content)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module.__class__ = kind
+        raise
+
+
 def put_in(
     model: nn.Module,
     placement: MemoryPlacement,
@@ -46,7 +70,7 @@ def put_in(
     """Puts `memories` in or beside the modules of `names`, and hands masks over to them from now on.
 
     Returns what stands in the model now, in the order of `names`. An error, as by `setattr` of a module that is not
-    to be changed, leaves some memories in the model: `take_out` undoes that.
+    to be changed, leaves some memories in the model: see `all_or_nothing`.
     """
     wrappers: list[MemoryWrapper] = []
     for name, memory in zip(names, memories, strict=True):

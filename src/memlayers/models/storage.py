@@ -5,7 +5,7 @@ already.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from memlayers.files import file_sha256, replaced_together
 from memlayers.layer import MemoryLayer
 from memlayers.models.folder import (
     CARD,
+    FLOATS,
     WEIGHTS,
     Description,
+    Stored,
     card,
     check_files,
     is_whole_model,
@@ -194,16 +196,18 @@ def read_memory(model: nn.Module, folder: Path, description: Description, *, che
     by_name = dict(zip(description.names, _empty_memories(model, placement, names), strict=True))
     gates = [f"{name}.gate" for name in by_name] if placement.mode == "parallel" else []
     stored = stored_tensors(folder, description.files)
-    shapes = {name: list(tensor.shape) for name, tensor in memory_tensors(by_name).items()}
-    _check_shapes(folder, stored, {**shapes, **{gate: [placement.config.dim] for gate in gates}})
+    gate_like = torch.empty(placement.config.dim, device="meta")
+    _check_stored(folder, stored, {**memory_tensors(by_name), **dict.fromkeys(gates, gate_like)})
     for name, memory in zip(names, by_name.values(), strict=True):
         like = tensor_like(model, name)
         if like.is_meta:
             raise ValueError(f"model must hold its weights, got {name} on the meta device")
         _allocate(memory, like.device)
     for key, tensor in memory_tensors(by_name).items():
-        _fill(tensor, stored[key][0], key)
-    read_gates = [_read(stored[gate][0], gate) for gate in gates]
+        _fill(tensor, stored[key].file, key)
+    read_gates = [_read(stored[gate].file, gate) for gate in gates]
+    for key, tensor in {**memory_tensors(by_name), **dict(zip(gates, read_gates, strict=True))}.items():
+        check_values(tensor, f"{key!r} in {stored[key].file}")
     return StoredMemories(placement, names, list(by_name.values()), read_gates, base)
 
 
@@ -228,9 +232,12 @@ def refill_memory(model: nn.Module, folder: Path) -> None:
             f"differ, the first is {differing[0]!r}"
         )
     stored = stored_tensors(folder, description.files)
-    _check_shapes(folder, stored, {name: list(tensor.shape) for name, tensor in placed.tensors.items()})
+    _check_stored(folder, stored, placed.tensors)
+    for key in placed.tensors:  # all of them before the first is filled
+        for _, part in _chunks(stored[key].file, key):
+            check_values(part, f"{key!r} in {stored[key].file}")
     for key, tensor in placed.tensors.items():
-        _fill(tensor, stored[key][0], key)
+        _fill(tensor, stored[key].file, key)
 
 
 def _names_in(model: nn.Module, description: Description) -> list[str]:
@@ -262,14 +269,28 @@ def _empty_memories(model: nn.Module, placement: MemoryPlacement, names: Sequenc
     return memories
 
 
-def _check_shapes(folder: Path, stored: Mapping[str, tuple[Path, list[int]]], shapes: Mapping[str, list[int]]) -> None:
-    if missing := [name for name in shapes if name not in stored]:
-        raise ValueError(f"files of {str(folder)!r} must have {len(shapes)} tensors, {missing[0]!r} is missing")
-    if unknown := [name for name in stored if name not in shapes]:
+def _check_stored(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, Tensor]) -> None:
+    if missing := [name for name in expected if name not in stored]:
+        raise ValueError(f"files of {str(folder)!r} must have {len(expected)} tensors, {missing[0]!r} is missing")
+    if unknown := [name for name in stored if name not in expected]:
         raise ValueError(f"files of {str(folder)!r} must have the tensors of the memory alone, got {unknown[0]!r}")
-    for name, (file, shape) in stored.items():
-        if shape != shapes[name]:
-            raise ValueError(f"{name!r} in {file} must be of shape {shapes[name]}, got {shape}")
+    for name, (file, shape, dtype) in stored.items():
+        if shape != [*expected[name].shape]:
+            raise ValueError(f"{name!r} in {file} must be of shape {[*expected[name].shape]}, got {shape}")
+        if expected[name].is_floating_point() is not (dtype in FLOATS):
+            kind = ", ".join(FLOATS) if expected[name].is_floating_point() else str(expected[name].dtype)
+            raise ValueError(f"{name!r} in {file} must be of {kind}, got {dtype}")
+
+
+def check_values(tensor: Tensor, what: str) -> None:
+    """Raises `ValueError` for a weight that is no finite number, and for a variance below zero."""
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return
+    low, high = tensor.detach().aminmax()  # which a NaN is both of; neither copies a table
+    if not (low.isfinite() and high.isfinite()):
+        raise ValueError(f"{what} must hold finite numbers, got NaN or infinite ones: take an earlier save")
+    if "running_var" in what and low < 0:
+        raise ValueError(f"{what} must hold variances of at least 0, got {low.item():g}")
 
 
 def _allocate(memory: MemoryLayer, device: torch.device) -> None:
@@ -290,14 +311,23 @@ def _allocate(memory: MemoryLayer, device: torch.device) -> None:
 
 @torch.no_grad()
 def _fill(tensor: Tensor, file: Path, name: str) -> None:
-    if tensor.ndim == 0:
-        tensor.copy_(_read(file, name))
+    for start, part in _chunks(file, name):
+        (tensor[start : start + len(part)] if part.ndim else tensor).copy_(part)
+
+
+def _chunks(file: Path, name: str) -> Iterator[tuple[int, Tensor]]:
+    """A tensor of a file, a few rows at a time, each time with the number of the first."""
+    with safe_open(file, framework="pt") as opened:
+        shape = opened.get_slice(name).get_shape()
+        row = opened.get_slice(name)[:1] if shape and shape[0] else None
+    if row is None:
+        yield 0, _read(file, name)
         return
-    rows = max(1, CHUNK // max(1, tensor[:1].numel() * tensor.element_size()))
-    for start in range(0, len(tensor), rows):
+    rows = max(1, CHUNK // max(1, row.numel() * row.element_size()))
+    for start in range(0, shape[0], rows):
         # Opened anew each time: what was read of a file counts as memory of this process for as long as it is open.
         with safe_open(file, framework="pt") as opened:
-            tensor[start : start + rows].copy_(opened.get_slice(name)[start : start + rows])
+            yield start, opened.get_slice(name)[start : start + rows]
 
 
 def _read(file: Path, name: str) -> Tensor:
