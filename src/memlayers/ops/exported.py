@@ -46,8 +46,8 @@ def search_all(query_THQ: Tensor, weight_HSQ: Tensor, topk: int) -> tuple[Tensor
     return scores_HTS.gather(-1, slots_HTK).transpose(0, 1), slots_HTK.transpose(0, 1)
 
 
-def read(table_SV: Tensor, slots_TM: Tensor, weights_TM: Tensor) -> Tensor:
-    """As the operation `read`: y [T, V]; holds the rows [T, M, V]."""
+def read(table_SV: Tensor, slots_TM: Tensor, weights_TM: Tensor, mark_1: Tensor | None = None) -> Tensor:
+    """As the operation `read`: y [T, V]; holds the rows [T, M, V]. The mark is left without a gradient."""
     rows_TMV = widened(F.embedding(slots_TM, table_SV))
     with without_autocast(table_SV):
         return (weights_TM.to(rows_TMV.dtype)[:, None] @ rows_TMV).squeeze(1)
