@@ -1,6 +1,9 @@
+import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from memlayers import MemoryConfig
 from memlayers.settings import instead
@@ -70,3 +73,11 @@ def test_a_name_with_another_section_or_none_is_known_by_its_last_part():
     assert instead("heads", known, spelled="--{}") == "did you mean --model.heads or --memory.heads?"
     assert instead("memory.head", known) == "did you mean 'memory.heads'?"
     assert instead("memory.zzz", known) == "allowed: memory.heads, memory.topk"
+
+
+def test_numbers_of_numpy_and_torch_are_numbers_and_can_be_written_as_json():
+    config = MemoryConfig(dim=np.int64(32), heads=torch.tensor(2), value_dropout=np.float32(0.25))
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["value_dropout"] == 0.25
+    assert [type(value) for value in (config.dim, config.heads, config.value_dropout)] == [int, int, float]
+    with pytest.raises(ValueError, match="dim must be an integer"):
+        MemoryConfig(dim=np.float32(32))

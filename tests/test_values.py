@@ -50,6 +50,12 @@ def test_with_an_owner_grad_stays_none_and_rows_are_recorded():
     assert recorded_rows(table) == {1: 1.0, 2: 2.0, 5: 1.0}
 
 
+@pytest.mark.promise(
+    "Gradients by hand",
+    "a second row optimizer on a table while the first lives",
+    "refused",
+    "`release()` on the first",
+)
 def test_a_second_owner_is_an_error_while_the_first_lives():
     table, optimizer = table_and_optimizer()
     with pytest.raises(ValueError, match="already has a row optimizer"):

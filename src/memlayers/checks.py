@@ -5,7 +5,7 @@
 
 import operator
 import sys
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 LARGEST = 2**53  # integers beyond are not exact as floating point numbers, which rates and shares are made of
 
@@ -14,13 +14,19 @@ class CommandFailed(RuntimeError):  # noqa: N818  (the machine, the numbers or a
     """Well-set work cannot go on, or its result is wrong; a command prints the message and exits with status 1."""
 
 
+def plain_number(value: Any) -> Any:
+    """The number of Python's own that a scalar of NumPy or PyTorch holds; any other value as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
 def require_int(name: str, value: object, *, least: int, most: int | None = None) -> None:
     """An integer, and no truth value; at most `LARGEST` where no other bound is given."""
+    given, value = value, plain_number(value)
     limits = f"of at least {least}" if most is None else f"from {least} to {most}"
     if most is None and isinstance(value, int) and value > LARGEST:
         limits, most = f"from {least} to 2**53", LARGEST
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
+        raise ValueError(f"{name} must be an integer {limits}, got {given!r}")
 
 
 def require_number(
@@ -33,7 +39,8 @@ def require_number(
         "below": (below, operator.lt),
     }
     given = {word: (limit, holds) for word, (limit, holds) in limits.items() if limit is not None}
-    if not (_is_number(value) and all(holds(value, limit) for limit, holds in given.values())):
+    number = plain_number(value)
+    if not (_is_number(number) and all(holds(number, limit) for limit, holds in given.values())):
         allowed = " and ".join(f"{word} {limit:g}" for word, (limit, _) in given.items())
         raise ValueError(f"{name} must be a finite number {allowed}, got {value!r}")
 
@@ -57,5 +64,5 @@ def require_bool(name: str, value: object) -> None:
 def require_betas(name: str, betas: object) -> None:
     """The two rates at which Adam's moments decay."""
     are_two = isinstance(betas, tuple | list) and len(betas) == 2
-    if not (are_two and all(_is_number(beta) and 0 <= beta < 1 for beta in betas)):  # type: ignore[attr-defined]
+    if not (are_two and all(_is_number(beta) and 0 <= beta < 1 for beta in map(plain_number, betas))):  # type: ignore
         raise ValueError(f"{name} must be two numbers in [0, 1), got {betas!r}")

@@ -6,7 +6,7 @@ import types
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from memlayers.checks import require_bool, require_choice, require_int, require_number
+from memlayers.checks import plain_number, require_bool, require_choice, require_int, require_number
 
 
 class Setting(NamedTuple):
@@ -44,15 +44,17 @@ def settings_of(config: type) -> dict[str, Setting]:
 
 
 def check_settings(config: Any, section: str = "") -> None:
-    """Raises `ValueError` naming the first setting with a wrong value; lists, as JSON and YAML have, become tuples.
+    """Raises `ValueError` naming the first setting with a wrong value; lists, as JSON and YAML have, become tuples, and
+    scalars of NumPy numbers.
 
     `section` is the part of a larger configuration that this one is: its names begin with it.
     """
     for name, found in settings_of(type(config)).items():
         value = getattr(config, name)
         require(f"{section}.{name}" if section else name, value, found.kind, found.limits)
-        if isinstance(value, list):  # a tuple keeps the configuration hashable
-            object.__setattr__(config, name, tuple(value))
+        # A tuple keeps the configuration hashable, a number of Python's own can be written as JSON.
+        plain = tuple(map(plain_number, value)) if isinstance(value, list | tuple) else plain_number(value)
+        object.__setattr__(config, name, plain)
 
 
 def require(name: str, value: object, kind: Any, limits: Mapping[str, Any]) -> None:

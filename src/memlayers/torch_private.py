@@ -107,6 +107,18 @@ def hooks_after_accumulation(parameter: Tensor) -> dict[Any, Any]:
     return getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
 
 
+def is_asked_by_grad_scaler() -> bool:
+    """Called in a property: whether `torch.amp.GradScaler`, or a class derived from it, reads it.
+
+    Names: `sys._getframe`, by which the property sees who reads it; the module `torch.amp.grad_scaler`. Without them:
+    True, which a library that only asks whether there might be a scaler may take amiss.
+    """
+    try:
+        return sys._getframe(2).f_globals.get("__name__") == torch.amp.GradScaler.__module__
+    except (AttributeError, ValueError):
+        return True
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to the calls of the module.
 

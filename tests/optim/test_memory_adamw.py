@@ -1,11 +1,12 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from memlayers import MemoryConfig, MemoryLayer
-from memlayers.optim import MemoryAdamW, RowAdam
+from memlayers import MemoryConfig, MemoryLayer, ValueTable
+from memlayers.optim import MemoryAdamW, RowAdagrad, RowAdam, RowSGD
 from memlayers.query import HeadRMSNorm, MaskedBatchNorm
 
 
@@ -316,3 +317,89 @@ def test_a_list_of_parameters_or_a_frozen_model_is_an_error():
         MemoryAdamW(list(make().parameters()))
     with pytest.raises(ValueError, match="at least one parameter that requires a gradient, got none"):
         MemoryAdamW(make().requires_grad_(False))
+
+
+def test_a_step_before_training_is_no_fault_and_a_second_one_is():
+    """Some loops make one so that a scheduler does not complain."""
+    model = make()
+    optimizer = MemoryAdamW(model)
+    optimizer.step()
+    loss_of(model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    idle = MemoryAdamW(make())
+    idle.step()
+    with pytest.raises(RuntimeError, match="no parameter of this optimizer has ever had a gradient"):
+        idle.step()
+
+
+def test_gradients_of_rows_alone_are_gradients():
+    model = make()
+    model.requires_grad_(False)
+    model[2].values.weight.requires_grad_(True)
+    optimizer = MemoryAdamW(model)
+    for _ in range(3):
+        loss_of(model).backward()
+        optimizer.step()
+
+
+NUMBERS = {
+    "float32": np.float32(0.25),
+    "float64": np.float64(0.25),
+    "of no dimension": np.array(0.25),
+    "tensor": torch.tensor(0.25),
+    "tensor of float64": torch.tensor(0.25, dtype=torch.float64),
+}
+
+
+@pytest.mark.promise("Trainers", "a learning rate or another setting as `np.float32` or a tensor", "supported", "")
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+def test_numbers_of_numpy_and_of_torch_are_numbers(number, tmp_path):
+    results = []
+    for value in (number, 0.25):
+        torch.manual_seed(0)
+        model = make()
+        settings = {name: value for name in ("lr", "value_lr", "eps", "weight_decay", "value_max_grad_norm")}
+        optimizer = MemoryAdamW(model, betas=(value, value), **settings)
+        loss_of(model).backward()
+        optimizer.step()
+        results.append(model.state_dict())
+        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+        optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], msg=name)
+
+
+@pytest.mark.parametrize("kind", [RowAdam, RowAdagrad, RowSGD])
+def test_row_optimizers_take_them_too(kind):
+    for number in NUMBERS.values():
+        (group,) = kind(ValueTable(3, 2), lr=number, max_grad_norm=number).param_groups
+        assert [type(group[name]) for name in ("lr", "value_lr", "max_grad_norm")] == [float] * 3
+        assert group["value_lr"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32("nan"), np.float32(-1), np.bool_(True), torch.tensor(-1.0), torch.ones(2)]
+)
+def test_what_is_no_rate_is_none_in_numpy_or_torch_either(number):
+    with pytest.raises(ValueError, match="lr must be a finite number of at least 0, got"):
+        MemoryAdamW(make(), lr=number)
+
+
+def test_a_rate_in_a_tensor_may_be_changed_in_place():
+    torch.manual_seed(0)
+    rate = torch.tensor(0.0)
+    model = make()
+    optimizer = MemoryAdamW(model, lr=rate)
+    before = model[0].weight.detach().clone()
+    for moved in (False, True):
+        loss_of(model).backward()
+        optimizer.step()
+        assert bool((model[0].weight != before).any()) is moved
+        rate.fill_(0.1)
+
+
+def test_only_a_grad_scaler_is_told_that_steps_unscale():
+    """Lightning asks the same, and would not clip."""
+    assert not getattr(MemoryAdamW(make()), "_step_supports_amp_scaling", False)

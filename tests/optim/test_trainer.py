@@ -58,6 +58,8 @@ def trained(folder, door, *, settings=None, **train):
         steps = (settings or {}).get("max_steps", 6)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, (steps - step) / steps))
         doors = {"optimizers": (optimizer, schedule)}
+    elif door == "for_trainer":
+        doors = {"optimizer_cls_and_kwargs": (MemoryAdamW.for_trainer, options)}
     else:
         doors = {"optimizer_cls_and_kwargs": (MemoryAdamW, {"model": model, **options})}
     trainer = Trainer(model, arguments(folder, **(settings or {})), train_dataset=Tokens(), **doors)
@@ -68,8 +70,8 @@ def trained(folder, door, *, settings=None, **train):
 @pytest.mark.promise(
     "Trainers", "`optimizers=` or `optimizer_cls_and_kwargs=` of Trainer", "supported", "with `MemoryAdamW`"
 )
-@pytest.mark.parametrize("door", ["optimizers", "optimizer_cls_and_kwargs"])
-def test_both_doors_train_the_table_and_the_rest(door, tmp_path):
+@pytest.mark.parametrize("door", ["optimizers", "optimizer_cls_and_kwargs", "for_trainer"])
+def test_each_door_trains_the_table_and_the_rest(door, tmp_path):
     start = make()
     model, trainer = trained(tmp_path, door)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
@@ -79,11 +81,65 @@ def test_both_doors_train_the_table_and_the_rest(door, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_both_doors_give_the_same_model(tmp_path):
+@pytest.mark.parametrize("door", ["optimizer_cls_and_kwargs", "for_trainer"])
+def test_all_doors_give_the_same_model(door, tmp_path):
     one, _ = trained(tmp_path / "a", "optimizers")
-    other, _ = trained(tmp_path / "b", "optimizer_cls_and_kwargs")
+    other, _ = trained(tmp_path / "b", door)
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.promise(
+    "Trainers", "`Trainer(model_init=...)`", "supported", "`optimizer_cls_and_kwargs=(MemoryAdamW.for_trainer, {...})`"
+)
+def test_the_model_of_model_init_is_trained(tmp_path):
+    settings = (MemoryAdamW.for_trainer, {"lr": 1e-2, "value_lr": 0.05})
+    trainer = Trainer(
+        model_init=make, args=arguments(tmp_path), train_dataset=Tokens(), optimizer_cls_and_kwargs=settings
+    )
+    for _ in range(2):  # each begins with another model, and another optimizer
+        trainer.train()
+        start = make().state_dict()
+        assert {n for n, value in trainer.model.state_dict().items() if not torch.equal(value, start[n])} == set(start)
+
+
+@pytest.mark.promise(
+    "Trainers", "an optimizer built on another model than the Trainer's", "refused", "`MemoryAdamW.for_trainer`"
+)
+def test_an_optimizer_of_another_model_says_so(tmp_path):
+    settings = (MemoryAdamW, {"model": make(), "lr": 1e-2})
+    trainer = Trainer(
+        model_init=make, args=arguments(tmp_path), train_dataset=Tokens(), optimizer_cls_and_kwargs=settings
+    )
+    with pytest.raises(RuntimeError, match="not the one that it was built on.*for_trainer"):
+        trainer.train()
+
+
+@pytest.mark.promise("Trainers", "Lightning with `bf16-mixed` and `gradient_clip_val`", "supported", "")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_lightning_clips_in_bfloat16(algorithm, tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Lit(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = make()
+
+        def training_step(self, batch, index):
+            return self.model(**batch).loss
+
+        def configure_optimizers(self):
+            return MemoryAdamW(self.model, lr=1e-2, value_lr=0.05)
+
+    module = Lit()
+    trainer = lightning.Trainer(
+        max_steps=2, accelerator="cpu", precision="bf16-mixed", gradient_clip_val=1.0,
+        gradient_clip_algorithm=algorithm, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(Tokens(), batch_size=8))
+    assert not torch.equal(table_of(module.model).weight, table_of(make()).weight)
 
 
 @pytest.mark.promise(

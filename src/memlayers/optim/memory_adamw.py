@@ -1,11 +1,11 @@
 """MemoryAdamW: one optimizer for a whole model, AdamW for its dense parameters and RowAdam for its value tables."""
 
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import nn
 
-from memlayers.checks import require_betas, require_choice, require_number
+from memlayers.checks import plain_number, require_betas, require_choice, require_number
 from memlayers.optim.row_adam import Moments, RowAdam
 from memlayers.optim.row_optimizer import Rounding, require_row_settings
 from memlayers.optim.table_owner import TableOwner
@@ -20,11 +20,12 @@ class MemoryAdamW(TableOwner):
     """AdamW for everything that is not a value table, `RowAdam` for the tables, as one `torch.optim.Optimizer`.
 
     In a plain loop, or in `transformers.Trainer`: ``Trainer(optimizers=(MemoryAdamW(model, lr=...), scheduler))`` or
-    ``Trainer(optimizer_cls_and_kwargs=(MemoryAdamW, {"model": model, "lr": ...}))``.
+    ``Trainer(optimizer_cls_and_kwargs=(MemoryAdamW.for_trainer, {"lr": ...}))``, which builds it on the trainer's own
+    model, one of ``model_init`` as well.
 
     Args:
         model: parameters that need no gradient are left out. Without memories it is trained by AdamW alone.
-        lr: of the dense parameters; schedulers move it.
+        lr: of the dense parameters; schedulers move it. A tensor is kept, and may be changed in place.
         betas: decay rates of the moments, of dense parameters and of tables.
         eps: added to the root of the second moment, of both.
         weight_decay: of dense parameters but vectors (biases, gains) and norms; tables are not decayed.
@@ -36,8 +37,11 @@ class MemoryAdamW(TableOwner):
 
     Raises:
         ValueError: as `RowAdam` does; nothing is trainable.
-        RuntimeError: as `RowAdam` does, where there are tables.
+        RuntimeError: as `RowAdam` does, where there are tables; from the second `step`, when no parameter has had a
+            gradient before either: another model is being trained.
     """
+
+    _idle_steps: int | None = 0  # those before the first gradient; None after it
 
     def __init__(
         self,
@@ -59,7 +63,10 @@ class MemoryAdamW(TableOwner):
         require_betas("betas", betas)
         require_number("eps", eps, above=0.0)
         require_number("weight_decay", weight_decay, least=0.0)
-        groups = dense_groups(model, weight_decay)
+        # A rate in a tensor stays one, as in torch: who changes it in place changes the rate.
+        lr = lr if isinstance(lr, torch.Tensor) else plain_number(lr)
+        betas, eps = tuple(map(plain_number, betas)), plain_number(eps)
+        groups = dense_groups(model, plain_number(weight_decay))
         tables = [table for table in value_tables(model) if table.weight.requires_grad]
         require_row_settings(lr=value_lr, max_grad_norm=value_max_grad_norm, rounding=value_rounding, prefix="value_")
         require_choice("value_moments", value_moments, get_args(Moments))
@@ -78,15 +85,37 @@ class MemoryAdamW(TableOwner):
                 moments=value_moments,
                 schedule_values=schedule_values,
             )
-        # Without tables a GradScaler is welcome.
-        self._step_supports_amp_scaling = bool(tables)
         groups = [group for part in self._parts() for group in part.param_groups]
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self._share()
 
+    @classmethod
+    def for_trainer(cls) -> type[Self]:
+        """What `transformers.Trainer` calls to be given a class that it then builds on its own model.
+
+        For ``optimizer_cls_and_kwargs=(MemoryAdamW.for_trainer, settings)``, where the settings hold no ``model``.
+        """
+        return cls
+
     def _update(self) -> None:
+        if self._idle_steps is not None:
+            self._require_gradients()
         for part in self._parts():
             part.step()
+
+    def _require_gradients(self) -> None:
+        tables = [] if self._rows is None else self._rows.tables
+        gradients = (one.grad for group in self.param_groups for one in group["params"])
+        if any(grad is not None for grad in gradients) or any(table.row_mark.grad is not None for table in tables):
+            self._idle_steps = None
+        elif self._idle_steps == 1:  # the first may be made before training begins, for the sake of a scheduler
+            raise RuntimeError(
+                "no parameter of this optimizer has ever had a gradient: the model that is trained is not the one that "
+                "it was built on. With Trainer(model_init=...) pass optimizer_cls_and_kwargs=(MemoryAdamW.for_trainer, "
+                '{"lr": ...}) without a model'
+            )
+        else:
+            self._idle_steps = 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, those of rows too."""

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from memlayers.checks import require_betas, require_choice, require_number
+from memlayers.checks import plain_number, require_betas, require_choice, require_number
 from memlayers.ops import wide_dtype
 from memlayers.ops.row_step import row_adam_
 from memlayers.optim.row_optimizer import Rounding, RowOptimizer
@@ -52,7 +52,7 @@ class RowAdam(RowOptimizer):
             max_grad_norm=max_grad_norm,
             schedule_values=schedule_values,
             rounding=rounding,
-            betas=betas,
+            betas=tuple(map(plain_number, betas)),
             eps=eps,
             moments=moments,
         )

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from memlayers.checks import require_choice, require_number
+from memlayers.checks import plain_number, require_choice, require_number
 from memlayers.optim.table_owner import TableOwner
 from memlayers.values import Companion, ValueTable, value_tables
 
@@ -23,7 +23,8 @@ class RowOptimizer(TableOwner):
 
     Args:
         tables: value tables, or a module whose value tables are all taken.
-        lr: the learning rate. It is constant: it lives in the group's ``value_lr``, where no scheduler looks.
+        lr: the learning rate; a tensor is read once. It is constant: it lives in the group's ``value_lr``, where no
+            scheduler looks.
         max_grad_norm: clips the gradient of each table by its own norm; None clips nothing.
         schedule_values: follow schedulers, which move the group's ``lr``.
         rounding: of bfloat16 tables and states; others are rounded to the nearest. "stochastic" keeps on average what
@@ -56,6 +57,8 @@ class RowOptimizer(TableOwner):
             if not isinstance(table, ValueTable):
                 raise ValueError(f"tables must be ValueTable modules, got {type(table).__name__}")
         require_row_settings(lr=lr, max_grad_norm=max_grad_norm, rounding=rounding)
+        lr, max_grad_norm = plain_number(lr), plain_number(max_grad_norm)
+        settings = {name: plain_number(value) for name, value in settings.items()}
         _require_one_process()
         self._tables: list[ValueTable] = []
         group = {
@@ -76,6 +79,11 @@ class RowOptimizer(TableOwner):
         except ValueError:
             self.release()
             raise
+
+    @property
+    def tables(self) -> list[ValueTable]:
+        """The tables that it owns."""
+        return list(self._tables)
 
     @abstractmethod
     def new_state(self, weight_SV: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -98,7 +106,7 @@ class RowOptimizer(TableOwner):
     def _update(self) -> None:
         _require_one_process()
         (group,) = self.param_groups
-        lr = group["lr"] if group["schedule_values"] else group["value_lr"]
+        lr = float(group["lr"] if group["schedule_values"] else group["value_lr"])
         for number, table in enumerate(self._tables):
             parts = None if table.row_gradient is None else table.row_gradient.consume()
             if parts is None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from memlayers.torch_private import is_asked_by_grad_scaler
+
 
 class TableOwner(torch.optim.Optimizer, ABC):
     """A `torch.optim.Optimizer` whose groups with a ``value_lr`` hold value tables.
@@ -15,8 +17,14 @@ class TableOwner(torch.optim.Optimizer, ABC):
     """
 
     _is_built = False
-    # Makes GradScaler.step call `step` whatever it found, with `found_inf` set here, so that `step` can refuse.
-    _step_supports_amp_scaling = True
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Makes GradScaler.step call `step` whatever it found, with `found_inf` set here, so that `step` can refuse.
+
+        Lightning asks the same flag whether it must not clip gradients, also where there is no scaler; it may.
+        """
+        return is_asked_by_grad_scaler() and any("value_lr" in group for group in self.param_groups)
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]):
         super().__init__(groups, defaults)
