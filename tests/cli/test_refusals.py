@@ -173,8 +173,9 @@ for words in sys.stdin.read().splitlines():
 REFUSED = [
     "nonsense", "train --nonsense", "train", "train --output x --model.dim 7", "train --output x --model.heads many",
     "train --output x --resume --overwrite", "train --output x --preset none", "train --output x --config none.yaml",
-    "prepare --output x --data.vocab_size 3", "compare --output x --model.dim -1", "eval missing", "doctor",
-    "generate missing --prompt a", "generate missing", "info --preset x",
+    "prepare --output x --data.vocab_size 3", "prepare --output x --data.sources none.txt",
+    "compare --output x --model.dim -1", "eval missing", "doctor", "generate missing --prompt a",
+    "generate missing", "info --preset x",
 ]  # fmt: skip
 
 
@@ -197,6 +198,14 @@ def test_sources_are_words_or_a_list(words, trainings, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--output", "new", "--data.sources", *words]) == 0
     assert trainings[0][0].data.sources == (("play.txt",) if words == ["play.txt"] else ("a", "b"))
+
+
+@pytest.mark.parametrize("word", ["null", "None"])
+@pytest.mark.parametrize("field", ["begin_with", "save_every_tokens"])
+def test_null_is_null_for_text_and_for_numbers(word, field, trainings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--output", "new", f"--training.{field}", word]) == 0
+    assert getattr(trainings[0][0].training, field) is None
 
 
 def test_the_usage_line_is_a_line(capsys):

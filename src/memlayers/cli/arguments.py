@@ -78,9 +78,11 @@ def value_of(typed: Any, kind: Any) -> Any:
         if len(typed) == 1 and typed[0].startswith("["):
             return read_value(typed[0])
         return [value_of(word, get_args(kind)[0]) for word in typed]
+    if typed in ("None", "null") and type(None) in get_args(kind):
+        return None
     if str in (kind, *get_args(kind)) or get_origin(kind) is Literal:
         return typed
-    return None if typed == "None" else read_value(typed)
+    return read_value(typed)
 
 
 def _is_list(kind: Any) -> bool:

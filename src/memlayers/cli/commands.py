@@ -15,6 +15,8 @@ from typing import Any, Literal
 from memlayers.cli.arguments import Parser
 from memlayers.cli.configuration import Base, Call
 from memlayers.lm.config import SECTIONS, RunConfig, run_settings
+from memlayers.lm.data.prepare import is_occupied
+from memlayers.lm.data.sources import open_sources
 from memlayers.lm.presets import Comparison, preset_names
 from memlayers.lm.run import RunFolder
 from memlayers.settings import Setting, instead, require, settings_of
@@ -209,7 +211,9 @@ def _refuse_early(name: str, call: Call) -> None:
             raise ValueError("output must be given: --output FOLDER, for the run")
         # A corpus that is ready says what the data are, and weights need its sources.
         if options.get("corpus") is None or "data.weights" not in (*call.fields, *call.base.files):
-            call.configuration()
+            config = call.configuration()
+            if name == "prepare" and not is_occupied(Path(options["output"])):
+                open_sources(config.data.sources, text_field=config.data.text_field, id_field=config.data.id_field)
     elif name in ("eval", "generate") and not Path(call.options["run"]).is_dir():
         RunFolder(call.options["run"]).read_result()
 
