@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.models.auto import modeling_auto
 
 import memlayers.models
@@ -94,13 +100,22 @@ def test_a_head_is_loaded_whatever_else_was_asked_for_before(tmp_path):
         assert torch.equal(first_output(loaded), first_output(model))
 
 
-def test_a_head_of_its_own_on_a_saved_model(tmp_path):
-    model = with_a_memory(transformers.LlamaForCausalLM, [2])
+@pytest.mark.parametrize("layers", [[2], ["model.layers.1.mlp"]])
+def test_another_head_on_a_saved_model_or_none(tmp_path, layers):
+    model = with_a_memory(transformers.LlamaForCausalLM, layers)
     model.save_pretrained(tmp_path)
     loaded, report = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert report["missing_keys"] == {"score.weight"}
     for name, tensor in memory_layers(loaded).popitem()[1].state_dict().items():
         assert torch.equal(tensor, memory_layers(model).popitem()[1].state_dict()[name])
+    headless = AutoModel.from_pretrained(tmp_path)
+    assert [*memory_layers(headless)] == ["layers.1.mlp.memory"]
+    with torch.no_grad():
+        assert torch.equal(first_output(headless), model.model(IDS).last_hidden_state)
+    headless.save_pretrained(tmp_path / "headless")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "headless")
+    assert [*memory_layers(again)] == [*memory_layers(model)]
+    assert torch.equal(first_output(again.model), first_output(headless))
 
 
 def test_building_one_changes_no_configuration_that_others_have():

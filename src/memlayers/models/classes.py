@@ -154,6 +154,8 @@ class MemoryMixin(PreTrainedModel):
         # What the constructor has settled, such as the kind of attention.
         config.__dict__ = {**plain.__dict__, "memory": config.memory, "auto_map": config.auto_map}
         _exchange_config(self, config)
+        placement = self._with_own_names(placement)
+        config.set_placement(placement)
         names = names_of(self, placement)
         _mark_built(put_in(self, placement, names, build_memories(self, placement, names)))
         self.declare_memories()
@@ -161,6 +163,14 @@ class MemoryMixin(PreTrainedModel):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made on demand, and for a plain class from anywhere: pickle finds it through that one.
         return rebuild, (self.plain_class, False), self.__getstate__()
+
+    def _with_own_names(self, placement: MemoryPlacement) -> MemoryPlacement:
+        """The same where a head, or none, gives modules other names than in the model that was saved."""
+        if placement.is_numbered:
+            return placement
+        known, prefix = {name for name, _ in self.named_modules()}, f"{self.base_model_prefix}."
+        same = [(str(name), f"{prefix}{name}", str(name).removeprefix(prefix)) for name in placement.layers]
+        return placement.at([next((name for name in names if name in known), names[0]) for names in same])
 
     def declare_memories(self) -> None:
         """Tells `transformers` of shared tables, of what no quantiser converts, and of the loss of the plain class."""
