@@ -296,3 +296,18 @@ def test_blocks_that_were_replicated_since_are_told(memory_config, tmp_path):
     save_memory(model, tmp_path)
     loaded = load_memory(replicated(small("llama")), tmp_path)
     assert [*memory_layers(loaded)] == [*memory_layers(model)]
+
+
+def test_adapters_that_were_merged_and_unmerged_changed_nothing(memory_config, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(add_memory(small("llama"), memory_config, [2], mode="parallel"), config)
+    weight = model.get_base_model().model.layers[0].self_attn.q_proj.weight
+    before = weight.clone()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="tensors of it have changed since"):
+        save_memory(model, tmp_path)
+    model.unmerge_adapter()
+    assert not torch.equal(weight, before)
+    save_memory(model, tmp_path)
+    load_memory(small("llama"), tmp_path)

@@ -502,8 +502,9 @@ class _StandIn:
 def register() -> None:
     """Makes every type of model with memories known to `AutoConfig`, and through it to the other Auto classes."""
     for plain_type in CONFIG_MAPPING:
-        stand_in: Any = type(f"{PREFIX}_{plain_type}", (_StandIn,), {"plain_type": plain_type})
-        AutoConfig.register(f"memory_{plain_type}", stand_in)
+        types = {"plain_type": plain_type, "model_type": f"memory_{plain_type}"}
+        stand_in: Any = type(f"{PREFIX}_{plain_type}", (_StandIn,), types)
+        AutoConfig.register(types["model_type"], stand_in)
 
 
 def add_memories(

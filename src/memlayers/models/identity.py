@@ -107,6 +107,13 @@ def identity_of(model: nn.Module, without: Collection[str] = (), *, exact: bool 
     its modules does not count either. `exact`: with digests, for which all of the base is read once.
     """
     named = dict(_base_tensors(model, "", {base_name(name) for name in without}))
+    # Adapters that are merged and unmerged, as for generation in the middle of a training, leave them rounded.
+    adapted = {
+        tensor
+        for module in model.modules()
+        if type(module).__module__.startswith("peft.") and isinstance(inside := _inside(module), nn.Module)
+        for tensor in inside.parameters()
+    }
     dtypes = (tensor.dtype for tensor in named.values() if tensor.is_floating_point())
     # A model with memories has a class of its own, and may have come from a folder that is no base.
     plain: Any = getattr(type(model), "plain_class", type(model))
@@ -128,7 +135,11 @@ def identity_of(model: nn.Module, without: Collection[str] = (), *, exact: bool 
             )
             for name, tensor in named.items()
         },
-        digests={name: _digest(tensor) for name, tensor in named.items() if exact and _has_values(tensor)},
+        digests={
+            name: _digest(tensor)
+            for name, tensor in named.items()
+            if exact and _has_values(tensor) and tensor not in adapted
+        },
     )
 
 
