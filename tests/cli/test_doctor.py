@@ -124,7 +124,7 @@ def test_what_is_refused(run, refused, tmp_path):
     assert "is damaged" in refused("doctor", step)
     shutil.copytree(RunFolder(run).model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\0" * 100)
-    assert "are damaged" in refused("doctor", tmp_path / "model")
+    assert "model.safetensors must be a file of safetensors" in refused("doctor", tmp_path / "model")
 
 
 def test_the_model_is_not_changed_on_disk(run, capsys):

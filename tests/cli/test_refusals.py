@@ -174,8 +174,8 @@ REFUSED = [
     "nonsense", "train --nonsense", "train", "train --output x --model.dim 7", "train --output x --model.heads many",
     "train --output x --resume --overwrite", "train --output x --preset none", "train --output x --config none.yaml",
     "prepare --output x --data.vocab_size 3", "prepare --output x --data.sources none.txt",
-    "compare --output x --model.dim -1", "eval missing", "doctor", "generate missing --prompt a",
-    "generate missing", "info --preset x",
+    "compare --output x --model.dim -1", "eval missing", "doctor", "doctor missing", "generate missing --prompt a",
+    "generate missing", "info --preset x", "info missing",
 ]  # fmt: skip
 
 

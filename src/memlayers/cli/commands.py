@@ -75,6 +75,7 @@ _OF_A_CONFIGURATION = {
         default=(),
     ),
 }
+_CHECKPOINT = "the folder of a run, of a checkpoint in one, or of a saved model"
 _RUN = {"run": _option("folder of a finished run, or of a model that save_pretrained wrote with its tokenizer")}
 _CORPUS = (
     "folder of the prepared corpus; made if it is not there. One that is ready decides the data options, unless some "
@@ -216,6 +217,12 @@ def _refuse_early(name: str, call: Call) -> None:
                 open_sources(config.data.sources, text_field=config.data.text_field, id_field=config.data.id_field)
     elif name in ("eval", "generate") and not Path(call.options["run"]).is_dir():
         RunFolder(call.options["run"]).read_result()
+    elif name == "doctor" and not Path(call.options["checkpoint"]).is_dir():
+        raise ValueError(f"checkpoint must be {_CHECKPOINT}, got {call.options['checkpoint']!r}")
+    elif (
+        name == "info" and call.options["what"] not in (None, *preset_names()) and not (call.base and call.base.chosen)
+    ):
+        RunFolder(call.options["what"]).read_config()
 
 
 def overview() -> str:
