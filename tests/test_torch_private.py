@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import memlayers
 from memlayers import torch_private
 from memlayers.ops.read import dot_reference
+from memlayers.ops.row_tensor import RowTensor
 from memlayers.optim import RowSGD
 from memlayers.query import MaskedBatchNorm
 from memlayers.values import ValueTable
@@ -155,6 +156,61 @@ def test_hooks_after_accumulation_are_those_of_torch():
     hooks.update(before)
     weight.sum().backward()
     assert heard == ["it"]
+
+
+def test_gradient_hooks_are_seen():
+    weight = nn.Parameter(torch.ones(1))
+    assert not torch_private.has_gradient_hooks(weight)
+    handle = weight.register_hook(lambda grad: grad)
+    assert torch_private.has_gradient_hooks(weight)
+    handle.remove()
+    assert not torch_private.has_gradient_hooks(weight)
+    assert not torch_private.has_gradient_hooks(object())
+
+
+class Opaque(torch_private.WrapperTensor):
+    """Answers nothing."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return NotImplemented
+
+
+def test_a_wrapper_has_the_shape_of_another_and_no_elements():
+    wrapper = Opaque(torch.ones(2, 3, dtype=torch.float64))
+    assert (wrapper.shape, wrapper.dtype, wrapper.device.type) == ((2, 3), torch.float64, "cpu")
+
+
+def test_without_wrappers_no_row_gradient_is_made(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "_make_wrapper_subclass", None)
+    with pytest.raises(RuntimeError, match="makes no tensors without elements"):
+        Opaque(torch.ones(1))
+
+
+def test_row_gradients_are_clipped_in_one_list_with_others(monkeypatch):
+    from torch.utils import _foreach_utils
+
+    assert RowTensor in _foreach_utils._foreach_supported_types
+    monkeypatch.setattr(_foreach_utils, "_foreach_supported_types", [torch.Tensor])
+    torch_private.take_in_lists(Opaque)
+    assert _foreach_utils._foreach_supported_types == [torch.Tensor, Opaque]
+    monkeypatch.delattr(_foreach_utils, "_foreach_supported_types")
+    torch_private.take_in_lists(Opaque)
+
+
+class Asked:
+    @property
+    def flag(self):
+        return torch_private.is_asked_by_grad_scaler()
+
+
+def test_only_a_grad_scaler_asks(monkeypatch):
+    assert Asked().flag is False
+    scaler_s = {"__name__": "torch.amp.grad_scaler", "asked": Asked()}
+    exec("def ask(): return asked.flag", scaler_s)
+    assert scaler_s["ask"]() is True
+    monkeypatch.delattr(sys, "_getframe")
+    assert Asked().flag is True
 
 
 def test_hooks_after_accumulation_are_none_without_the_name():

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 import threading
 
 import pytest
@@ -253,6 +254,7 @@ REFUSED = {
     "written to": lambda grad: grad.__setitem__(0, 1.0),
     "rows masked in it": lambda grad: grad.__setitem__(slice(100, None), 0.0),
     "sums in a plain buffer": lambda grad: torch.zeros(1).double().add_(grad),
+    "pickled": lambda grad: pickle.dumps(grad),
     "its sign": lambda grad: grad.sign_(),
 }
 

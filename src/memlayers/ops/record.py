@@ -181,10 +181,10 @@ class RowGradient:
         recorded = self._new(self._parts)
         if (grad := self._weight.grad) is not None:
             recorded.parts.append(_part_of(grad))
-            self._weight.grad = None
         for hook in list(self._hooks.values()):
             if recorded.parts:
                 hook(RowHookArgument(recorded))
+        self._weight.grad = None
         if self._recorded is not None:
             self._recorded.clear()
         self._reached = self._missed = False

@@ -55,7 +55,7 @@ class RowTensor(WrapperTensor):
         return memo.setdefault(id(self), self.clone())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _zeros(self).__reduce_ex__(protocol)
+        raise _refused("a file or another process cannot take")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RowTensor({len(self.recorded.parts)} parts of a row gradient)"
