@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +22,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from memlayers import MemoryConfig
+from memlayers import MemoryConfig, UsageMeter
 from memlayers.models import add_memory, freeze_base, memory_layers, remove_memory
 from memlayers.models.calls import in_progress
 from memlayers.models.targets import choose, default_layer
@@ -130,6 +131,88 @@ def test_numbers_of_blocks_without_one_feed_forward_module_are_refused(name, blo
     assert [*memory_layers(add_memory(model, MEMORY, advice[1], mode="parallel"))] == [
         block.replace("\\", "") + ".memory"
     ]
+
+
+WIDE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+HEADS = {**WIDE, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+# What stands for the feed-forward network, the class, its configuration.
+NUMBERED = {
+    "lfm2": ("feed_forward", "Lfm2ForCausalLM", {**HEADS, "layer_types": ["conv", "full_attention"]}),
+    "jamba": (
+        "feed_forward",
+        "JambaForCausalLM",
+        {**HEADS, "num_experts": 2, "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4,
+         "attn_layer_period": 2, "attn_layer_offset": 1, "pad_token_id": 0},
+    ),
+    "llama4_text": (
+        "feed_forward",
+        "Llama4ForCausalLM",
+        {**HEADS, **EXPERTS, "head_dim": 8, "intermediate_size_mlp": 24, "interleave_moe_layer_step": 1},
+    ),
+    "rwkv": ("feed_forward", "RwkvForCausalLM", {**WIDE, "attention_hidden_size": 16, "context_length": 32}),
+    "granitemoe": ("block_sparse_moe", "GraniteMoeForCausalLM", {**HEADS, **EXPERTS}),
+    "mpt": ("ffn", "MptForCausalLM", {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 32}),
+    "distilbert": (
+        "ffn",
+        "DistilBertForMaskedLM",
+        {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 32},
+    ),
+    "xlnet": ("ff", "XLNetLMHeadModel", {"vocab_size": 40, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}),
+}  # fmt: skip
+
+
+@pytest.mark.promise(
+    "Heads and classes", "a block's number where its network is called `feed_forward`, `ffn`, `block_sparse_moe`",
+    "supported", "LFM2, Jamba, Llama 4, RWKV, GraniteMoE, MPT, DistilBERT, XLNet",
+)  # fmt: skip
+@pytest.mark.parametrize("name", NUMBERED)
+def test_a_number_takes_the_one_module_that_is_the_network(name):
+    own, kind, sizes = NUMBERED[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(transformers.AutoConfig.for_model(name, **sizes)).eval()
+    mask = torch.ones_like(IDS)
+    mask[0, 7:] = 0
+    batch = {"input_ids": IDS, "attention_mask": mask}
+    before = logits(model, batch)
+    add_memory(model, MEMORY, [2], mode="parallel")
+    ((place, wrapper),) = find_wrappers(model)
+    assert place.endswith(f".1.{own}")
+    assert torch.equal(logits(model, batch), before)
+    torch.nn.init.constant_(wrapper.gate, 30.0)
+    with UsageMeter(wrapper.memory) as meter:
+        after = logits(model, batch)
+    assert after.shape == before.shape
+    assert not torch.allclose(after[mask.bool()], before[mask.bool()])
+    assert meter.report().tokens == (IDS.numel() if name == "rwkv" else int(mask.sum()))  # which takes no mask
+
+
+def test_a_block_with_two_networks_has_no_number():
+    sizes = {**HEADS, **EXPERTS, "shared_intermediate_size": 24}
+    config = transformers.GraniteMoeSharedConfig(**sizes)
+    with pytest.raises(ValueError, match="is not one module but block_sparse_moe, shared_mlp, got 2. Name the block"):
+        add_memory(transformers.GraniteMoeSharedForCausalLM(config), MEMORY, [2])
+
+
+@pytest.mark.promise(
+    "Masks", "blocks whose hidden states have several streams a token (Gemma 3n)", "supported", "all are of its token"
+)
+@pytest.mark.parametrize("names", [r"model\.layers\.1", r"model\.layers\.1\.mlp"])
+def test_a_block_with_streams_takes_a_mask(names):
+    config = transformers.Gemma3nTextConfig(
+        **HEADS, head_dim=8, hidden_size_per_layer_input=4, vocab_size_per_layer_input=40, laurel_rank=4,
+        num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0, 0.0],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = add_memory(transformers.Gemma3nForCausalLM(config).train(), MEMORY, names, mode="parallel")
+    ((_, wrapper),) = find_wrappers(model)
+    torch.nn.init.constant_(wrapper.gate, 1.0)
+    mask = torch.ones_like(IDS)
+    mask[0, 7:] = 0
+    with UsageMeter(wrapper.memory) as meter:
+        model(input_ids=IDS, attention_mask=mask, labels=IDS).loss.backward()
+    assert meter.report().tokens == int(mask.sum()) * (1 if names.endswith("mlp") else config.altup_num_inputs)
 
 
 def test_numbers_are_refused_where_there_are_two_lists_of_blocks():

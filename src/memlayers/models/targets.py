@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 from memlayers.models.modules import tensor_like, weight_sizes
 from memlayers.models.placement import MemoryPlacement
 
+# What the feed-forward network of a block is called: where there is `mlp`, this one; elsewhere the only one of them.
+_FFN = ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe", "shared_mlp", "mlp_block")
+
 Layers = Sequence[int] | Sequence[str] | str
 
 
@@ -109,14 +112,18 @@ def _of_config(model: nn.Module, field: str) -> int:
 
 def _ffn_name(model: nn.Module, number: int) -> str:
     name = f"{_blocks_name(model, num_blocks(model))}.{number - 1}"
-    if not isinstance(getattr(model.get_submodule(name), "mlp", None), nn.Module):
+    networks = [own for own, part in model.get_submodule(name).named_children() if own in _FFN and _is_callable(part)]
+    if "mlp" in networks:
+        return f"{name}.mlp"
+    if len(networks) != 1:
         block = re.escape(name.rpartition(".")[0]) + rf"\.{number - 1}"
+        what = f"not one module but {', '.join(networks)}" if networks else f"not one module ({', '.join(_FFN)})"
         raise ValueError(
             f"layers must be names of modules for a {type(model).__name__}: the feed-forward network of its blocks is "
-            f"not one module (`mlp`), got {number}. Name the block for a memory beside the whole of it: "
-            f'layers=r"{block}", mode="parallel"'
+            f'{what}, got {number}. Name the block for a memory beside the whole of it: layers=r"{block}", '
+            f'mode="parallel"'
         )
-    return f"{name}.mlp"
+    return f"{name}.{networks[0]}"
 
 
 def _blocks_name(model: nn.Module, count: int) -> str:

@@ -125,11 +125,12 @@ class ParallelMemory(MemoryWrapper):
         output = self.base(*args, **kwargs)
         if is_off(self):
             return output
-        added = self.gate * self.remember(x)
-        # In the dtype of the output, which under autocast need not be that of the input.
-        if isinstance(output, tuple):
-            return (output[0] + added.to(output[0].dtype), *output[1:])
-        return output + added.to(output.dtype)
+        first, *others = output if isinstance(output, tuple) else (output,)
+        # In the dtype of the output, which under autocast need not be that of the input, and in its shape: some
+        # mixtures of experts return their tokens flattened.
+        added = (self.gate * self.remember(x)).to(first.dtype)
+        first = first + (added.flatten(0, -2) if first.ndim == 2 else added)
+        return (first, *others) if isinstance(output, tuple) else first
 
     def __getattr__(self, name: str) -> Any:
         # A block is asked for more than its output, such as the kind of its attention.
