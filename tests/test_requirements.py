@@ -23,6 +23,15 @@ def test_every_extra_that_make_installs_is_resolved_for_every_python_that_is_pro
     assert PROJECT["requires-python"] == ">=3.11"
 
 
+def test_the_oldest_versions_that_are_promised_are_those_that_are_tested():
+    promised = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["lm"]]
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    tested = [line.replace("==", ">=") for line in lines if not line.startswith("#")]
+    assert "torch>=2.9.1" in tested
+    assert set(tested) <= set(promised)
+    assert set(PROJECT["dependencies"]) <= set(tested)
+
+
 def test_what_make_test_fast_leaves_out_is_there():
     tests = Path(__file__).parent
     long = re.search(r"LONG = \((.*?)\)", (tests / "conftest.py").read_text(), re.DOTALL)[1]

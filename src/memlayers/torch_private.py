@@ -34,7 +34,7 @@ def current_backward() -> int:
     except AttributeError:
         raise RuntimeError(
             f"torch {torch.__version__} does not say which backward pass runs (torch._C._current_graph_task_id), "
-            f"without which a memory cannot be trained; use a version from 2.8 to 2.13"
+            f"without which a memory cannot be trained; use a version from 2.9 to 2.13"
         ) from None
     return current()
 
@@ -75,7 +75,7 @@ class WrapperTensor(Tensor):
         if make is None:
             raise RuntimeError(
                 f"torch {torch.__version__} makes no tensors without elements (Tensor._make_wrapper_subclass), without "
-                f"which no row optimizer trains a table; use a version from 2.8 to 2.13"
+                f"which no row optimizer trains a table; use a version from 2.9 to 2.13"
             )
         return make(cls, like.shape, dtype=like.dtype, device=like.device)
 
