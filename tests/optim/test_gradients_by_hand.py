@@ -47,6 +47,14 @@ def scaled_by_a_tensor(model, optimizer):
             parameter.grad.data *= torch.tensor(0.25).double()
 
 
+def scaled_through_data(model, optimizer):
+    loss_of(model).backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.data = parameter.grad.data * 0.5
+            parameter.grad.neg_()
+
+
 def scaled_as_a_list(model, optimizer):
     loss_of(model).backward()
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -149,6 +157,7 @@ LOOPS = [
     scaled_by_a_number,
     scaled_into_new_ones,
     scaled_by_a_tensor,
+    scaled_through_data,
     scaled_as_a_list,
     two_losses_added,
     a_sum_in_a_buffer,
@@ -254,6 +263,8 @@ REFUSED = {
     "written to": lambda grad: grad.__setitem__(0, 1.0),
     "rows masked in it": lambda grad: grad.__setitem__(slice(100, None), 0.0),
     "sums in a plain buffer": lambda grad: torch.zeros(1).double().add_(grad),
+    "given by out=": lambda grad: torch.nan_to_num(grad, out=grad),
+    "plain data": lambda grad: setattr(grad, "data", torch.zeros(1).double()),
     "pickled": lambda grad: pickle.dumps(grad),
     "its sign": lambda grad: grad.sign_(),
 }
@@ -271,6 +282,24 @@ def test_what_cannot_be_followed_is_refused_with_the_remedy(change):
     with pytest.raises(RuntimeError, match=r"a row gradient: .*register_row_hook.*release\(\)"):
         change(model[1].values.row_mark.grad)
     optimizer.step()
+
+
+@pytest.mark.promise(
+    "Gradients by hand",
+    "a penalty on the gradients of parameters, the table's among them",
+    "refused",
+    "dense gradients",
+)
+def test_a_penalty_on_the_gradient_of_the_table_itself_is_refused():
+    """Its derivative would need those of what was recorded; that on the gradient of the input is right."""
+    model = net()
+    optimizer = RowSGD(model)
+    grads = torch.autograd.grad(loss_of(model), list(model.parameters()), create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        sum(grad.square().sum() for grad in grads if grad is not None)
+    with torch.no_grad():
+        assert sum(float(grad.norm()) for grad in grads if grad is not None) > 0
+    assert optimizer is not None
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

@@ -234,6 +234,7 @@ class RowGradient:
         if self._mark.grad is not None and self._recorded is None and not self._mark.grad.any():
             self._mark.grad = None  # a loop that makes its gradients beforehand
         recorded = self._new()
+        recorded.has_graph = torch.is_grad_enabled()
         for part in self._passes.pop(current_backward(), []):
             recorded.add(self._new([part]))
             self._reached = True

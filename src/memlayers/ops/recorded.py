@@ -31,6 +31,7 @@ class Recorded:
         self._mark = weakref.ref(mark)
         self.parts = list(parts)
         self.is_merged = False  # whether the first of them is the sum of many, a dense gradient
+        self.has_graph = False  # whether it was made with create_graph=True, for derivatives that it has not
         self.norm_was_asked = False  # then a product with a tensor is a clipping: see memlayers.ops.row_tensor
 
     def copy(self, *, empty: bool = False) -> "Recorded":
@@ -49,10 +50,12 @@ class Recorded:
     def set(self, other: "Recorded") -> None:
         """Becomes the same sum as the other."""
         self.parts, self.is_merged, self.norm_was_asked = other.parts, other.is_merged, False
+        self.has_graph = other.has_graph
 
     def clear(self) -> None:
         """Becomes zero."""
         self.parts, self.is_merged, self.norm_was_asked = [], False, False
+        self.has_graph = False
 
     def add(self, other: "Recorded") -> None:
         """Adds the other."""

@@ -47,6 +47,8 @@ class RowTensor(WrapperTensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         name = func.overloadpacket.__name__
+        if _has_row((kwargs or {}).get("out")):
+            raise _refused(f"{name} cannot be written to")
         if name.startswith("_foreach_") and name.removeprefix("_foreach_") in _RULES:
             return _each(name.removeprefix("_foreach_"), func, args, kwargs or {})
         return _RULES.get(name, _read)(func, *args, **(kwargs or {}))
@@ -59,6 +61,17 @@ class RowTensor(WrapperTensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RowTensor({len(self.recorded.parts)} parts of a row gradient)"
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if not isinstance(value, RowTensor):
+            raise _refused("a plain tensor cannot take the place of")
+        Tensor.data.__set__(self, value)
+        self.recorded.set(value.recorded)
 
     # What torch refuses to say of a subclass without elements.
 
@@ -91,11 +104,19 @@ def _like(tensor: Any, recorded: Recorded) -> RowTensor:
 
 def _read(func: Any, *args: Any, **kwargs: Any) -> Any:
     """All that is not below: it may look, and must not write."""
+    if torch.is_grad_enabled() and _any_with_graph(args):
+        raise _refused("no second derivative can be taken through")
     is_fused = func.overloadpacket.__name__.startswith("_fused_")  # an optimizer, which names gradients as written to
     for argument, value in zip(func._schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write and not is_fused and _has_row(value):
             raise _refused(f"{func.overloadpacket.__name__} cannot be applied to")
     return func(*_zeros(args), **{name: _zeros(value) for name, value in kwargs.items()})
+
+
+def _any_with_graph(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_any_with_graph, value))
+    return isinstance(value, RowTensor) and value.recorded.has_graph
 
 
 def _has_row(value: Any) -> bool:
@@ -175,7 +196,8 @@ def _step(plain: Tensor, grad: RowTensor) -> Tensor:
 
 
 def _negative(func: Any, grad: RowTensor) -> Tensor:
-    return _product(torch.ops.aten.mul.Tensor, grad, -1)
+    aten = torch.ops.aten
+    return _product(aten.mul_.Tensor if func.overloadpacket.__name__.endswith("_") else aten.mul.Tensor, grad, -1)
 
 
 def _product(func: Any, grad: Any, factor: Any) -> Tensor:
@@ -224,7 +246,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("zero_", "fill_"), _clear),
     **dict.fromkeys(("add", "add_"), _sum(1)),
     **dict.fromkeys(("sub", "sub_"), _sum(-1)),
-    "neg": _negative,
+    **dict.fromkeys(("neg", "neg_"), _negative),
     **dict.fromkeys(("mul", "mul_", "div", "div_"), _product),
     **dict.fromkeys(("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"), _clamped),
     **dict.fromkeys(("norm", "linalg_vector_norm"), _norm),
