@@ -143,6 +143,7 @@ def test_every_parameter_of_a_memory_is_trained(base, mode):
     model(IDS, labels=IDS).loss.backward()
     (wrapper,) = (wrapper for _, wrapper in find_wrappers(model))
     parameters = dict(wrapper.memory.named_parameters())
+    assert not parameters.pop("values.companion.row_mark").grad.any()  # zero, and stays so
     if mode == "parallel":
         parameters["gate"] = wrapper.gate
     assert len(parameters) == (7 if mode == "parallel" else 6)
