@@ -63,14 +63,14 @@ class RowTensor(WrapperTensor):
         return f"RowTensor({len(self.recorded.parts)} parts of a row gradient)"
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if not isinstance(value, RowTensor):
             raise _refused("a plain tensor cannot take the place of")
-        Tensor.data.__set__(self, value)
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.recorded.set(value.recorded)
 
     # What torch refuses to say of a subclass without elements.
