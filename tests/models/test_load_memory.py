@@ -39,7 +39,9 @@ def shake(model):
     added = [model.get_submodule(name.rpartition(".")[0]) for name in memory_layers(model)]
     with torch.no_grad():
         for wrapper in added:
-            tensors = [*wrapper.memory.parameters(), *wrapper.memory.buffers()]
+            # But for the companion of a table, which is always zero and in no file.
+            tensors = [p for name, p in wrapper.memory.named_parameters() if not name.endswith("row_mark")]
+            tensors += wrapper.memory.buffers()
             for tensor in [*tensors, wrapper.gate] if wrapper.mode == "parallel" else tensors:
                 tensor.uniform_(0.1, 0.9)
     return model

@@ -112,7 +112,9 @@ def _of_config(model: nn.Module, field: str) -> int:
 
 def _ffn_name(model: nn.Module, number: int) -> str:
     name = f"{_blocks_name(model, num_blocks(model))}.{number - 1}"
-    networks = [own for own, part in model.get_submodule(name).named_children() if own in _FFN and _is_callable(part)]
+    whole = model.get_submodule(name)
+    whole = getattr(whole, "_orig_mod", whole)  # compiled
+    networks = [own for own, part in whole.named_children() if own in _FFN and _is_callable(part)]
     if "mlp" in networks:
         return f"{name}.mlp"
     if len(networks) != 1:
