@@ -102,7 +102,7 @@ class ValueTable(nn.Module):
         # Without gradients there is nothing to record, and the handle, on the CPU, would keep CUDA graphs away.
         elif not torch.is_grad_enabled():
             y_TV = read(self.weight, slots_TM, weights_TM)
-        elif self.row_gradient is not None and self.weight.requires_grad:
+        elif self.row_gradient is not None and self.weight.requires_grad and self._is_owned():
             self._check_row_mode()
             y_TV = read_row_mode(self.weight, slots_TM, weights_TM, self.row_mark, self.row_gradient.handle)
         else:
@@ -163,6 +163,11 @@ class ValueTable(nn.Module):
                 self.row_mark.device, self.row_mark.dtype, requires_grad=self.row_mark.requires_grad
             )
         return {**self.__dict__, "row_gradient": None, "_modules": modules}
+
+    def _is_owned(self) -> bool:
+        """Whether the weight is the one that the row optimizer has taken, and not an input of `functional_call`."""
+        assert self.row_gradient is not None
+        return torch.compiler.is_compiling() or self.row_gradient.is_of(self.weight)
 
     def _check_row_mode(self) -> None:
         """What somebody did since the optimizer was built: froze the companion by name, or put a hook on the table."""

@@ -153,7 +153,44 @@ def a_graph_of_gradients(model, optimizer):
         loss_of(model, seed).backward(create_graph=True)
 
 
+def through_data(model, optimizer):
+    loss_of(model).backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.data = parameter.grad.data + 2 * parameter.grad.data.detach()
+
+
+def moved_to_another_dtype_and_back(model, optimizer):
+    loss_of(model).backward()
+    model.float().double()
+
+
+def negated_in_place(model, optimizer):
+    loss_of(model).backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.neg_()
+
+
+def shared_with_processes(model, optimizer):
+    loss_of(model).backward()
+    model.share_memory()
+
+
+def weights_of_somebody_else(model, optimizer):
+    """What is a call's input has a gradient of its own, and leaves none in the table."""
+    weight = model[1].values.weight.detach().clone().requires_grad_()
+    x = torch.ones(3, 6).double()
+    torch.func.functional_call(model, {"1.values.weight": weight}, (x,)).square().mean().backward()
+    assert weight.grad.any()
+    loss_of(model).backward()
+
+
 LOOPS = [
+    through_data,
+    negated_in_place,
+    shared_with_processes,
+    weights_of_somebody_else,
     scaled_by_a_number,
     scaled_into_new_ones,
     scaled_by_a_tensor,
@@ -204,6 +241,13 @@ def test_a_loop_that_changes_gradients_trains_the_table_as_with_a_dense_gradient
     got = moved(rows, ROWS[kind](rows), loop)
     assert expected.any()
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_module_that_is_moved_takes_its_row_gradient_along():
+    rows, dense = net(), net()
+    expected = moved(dense, DENSE["RowSGD"](dense[1].values.weight), moved_to_another_dtype_and_back)
+    got = moved(rows, RowSGD(rows, lr=0.1), moved_to_another_dtype_and_back)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -264,9 +308,18 @@ REFUSED = {
     "rows masked in it": lambda grad: grad.__setitem__(slice(100, None), 0.0),
     "sums in a plain buffer": lambda grad: torch.zeros(1).double().add_(grad),
     "given by out=": lambda grad: torch.nan_to_num(grad, out=grad),
-    "plain data": lambda grad: setattr(grad, "data", torch.zeros(1).double()),
     "pickled": lambda grad: pickle.dumps(grad),
     "its sign": lambda grad: grad.sign_(),
+    "the sign written over it": lambda grad: torch.sign(grad, out=grad),
+    "a product written over it": lambda grad: torch.mul(grad, 0.5, out=grad),
+    "plain data": lambda grad: setattr(grad, "data", torch.zeros(1).double()),
+    "a mask of the companion's shape": lambda grad: grad.mul_(torch.zeros(1).double()),
+    "masks in a list": lambda grad: torch._foreach_mul_([grad], [torch.zeros(1).double()]),
+    "rounded": lambda grad: grad.div_(2, rounding_mode="floor"),
+    "the angle to another": lambda grad: torch.dot(grad, grad.clone()),
+    "divided by its norm": lambda grad: grad / grad.norm(),
+    "divided by the number of its norm": lambda grad: grad.div_(grad.norm().item() + 1e-12),
+    "divided by the number of its norm, which is zero": lambda grad: grad.div_(grad.norm().item()),
 }
 
 
@@ -302,6 +355,50 @@ def test_a_penalty_on_the_gradient_of_the_table_itself_is_refused():
     assert optimizer is not None
 
 
+@pytest.mark.promise(
+    "Gradients by hand", "sharpness-aware minimisation, inner loops of meta-learning on a table in row mode", "refused",
+    "dense gradients after `release()`",
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "move", [lambda mark: mark.data.add_(mark.grad * 0.5), lambda mark: mark - 0.5 * mark.grad], ids=["SAM", "inner"]
+)
+def test_moving_a_table_by_hand_is_refused(move):
+    """The companion would be moved, which is always zero, and the table stay where it is."""
+    model = net()
+    optimizer = RowSGD(model)
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match=r"moved by hand.*release\(\)"):
+        move(model[1].values.row_mark)
+    optimizer.step()
+
+
+@pytest.mark.promise(
+    "Saving and loading", "`load_state_dict(assign=True)` after the row optimizer was built", "refused",
+    "at the step: build the optimizer afterwards, or load without `assign`",
+)  # fmt: skip
+def test_a_weight_that_was_replaced_is_refused_at_the_step():
+    model = net()
+    optimizer = RowSGD(model)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="replaced after its row optimizer was built.*build the optimizer"):
+        optimizer.step()
+
+
+def test_means_of_gradients_that_were_cleared_since_are_refused_at_the_step():
+    model = net()
+    optimizer = RowSGD(model)
+    grads = []
+    for seed in (1, 2):
+        optimizer.zero_grad()
+        loss_of(model, seed).backward()
+        grads.append(model[1].values.row_mark.grad.clone())
+    optimizer.zero_grad()
+    model[1].values.row_mark.grad = torch.stack(grads).mean(0)
+    with pytest.raises(RuntimeError, match="replaced by a plain tensor"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_plain_tensor_in_the_place_of_a_row_gradient_is_refused_at_the_step(value):
     model = net()
@@ -311,6 +408,7 @@ def test_a_plain_tensor_in_the_place_of_a_row_gradient_is_refused_at_the_step(va
     with pytest.raises(RuntimeError, match="replaced by a plain tensor"):
         optimizer.step()
     optimizer.zero_grad()
+    optimizer.step()
     model[1].values.row_mark.grad = torch.zeros(1).double()
     optimizer.step()
 

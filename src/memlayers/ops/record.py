@@ -103,6 +103,10 @@ class RowGradient:
         commit = weakref.WeakMethod(self._commit)
         self._handle_of_hook = mark.register_hook(lambda grad: None if (call := commit()) is None else call(grad))
 
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it is the gradient of that tensor."""
+        return weight is self._weight
+
     def close(self) -> None:
         """Forgets the companion, which may be used by another."""
         self._handle_of_hook.remove()
@@ -142,7 +146,7 @@ class RowGradient:
     def discard(self) -> None:
         """Forget what is recorded, as `zero_grad` does."""
         self._mark.grad = None
-        self._passes, self._reached, self._missed = {}, False, False
+        self._passes, self._missed = {}, False
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -150,6 +154,7 @@ class RowGradient:
         before = self._passes, self._reached, self._missed
         handle, grad = self.handle.clone(), self._mark.grad
         self.discard()
+        self._reached = False
         try:
             yield
         finally:

@@ -5,16 +5,19 @@ product with a number scales it, a clone goes its own way, `zero_` clears it, de
 
 What is contracted:
 
-- Scaling is followed: `grad.div_(n)`, `grad *= x`, `torch._foreach_mul_(grads, x)`, by a number or a tensor.
+- Scaling is followed: `grad.div_(n)`, `grad *= x`, `torch._foreach_mul_(grads, x)`, by a number or a tensor without
+  dimensions. One of the companion's shape would be a mask of elements, made for another parameter than the table.
 - Clipping is not, since tables have a limit of their own (``max_grad_norm`` of their optimizer): a gradient whose norm
   was asked for, and is then multiplied by a tensor, as `torch.nn.utils.clip_grad_norm_` does, stays as it is; so do
   clamped ones. This is said once in the log.
 - Whoever reads it (a norm, a mean, a histogram, a comparison) reads zeros of the companion's shape.
 - What cannot be followed is refused: noise and other plain tensors that are added, writing to elements, sums kept in a
-  plain buffer.
+  plain buffer, `out=`, products of two gradients, a division by the norm (it reads as zero), and moving the companion
+  along its gradient, unless downhill and in place, as an optimizer does that holds it beside the table's own.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +56,21 @@ class RowTensor(WrapperTensor):
             return _each(name.removeprefix("_foreach_"), func, args, kwargs or {})
         return _RULES.get(name, _read)(func, *args, **(kwargs or {}))
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        """Becomes the other gradient: by hand, or where a module is moved to another dtype."""
+        if not isinstance(value, RowTensor):
+            raise _refused("a plain tensor cannot take the place of")
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.recorded = value.recorded
+
+    def share_memory_(self) -> "RowTensor":
+        return self  # it has none
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowTensor":
         return memo.setdefault(id(self), self.clone())
 
@@ -61,17 +79,6 @@ class RowTensor(WrapperTensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RowTensor({len(self.recorded.parts)} parts of a row gradient)"
-
-    @property
-    def data(self) -> Tensor:
-        return self.detach()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        if not isinstance(value, RowTensor):
-            raise _refused("a plain tensor cannot take the place of")
-        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.recorded.set(value.recorded)
 
     # What torch refuses to say of a subclass without elements.
 
@@ -164,6 +171,8 @@ def _sum(sign: int) -> Callable[..., Tensor]:
     def rule(func: Any, grad: Any, other: Any, *, alpha: Any = 1) -> Tensor:
         in_place = func.overloadpacket.__name__.endswith("_")
         if not isinstance(grad, RowTensor):
+            if sign * alpha > 0 if in_place else other.recorded.is_of(grad):
+                raise _refused("a table cannot be moved by hand (SAM, inner loops) along")
             if in_place:
                 return _step(grad, other)
             if torch.is_tensor(grad) and bool(grad.any()):  # a sum may begin with zeros
@@ -200,21 +209,36 @@ def _negative(func: Any, grad: RowTensor) -> Tensor:
     return _product(aten.mul_.Tensor if func.overloadpacket.__name__.endswith("_") else aten.mul.Tensor, grad, -1)
 
 
-def _product(func: Any, grad: Any, factor: Any) -> Tensor:
+def _dot(func: Any, *grads: Any) -> Tensor:
+    if all(isinstance(grad, RowTensor) for grad in grads):
+        raise _refused("another gradient cannot be multiplied with")
+    return _read(func, *grads)
+
+
+def _product(func: Any, grad: Any, factor: Any, **kwargs: Any) -> Tensor:
     in_place = func.overloadpacket.__name__.endswith("_")
     if not isinstance(grad, RowTensor) and not in_place and "mul" in func.overloadpacket.__name__:
         grad, factor = factor, grad
-    is_number = not torch.is_tensor(factor) or (not isinstance(factor, RowTensor) and factor.numel() == 1)
-    if not (isinstance(grad, RowTensor) and is_number):
-        raise _refused("another gradient or several numbers cannot be multiplied with, or divided by,")
+    is_number = not torch.is_tensor(factor) or (not isinstance(factor, RowTensor) and factor.ndim == 0)
+    if kwargs or not (isinstance(grad, RowTensor) and is_number):
+        raise _refused("anything but a number (a mask, another gradient, rounding) cannot be multiplied with")
+    if "div" in func.overloadpacket.__name__:
+        factor = 1 / factor if torch.is_tensor(factor) or factor else math.inf
+    if grad.recorded.norm_was_asked and _is_huge(factor):
+        raise _refused("the norm reads as zero, which cannot divide")
     result = grad if in_place else _like(grad, grad.recorded.copy())
     if torch.is_tensor(factor):
         if grad.recorded.norm_was_asked:
             grad.recorded.norm_was_asked = False
             return _left_alone(result, factor)
-        factor = factor.detach().reshape(())
-    result.recorded.scale(1 / factor if "div" in func.overloadpacket.__name__ else factor)
+        factor = factor.detach()
+    result.recorded.scale(factor)
     return result
+
+
+def _is_huge(factor: Any) -> bool:
+    """Whether something was divided by zero or by the small number that was added to it; a device is not asked."""
+    return (not torch.is_tensor(factor) or factor.device.type == "cpu") and not abs(factor) < 1e4
 
 
 def _left_alone(result: RowTensor, factor: Tensor | None = None) -> RowTensor:
@@ -247,6 +271,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("add", "add_"), _sum(1)),
     **dict.fromkeys(("sub", "sub_"), _sum(-1)),
     **dict.fromkeys(("neg", "neg_"), _negative),
+    **dict.fromkeys(("dot", "vdot", "mm"), _dot),
     **dict.fromkeys(("mul", "mul_", "div", "div_"), _product),
     **dict.fromkeys(("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"), _clamped),
     **dict.fromkeys(("norm", "linalg_vector_norm"), _norm),

@@ -107,6 +107,12 @@ class RowOptimizer(TableOwner):
         _require_one_process()
         (group,) = self.param_groups
         lr = float(group["lr"] if group["schedule_values"] else group["value_lr"])
+        if any(table.row_gradient is not None and not table.row_gradient.is_of(table.weight) for table in self._tables):
+            raise RuntimeError(
+                "the weight of a value table was replaced after its row optimizer was built, as by "
+                "load_state_dict(assign=True), so the optimizer would not train it: build the optimizer afterwards, or "
+                "load without assign"
+            )
         for number, table in enumerate(self._tables):
             parts = None if table.row_gradient is None else table.row_gradient.consume()
             if parts is None:
