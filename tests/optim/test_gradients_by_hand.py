@@ -469,6 +469,16 @@ def test_a_clipping_that_does_nothing_is_not_worth_a_word(caplog, monkeypatch):
     assert not caplog.text
 
 
+def test_a_norm_that_is_not_finite_leaves_the_loop_to_skip_the_step():
+    for factor in (float("nan"), float("inf")):
+        model = net()
+        optimizer = RowSGD(model)
+        (loss_of(model) * factor).backward()
+        assert not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite()
+        optimizer.zero_grad()
+        optimizer.step()
+
+
 def test_scaling_after_clipping_is_followed():
     def loop(parameters):
         nn.utils.clip_grad_norm_(parameters, 1e9)

@@ -238,7 +238,7 @@ def _product(func: Any, grad: Any, factor: Any, **kwargs: Any) -> Tensor:
 
 def _is_huge(factor: Any) -> bool:
     """Whether something was divided by zero or by the small number that was added to it; a device is not asked."""
-    return (not torch.is_tensor(factor) or factor.device.type == "cpu") and not abs(factor) < 1e4
+    return (not torch.is_tensor(factor) or factor.device.type == "cpu") and bool(abs(factor) >= 1e4)  # NaN is not
 
 
 def _left_alone(result: RowTensor, factor: Tensor | None = None) -> RowTensor:
