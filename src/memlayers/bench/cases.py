@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from memlayers.available import available_memory
 from memlayers.bench import gate, limits
 from memlayers.bench.baselines import PackageMemory, dense_ffn, grid_topk, lean_grid_topk, why_not
-from memlayers.bench.layers import make_layer, make_table, make_textbook
+from memlayers.bench.layers import make_layer, make_table, make_textbook, table_of
 from memlayers.bench.machine import cache_bytes
 from memlayers.bench.peak import measure as measure_peak
 from memlayers.bench.result import OURS, Result, fold
@@ -95,9 +95,8 @@ def read(bench: Bench, shape: Shape) -> Iterator[Result]:
     table_SV = make_table(shape, bench.device)
     slots_TR, weights_TR = _hits(shape, table_SV)
     for dtype in (torch.float32, torch.bfloat16):
-        table = ValueTable(1, 1, device="meta")
         table_SV = table_SV.to(dtype)
-        table.weight = nn.Parameter(table_SV)
+        table = table_of(table_SV)
         gate.check_read(shape, table, slots_TR, weights_TR)
         yield _read(bench, shape, table, slots_TR, weights_TR)
 

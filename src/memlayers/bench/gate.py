@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlayers.bench.baselines import TextbookMemory, grid_topk
-from memlayers.bench.layers import layer_gradients, make_layer, make_minimal, make_table, make_textbook
+from memlayers.bench.layers import layer_gradients, make_layer, make_minimal, make_table, make_textbook, table_of
 from memlayers.bench.shapes import Shape
 from memlayers.checks import CommandFailed
 from memlayers.layer import MemoryLayer
@@ -61,10 +61,9 @@ def check_operations(shape: Shape, device: torch.device) -> None:
     """Selection against the grid of pairs, read against `F.embedding_bag`."""
     first_N, second_N = torch.randn(2, shape.heads, shape.tokens, shape.num_subkeys, device=device)
     check_selection(shape, first_N, second_N)
-    table = ValueTable(shape.slots, shape.value_dim, device="meta")
     slots_TK = torch.randint(shape.slots, (shape.tokens, shape.heads * shape.topk), device=device)
     for dtype in (torch.float32, torch.bfloat16):
-        table.weight = nn.Parameter(make_table(shape, device).to(dtype))
+        table = table_of(make_table(shape, device).to(dtype))
         check_read(shape, table, slots_TK, torch.rand(slots_TK.shape, device=device))
 
 

@@ -27,6 +27,14 @@ def make_table(shape: Shape, device: torch.device) -> Tensor:
     return table_SV
 
 
+def table_of(values_SV: Tensor) -> ValueTable:
+    """A value table whose rows are this tensor, not a copy."""
+    table = ValueTable(1, 1, device="meta")
+    table.weight = torch.nn.Parameter(values_SV)
+    table.settle_mark()
+    return table
+
+
 def make_textbook(shape: Shape, values_SV: Tensor) -> TextbookMemory:
     """Random weights, and BatchNorm statistics as if it had been trained on random tokens."""
     textbook = TextbookMemory(shape, values_SV)
@@ -51,9 +59,7 @@ def share_textbook(textbook: TextbookMemory, shape: Shape, *, sparse: bool) -> T
 def make_layer(textbook: TextbookMemory, shape: Shape) -> MemoryLayer:
     """Our layer with the weights of the textbook layer, on the same table."""
     values_SV = textbook.values.data
-    table = ValueTable(shape.slots, shape.value_dim, device="meta")
-    table.weight = torch.nn.Parameter(values_SV)
-    layer = MemoryLayer(shape.config(), values=table, device=values_SV.device)
+    layer = MemoryLayer(shape.config(), values=table_of(values_SV), device=values_SV.device)
     weights = {}
     for name, value in textbook.state_dict().items():
         part, _, rest = name.partition(".")
@@ -85,6 +91,8 @@ def layer_gradients(layer: MemoryLayer) -> dict[str, Tensor | None]:
     renamed = {"query.projections.0": "query", "query.norm": "norm", "keys.weight": "keys", "values.weight": "values"}
     gradients: dict[str, Tensor | None] = {}
     for name, parameter in layer.named_parameters():
+        if parameter is layer.values.row_mark:  # no weight
+            continue
         for own, textbook in renamed.items():
             name = name.replace(own, textbook)
         grad = parameter.grad
