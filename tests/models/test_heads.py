@@ -16,7 +16,7 @@ from transformers.models.auto import modeling_auto
 
 import memlayers.models
 from memlayers import MemoryConfig
-from memlayers.models import add_memory, memory_layers
+from memlayers.models import add_memory, memory_layers, remove_memory, save_memory
 from memlayers.models.wrappers import find_wrappers
 
 SIZES = {
@@ -138,3 +138,43 @@ def test_every_type_of_transformers_has_one_with_memories():
     assert type(config).__name__ == "MemoryMPNetConfig"
     assert config.placement.layers == (1,)
     assert CONFIG_MAPPING["memory_mpnet"] is type(config)
+
+
+def test_buffers_in_no_file_are_filled_as_in_the_plain_class(tmp_path):
+    # Falcon-H1 fills buffers of its blocks in the rule that initialises the model, which has no weights of its own.
+    sizes = {"num_key_value_heads": 1, "head_dim": 8, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8,
+             "mamba_d_state": 8, "mamba_n_groups": 1}  # fmt: skip
+    model = with_a_memory(transformers.FalconH1ForCausalLM, **sizes)
+    model.save_pretrained(tmp_path)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
+    assert {name.rpartition(".")[2] for name in loaded} >= {"mup_vector", "running_mean"}
+    assert not [name for name, buffer in model.named_buffers() if not torch.equal(loaded[name], buffer)]
+
+
+def test_the_base_of_a_memory_is_loaded_by_the_names_that_its_file_has(tmp_path):
+    # Experts are in the file one by one, and joined on loading by a rule of the base's type.
+    kind = transformers.MixtralForCausalLM
+    base = kind(kind.config_class(**SIZES, num_key_value_heads=1, num_local_experts=2))
+    base.save_pretrained(tmp_path / "base")
+    model = add_memory(kind.from_pretrained(tmp_path / "base"), MEMORY, BLOCK, mode="parallel")
+    save_memory(model, tmp_path / "memory")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+    assert torch.equal(first_output(loaded), first_output(model))
+    assert remove_memory(loaded).config.model_type == "mixtral"
+
+
+def test_a_model_of_two_models_comes_back(tmp_path):
+    parts = {**SIZES, "is_decoder": True, "add_cross_attention": True}
+    encoder = transformers.BertModel(transformers.BertConfig(**SIZES))
+    decoder = transformers.BertLMHeadModel(transformers.BertConfig(**parts))
+    both = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    model = add_memory(both, MEMORY, r"(encoder|decoder\.bert)\.encoder\.layer\.1", mode="parallel")
+    for _, wrapper in find_wrappers(model):
+        wrapper.gate.data.fill_(1.0)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert type(loaded.config) is type(loaded).config_class
+    with torch.no_grad():
+        outputs = [each.eval()(IDS, decoder_input_ids=IDS).logits for each in (model, loaded)]
+    assert torch.equal(*outputs)

@@ -99,6 +99,8 @@ class MemoryConfigMixin(PreTrainedConfig):
         plain.__class__ = self.plain_class
         for field in ("memory", "auto_map"):
             plain.__dict__.pop(field, None)
+        if "model_type" in plain.__dict__:  # from a file, of which `transformers` keeps all that it says
+            plain.__dict__["model_type"] = plain.model_type.removeprefix(f"{PREFIX.lower()}_")
         return plain
 
     def set_model_class(self, name: str, auto_class: str | None) -> None:
@@ -150,9 +152,12 @@ class MemoryMixin(PreTrainedModel):
         # Built as the plain model that it is without memories: heads have their base model made from the configuration
         # that they are given, and it would have memories of its own.
         plain = config.without_memory()
+        self.config_class = type(plain)  # which the models of two models (EncoderDecoderModel) insist on
         super().__init__(plain, *inputs, **kwargs)
+        del self.config_class
         # What the constructor has settled, such as the kind of attention.
-        config.__dict__ = {**plain.__dict__, "memory": config.memory, "auto_map": config.auto_map}
+        own: Any = {name: vars(config)[name] for name in ("memory", "auto_map", "model_type") if name in vars(config)}
+        config.__dict__ = {**plain.__dict__, **own}
         _exchange_config(self, config)
         placement = self._with_own_names(placement)
         config.set_placement(placement)
@@ -227,7 +232,13 @@ class MemoryMixin(PreTrainedModel):
             _reset_what_was_not_loaded(wrapper)
         for table in value_tables(self):
             table.settle_mark()
-        super().initialize_weights()
+        # Where custom code is initialised, a module without weights of its own is passed by: buffers in no file that a
+        # model fills for its parts (Falcon-H1) would be whatever stood in memory.
+        self.is_custom_code = self.plain_class.is_custom_code  # type: ignore[method-assign]
+        try:
+            super().initialize_weights()
+        finally:
+            del self.is_custom_code
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """As in `transformers`, without companions of value tables; `exclude_embeddings` leaves out tables, too.
