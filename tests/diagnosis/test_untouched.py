@@ -340,7 +340,7 @@ def test_optimizers_that_step_in_the_backward_pass_do_not(block, batch):
     def step(parameter):
         stepped.append(parameter)
         if parameter.grad is not None:  # that of a table in row mode is
-            parameter.data.add_(parameter.grad)
+            parameter.data.add_(parameter.grad, alpha=-1)
 
     for parameter in block.parameters():
         parameter.register_post_accumulate_grad_hook(step)

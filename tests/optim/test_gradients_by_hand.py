@@ -33,6 +33,12 @@ def scaled_by_a_number(model, optimizer):
             parameter.grad.div_(40.0)
 
 
+def two_forward_passes_before_backward(model, optimizer):
+    first, second, third = (loss_of(model, seed) for seed in (1, 2, 3))
+    first.backward()
+    (second + third).backward()
+
+
 def scaled_into_new_ones(model, optimizer):
     loss_of(model).backward()
     for parameter in model.parameters():
@@ -255,7 +261,12 @@ def test_a_module_that_is_moved_takes_its_row_gradient_along():
     [
         (how, loop)
         for how in ("checkpointed", "reentrant", "compiled")
-        for loop in (scaled_by_a_number, two_losses_added, given_by_autograd_grad)
+        for loop in (
+            scaled_by_a_number,
+            two_losses_added,
+            two_forward_passes_before_backward,
+            given_by_autograd_grad,
+        )
         if (how, loop) != ("reentrant", given_by_autograd_grad)  # torch refuses it
     ],
 )

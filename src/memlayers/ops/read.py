@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlayers.ops.precision import wide_dtype, without_autocast
-from memlayers.ops.record import record_
+from memlayers.ops.record import record_, renew_handle
 from memlayers.ops.row_sum import dense_sum, parts_of
 from memlayers.ops.table import operation
 from memlayers.torch_private import dot_in_bags
@@ -108,6 +108,11 @@ def _read_backward(ctx, grad_TV):
     return grad_SV, None, grad_TK, table_SV.new_zeros(1) if ctx.has_mark else None
 
 
+def _pack_row_mode(table_SV, slots_TK, weights_TK, mark_1, log):
+    renew_handle(log)
+    return table_SV, slots_TK, weights_TK
+
+
 def _read_row_mode_backward(ctx, grad_TV):
     table_SV, slots_TK, weights_TK = ctx.saved_tensors
     grad_TK = dot(table_SV, slots_TK, grad_TV).to(weights_TK.dtype) if ctx.needs_input_grad[2] else None
@@ -157,7 +162,7 @@ read_row_mode = operation(
     _empty_outputs,
     backward=_read_row_mode_backward,
     save=_save_read,
-    pack=lambda table_SV, slots_TK, weights_TK, mark_1, log: (table_SV, slots_TK, weights_TK),
+    pack=_pack_row_mode,
     flops=_flops,
 )
 dot = operation(

@@ -7,6 +7,8 @@ Why an operation: appending to a Python list from a backward that `torch.compile
 operation mutates is `RowGradient.handle`, a tensor that is its argument (a global one crashes there): the number of
 the `RowGradient` and a count of recorded tokens, on the CPU, so that reading it never waits for a device. Its
 implementation runs at run time, compiled or not, and survives the copies of the handle that functionalisation makes.
+Each forward pass leaves another handle for the next one: what is compiled saves it for backward, and would take what
+another backward pass has written to it for an error.
 
 Life: what a backward pass records waits under the number of that pass. When the pass reaches the companion parameter of
 the table, a hook puts it into the companion's gradient, as a `RowTensor`: from there on it is where the gradients of
@@ -56,6 +58,13 @@ def _record(handle: Tensor, slots_TK: Tensor, weights_TK: Tensor, grad_TV: Tenso
     # Copies, made here: what is compiled reuses the memory of an argument once this returns.
     row_gradient._append(Part(slots_TK.clone(), weights_TK.detach().clone(), grad_TV.detach().clone()))
     handle[1] += slots_TK.shape[0]
+
+
+def renew_handle(handle: Tensor) -> None:
+    """Called by each forward pass, when it runs: the next one takes another handle."""
+    row_gradient = _row_gradients.get(int(handle[0]))
+    if row_gradient is not None:
+        row_gradient.handle = handle.detach().clone()
 
 
 def _is_captured(tensor: Tensor) -> bool:
