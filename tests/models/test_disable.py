@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from memlayers import MemoryConfig, MemoryLayer, disable_memory
-from memlayers.models import ParallelMemory, add_memory, causal_lm
+from memlayers.models import ParallelMemory, add_memory, causal_lm, remove_memory
 from memlayers.models.wrappers import find_wrappers
 
 # PEFT's
@@ -188,6 +188,34 @@ def test_peft_s_disable_adapter_switches_memories_off(kind):
             assert torch.equal(logits(model), expected)
         assert torch.equal(logits(model), before)
         assert not torch.allclose(before, expected)
+
+
+def test_adapters_in_a_replaced_module_are_those_of_the_model():
+    # No submodule any more: PEFT switches adapters in the model, and does not find these.
+    peft = pytest.importorskip("peft")
+    base = base_of()
+    plain = logits(base)
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"])
+    model = peft.get_peft_model(base, config).eval()
+    model.add_adapter("second", config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.5 if ".second." in name else 1.0)
+    expected = {}
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        expected[name] = logits(model)
+    model = with_memory(model, mode="replace", keep_original=True)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    with disable_memory(model):
+        assert torch.equal(logits(model), expected["default"])
+    model.set_adapter("second")
+    with disable_memory(model):
+        assert torch.equal(logits(model), expected["second"])
+    model.set_adapter("default")
+    assert torch.equal(logits(remove_memory(model)), expected["default"])
 
 
 def test_peft_s_disable_adapter_leaves_a_memory_that_is_part_of_the_base():

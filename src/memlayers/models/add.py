@@ -12,7 +12,7 @@ from memlayers.layer import MemoryLayer
 from memlayers.models.classes import add_memories, load_memories, remove_memories
 from memlayers.models.folder import local_folder, read_description
 from memlayers.models.identity import identity_of, recorded_base
-from memlayers.models.install import build_memories, match_device_and_dtype
+from memlayers.models.install import build_memories, match_adapters, match_device_and_dtype
 from memlayers.models.modules import (
     adapter_parameters,
     memory_parameters,
@@ -113,6 +113,7 @@ def remove_memory(model: Model) -> Model:
     for wrapper in wrappers.values():
         if wrapper.mode == "replace" and wrapper.original is not None:
             match_device_and_dtype(wrapper.original, wrapper.memory)
+            match_adapters(wrapper.original, inner)
             wrapper.original.train(wrapper.training)
     base = recorded_base(inner)
     kept = {name: original for name, original in originals.items() if original is not None}

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from memlayers.layer import memory_layers
-from memlayers.models.install import match_device_and_dtype
+from memlayers.models.install import match_adapters, match_device_and_dtype
 from memlayers.models.modules import unwrap
 from memlayers.models.switch import carry_through_checkpoints, switched_off
 from memlayers.models.wrappers import MemoryWrapper, find_wrappers
@@ -52,6 +52,7 @@ def off(model: nn.Module, wrappers: Sequence[MemoryWrapper]) -> Iterator[None]:
     for wrapper in wrappers:
         if wrapper.mode == "replace" and wrapper.original is not None:
             match_device_and_dtype(wrapper.original, wrapper.memory)
+            match_adapters(wrapper.original, model)
     carry_through_checkpoints(model)
     with switched_off(wrappers):
         yield

@@ -1,8 +1,10 @@
 """How memories get into the modules of a model and out again: what all kinds of models have in common."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -104,6 +106,20 @@ def match_device_and_dtype(original: nn.Module, memory: MemoryLayer) -> None:
     own = next((tensor for tensor in original.parameters() if tensor.is_floating_point()), like)
     if own.dtype != like.dtype:  # parts of a module may differ on purpose: nothing is cast that need not be
         original.to(like.dtype)
+
+
+def match_adapters(original: nn.Module, model: nn.Module) -> None:
+    """Gives adapters in a kept module, which PEFT does not find, the state of those in `model`: which, on or off."""
+    peft: Any = sys.modules.get("peft.tuners.tuners_utils")  # optional
+    if peft is None:
+        return
+    like = next((part for part in model.modules() if isinstance(part, peft.BaseTunerLayer)), None)
+    for part in original.modules():
+        if like is not None and isinstance(part, peft.BaseTunerLayer):
+            if part.active_adapters != like.active_adapters:
+                part.set_adapter(like.active_adapters)
+            if part.disable_adapters != like.disable_adapters:
+                part.enable_adapters(not like.disable_adapters)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
