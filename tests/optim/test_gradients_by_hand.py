@@ -480,6 +480,18 @@ def test_a_clipping_that_does_nothing_is_not_worth_a_word(caplog, monkeypatch):
     assert not caplog.text
 
 
+def test_a_product_that_counts_as_clipping_says_so_also_where_it_makes_gradients_larger(caplog, monkeypatch):
+    monkeypatch.setattr(row_tensor, "_said", set())
+    model = net()
+    optimizer = RowSGD(model)
+    loss_of(model).backward()
+    grad = model[1].values.row_mark.grad
+    grad.norm()
+    grad.mul_(torch.tensor(4.0).double())
+    assert "clipping leaves the row gradients" in caplog.text
+    assert optimizer is not None
+
+
 def test_a_norm_that_is_not_finite_leaves_the_loop_to_skip_the_step():
     for factor in (float("nan"), float("inf")):
         model = net()

@@ -242,7 +242,7 @@ def _is_huge(factor: Any) -> bool:
 
 
 def _left_alone(result: RowTensor, factor: Tensor | None = None) -> RowTensor:
-    if "clipping" not in _said and (factor is None or factor.device.type != "cpu" or bool(factor < 1)):
+    if "clipping" not in _said and (factor is None or factor.device.type != "cpu" or bool(factor != 1)):
         _said.add("clipping")
         _LOG.warning(
             "clipping leaves the row gradients of value tables as they are; a table is clipped by its own norm where "
