@@ -59,7 +59,7 @@ class Pair(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "returned"), [(Pair(), "a tuple"), (nn.Linear(16, 8), r"\[1, 2, 16\] as \[1, 2, 8\]")]
+    ("module", "returned"), [(Pair(), "a tuple"), (nn.Flatten(0, 1), r"\[1, 2, 16\] as \[2, 16\]")]
 )
 def test_a_module_that_returns_something_else_is_not_replaced(module, returned):
     model = nn.ModuleDict({"ffn": module.train()})
@@ -264,3 +264,14 @@ def test_names_of_the_module_beside_do_not_collide():
     assert torch.equal(model["ffn"](x), before)
     assert model["ffn"].gate.shape == (16,)
     assert isinstance(remove_memory(model)["ffn"].gate, nn.Linear)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "replace"])
+@pytest.mark.parametrize("width", [1, 24])
+def test_a_linear_map_to_another_width_is_refused(mode, width):
+    # To the one number of a gate, the memory's 16 would be added without an error.
+    model = nn.Sequential(nn.Linear(16, width), nn.Linear(width, 16))
+    for name in ("0", "1"):
+        with pytest.raises(ValueError, match=f"got '{name}', which takes or returns {width}: name the module"):
+            add_memory(model, MEMORY, name, mode=mode)
+    assert not memory_layers(model)

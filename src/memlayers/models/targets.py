@@ -180,6 +180,13 @@ def require_suitable(model: nn.Module, name: str, placement: MemoryPlacement) ->
             f"model must have its weights in place, got {name!r} with weights that accelerate has offloaded: add "
             f"memories first, then dispatch the model"
         )
+    dim = placement.config.dim  # a sum with one number would be one of all of them
+    widths = [getattr(module, side, dim) for side in ("in_features", "out_features", "nx", "nf")]  # of linear maps
+    if odd := [width for width in widths if width != dim]:
+        raise ValueError(
+            f"layers must name modules that return as many features as they take, {dim}, got {name!r}, which takes or "
+            f"returns {odd[0]}: name the module that it is a part of"
+        )
     if placement.mode != "replace":
         return
     needed = [
