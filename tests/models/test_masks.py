@@ -457,3 +457,24 @@ def test_compiled_in_one_graph(name, checkpointing, enable_checkpointing):
     torch.testing.assert_close(real, eager["real"])
     torch.testing.assert_close(gradients, [*eager["gradients"].values()])
     torch.testing.assert_close(stats, eager["statistics"])
+
+
+def test_a_head_that_keeps_the_mask_from_its_base_model():
+    # RWKV has no use for it; statistics and usage of a memory have.
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
+    model = transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes, context_length=16))
+    config = MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=6, query_dim=8)
+    add_memory(model, config, r"rwkv\.blocks\.1\.feed_forward", mode="parallel")
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    means = []
+    for padding in (3, 7):
+        fresh = copy.deepcopy(model).eval()
+        (memory,) = memory_layers(fresh).values()
+        memory.train()
+        ids = torch.where(mask.bool(), torch.arange(16).view(2, 8), padding)
+        with torch.no_grad():
+            fresh(input_ids=ids, attention_mask=mask)
+        means.append(memory.query.norm.running_mean)
+    assert means[0].any()
+    assert torch.equal(*means)

@@ -37,6 +37,9 @@ _CACHES = ("past_key_values", "cache_params")
 # Types of models whose blocks work on [tokens, batch, width]; a square batch does not show it.
 _TOKENS_FIRST = ("fsmt", "xlnet")
 
+# Types of models whose heads are given a mask and keep it from the base model.
+_HEADS_KEEP_MASKS = ("rwkv",)
+
 # Where a module keeps the function that checkpoints what is in it: `transformers`, then PyTorch's `CheckpointWrapper`.
 _CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
@@ -74,6 +77,8 @@ def _givers(model: nn.Module, memory: str) -> list[str]:
     parts = memory.split(".")
     around = [".".join(parts[:count]) for count in range(len(parts))]
     whole = next(name for name, module in model.named_modules() if module is model.base_model)
+    if model.config.model_type.removeprefix("memory_") in _HEADS_KEEP_MASKS:
+        whole = ""
     models = [name for name in around if isinstance(model.get_submodule(name), PreTrainedModel)]
     models = [name for name in models if len(name) >= len(whole)]
     if not models or _MASK not in _parameters(model.get_submodule(models[-1])):
