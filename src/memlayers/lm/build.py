@@ -35,6 +35,7 @@ def build_model(
         )
         if config.memory_layers:
             add_memory(model, config.memory, layers=config.memory_layers)
+    model.to(device)  # type: ignore[arg-type]  # the companions of value tables, too, which are not made on "meta"
     return model
 
 
