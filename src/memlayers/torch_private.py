@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that this package calls: why, and what happens in a version that lacks it.
+"""Every private function of PyTorch that this package calls: why, and what happens in a version that lacks it.
 
 Each name is looked up when it is needed, so importing the package never fails. Where a public name gives the same
 answer, only slower, that is the fallback; where none does, training stops with a `RuntimeError`, since a gradient that
@@ -6,7 +6,9 @@ is counted twice, or not at all, is worse.
 
 Not here: the methods of `nn.Module` and `torch.optim.Optimizer` that subclasses have always overridden (`_apply`,
 `_save_to_state_dict`, `_load_from_state_dict`, the flag `_step_supports_amp_scaling`), and the dictionaries of a module
-(`_parameters`, `_buffers`, `_modules`).
+(`_parameters`, `_buffers`, `_modules`, `_non_persistent_buffers_set`, and those of forward hooks); what PyTorch shows
+under a name with an underscore (`_orig_mod` of a compiled module, `_schema` of an operation); `memlayers.lm.footprint`,
+whose fake tensors are private as a whole.
 """
 
 import ctypes

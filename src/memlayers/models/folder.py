@@ -1,8 +1,12 @@
 """The format on disk: what a folder holds beside the weights of a whole model, and what one with a memory alone holds.
 
-``memory_config.json`` describes the memories. `save_pretrained` writes a `MemoryPlacement` to it; for a memory without
-its base it is a sealed file, which also says what the base is and what the files of weights must be. ``README.md`` is
-the card of such a folder, for people and for the Hub.
+    memory_config.json   describes the memories
+    memory.safetensors   the weights of a memory without its base
+    README.md            the card of such a folder, for people and for the Hub
+    modeling_memlayers.py    what `auto_map` names, for loading with ``trust_remote_code=True``
+
+`save_pretrained` writes a `MemoryPlacement` to ``memory_config.json``; for a memory without its base it is a sealed
+file, which also says what the base is and what the files of weights must be.
 """
 
 import hashlib

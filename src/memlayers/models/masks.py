@@ -1,9 +1,9 @@
 """How a model's padding mask reaches its memories.
 
 A block calls ``self.mlp(hidden)``: no mask arrives there, yet padding must count neither in the query's BatchNorm nor
-in the usage figures. So a pre-forward hook enters the mask of the call in the thread's `calls`, where the wrapper of a
-memory finds it, and a forward hook takes it out again. `columns` says which columns of a mask are those of the call's
-tokens, `fitted` which entry is that of which hidden state.
+in the usage figures, and train no row (`memlayers.layer` leaves it out). So a pre-forward hook enters the mask of the
+call in the thread's `calls`, where the wrapper of a memory finds it, and a forward hook takes it out again. `columns`
+says which columns of a mask are those of the call's tokens, `fitted` which entry is that of which hidden state.
 
 The hooks sit on the *base model* (``model.transformer``, ``model.model``), not on the outermost one: wrappers such as
 PEFT's call ``model.forward`` directly, which skips the outermost model's hooks, but every forward of the outer model
