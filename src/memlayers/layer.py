@@ -244,7 +244,9 @@ def layer_class(name: str) -> type[MemoryLayer]:
 def _kinds(kind: type[MemoryLayer]) -> Iterator[type[MemoryLayer]]:
     yield kind
     for subclass in kind.__subclasses__():
-        yield from _kinds(subclass)
+        # torch.export makes a class of the same name and module around each layer.
+        if not any(base.__module__.startswith("torch.fx.") for base in subclass.__bases__):
+            yield from _kinds(subclass)
 
 
 def _reset(part: nn.Module) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from memlayers.layer import MemoryLayer, layer_class
 from memlayers.models import memory_layers
 
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -37,6 +38,8 @@ def test_an_exported_model_takes_masks_of_other_sizes(with_memory, family):
     other = batch(3, 7)
     found = program.module()(**other, use_cache=False).logits
     assert_equal_at_tokens(found, with_memory(**other).logits, other["attention_mask"])
+    # PyTorch has made classes of the same names around its modules meanwhile, and they stay.
+    assert layer_class("MemoryLayer") is MemoryLayer
 
 
 @pytest.mark.promise(
