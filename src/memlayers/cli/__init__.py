@@ -14,6 +14,7 @@ machine_commands   bench, info
 
 import contextlib
 import errno
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the output any more.
     """
     open_standard_streams()
+    # Where it is installed, transformers imports it for a schedule, and on a CPU it says what it lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with contextlib.redirect_stderr(messages()), on_ending_signal(stop):
         status = _status_of(sys.argv[1:] if arguments is None else list(arguments))
         try:
