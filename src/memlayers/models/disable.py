@@ -8,7 +8,8 @@ from torch import nn
 from memlayers.layer import memory_layers
 from memlayers.models.install import match_adapters, match_device_and_dtype
 from memlayers.models.modules import unwrap
-from memlayers.models.switch import carry_through_checkpoints, switched_off
+from memlayers.models.recomputation import carry_through_checkpoints
+from memlayers.models.switch import switched_off
 from memlayers.models.wrappers import MemoryWrapper, find_wrappers
 
 
@@ -53,6 +54,7 @@ def off(model: nn.Module, wrappers: Sequence[MemoryWrapper]) -> Iterator[None]:
         if wrapper.mode == "replace" and wrapper.original is not None:
             match_device_and_dtype(wrapper.original, wrapper.memory)
             match_adapters(wrapper.original, model)
-    carry_through_checkpoints(model)
+    for module in model.modules():
+        carry_through_checkpoints(module)
     with switched_off(wrappers):
         yield

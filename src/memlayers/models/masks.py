@@ -11,13 +11,12 @@ calls the base model as a module. A model of several parts (the halves of an enc
 images) has masks of its own for each, or none: there they sit on the part, too. They hold names and no state, and are
 found by their functions, so deepcopy and pickle carry them along.
 
-Under gradient checkpointing a block runs a second time during backward, in a thread of autograd's, long after the call
-has ended, perhaps after another batch went through. There the calls travel with the checkpointed function.
+Under gradient checkpointing a block runs a second time during backward: see `recomputation`.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memlayers.models import calls
+from memlayers.models.recomputation import carry_no_more, carry_through_checkpoints
 from memlayers.query import MaskedBatchNorm
 
 # What a forward's arguments say about masks, with the names that they have.
@@ -39,9 +39,6 @@ _TOKENS_FIRST = ("fsmt", "xlnet")
 
 # Types of models whose heads are given a mask and keep it from the base model.
 _HEADS_KEEP_MASKS = ("rwkv",)
-
-# Where a module keeps the function that checkpoints what is in it: `transformers`, then PyTorch's `CheckpointWrapper`.
-_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 def install_hooks(model: nn.Module, memories: Sequence[str]) -> None:
@@ -103,10 +100,7 @@ def remove_hooks(model: nn.Module) -> None:
                     del hooks[number]
                     for marks in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
                         marks.pop(number, None)
-        for name in _CHECKPOINTS:
-            checkpoint = module.__dict__.get(name)
-            if isinstance(checkpoint, partial) and checkpoint.func is checkpoint_in_calls:
-                module.__dict__[name] = checkpoint.args[0]
+        carry_no_more(module)
 
 
 def begin_call(
@@ -136,7 +130,7 @@ def begin_call(
     if mask_BT is not None and base.training and not torch.compiler.is_compiling():
         for path in paths:
             for module in _along(base, path):
-                _carry_calls_through_checkpoint(module)
+                carry_through_checkpoints(module)
 
 
 def end_call(giver: str, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -230,26 +224,3 @@ def fitted(mask_BT: Tensor, leading: torch.Size, *, tokens_first: bool = False) 
         f"attention_mask must fit the hidden states that a memory reads, got {[*mask_BT.shape]} for a leading shape of "
         f"{[*leading]}: call the model without a mask, or give the memory another place"
     )
-
-
-def _carry_calls_through_checkpoint(module: nn.Module) -> None:
-    """Makes the checkpoint function of `module`, if it has one, keep the calls in progress for the second run."""
-    for name in _CHECKPOINTS:
-        checkpoint = module.__dict__.get(name)
-        if checkpoint is not None and not _carries(checkpoint):
-            module.__dict__[name] = partial(checkpoint_in_calls, checkpoint)
-
-
-def _carries(checkpoint: Any) -> bool:
-    while isinstance(checkpoint, partial):
-        if checkpoint.func is checkpoint_in_calls:
-            return True
-        checkpoint = checkpoint.args[0] if checkpoint.args else checkpoint.func
-    return False
-
-
-def checkpoint_in_calls(checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Checkpoints ``run(*args)`` so that each of its runs is a part of the calls in progress now."""
-    if torch.compiler.is_compiling():  # the traced region holds the mask as an input of its own
-        return checkpoint(run, *args, **kwargs)
-    return checkpoint(partial(calls.during, calls.in_progress(), run), *args, **kwargs)

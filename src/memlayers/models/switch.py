@@ -1,15 +1,13 @@
 """switch: which memories are off, for the length of a block (`memlayers.models.disable`).
 
 Which memories are off stands in the thread, not on a module: other threads may call the same model meanwhile. A block
-that is checkpointed runs again in backward, perhaps in another thread and when other memories are off; there what was
-off travels with the checkpointed function.
+that is checkpointed runs again in backward, perhaps in another thread and when other memories are off: see
+`recomputation`.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -42,37 +40,28 @@ def switched_off(wrappers: Sequence[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        _thread.off = before
+        _put(before)
 
 
-def carry_through_checkpoints(model: nn.Module) -> None:
-    """Makes the checkpoint functions of `transformers` in `model` keep what is off for the second run."""
-    for module in model.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not _carries(checkpoint):
-            module.__dict__["_gradient_checkpointing_func"] = partial(_checkpoint, checkpoint)
+def now_off() -> list[nn.Module]:
+    """The wrappers whose memories this thread has switched off."""
+    return [wrapper for wrapper, _ in getattr(_thread, "off", ())]
 
 
-def _carries(checkpoint: Any) -> bool:
-    while isinstance(checkpoint, partial):
-        if checkpoint.func is _checkpoint:
-            return True
-        checkpoint = checkpoint.args[0] if checkpoint.args else checkpoint.func
-    return False
-
-
-def _checkpoint(checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():  # the traced region is repeated as it was traced
-        return checkpoint(run, *args, **kwargs)
-    off = [wrapper for wrapper, _ in getattr(_thread, "off", ())]
-    return checkpoint(partial(_run, off, run), *args, **kwargs)
-
-
-def _run(off: Sequence[nn.Module], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+@contextmanager
+def only_off(wrappers: Sequence[nn.Module]) -> Iterator[None]:
+    """In its block, the memories of these wrappers and of no others are off for this thread."""
     before = getattr(_thread, "off", ())
-    _thread.off = ()
+    _put(())
     try:
-        with switched_off(off):
-            return run(*args, **kwargs)
+        with switched_off(wrappers):
+            yield
     finally:
-        _thread.off = before
+        _put(before)
+
+
+def _put(off: tuple[tuple[nn.Module, int], ...]) -> None:
+    """Nothing stays where nothing is off: compiled blocks would be compiled again for threads that differ in that."""
+    vars(_thread).pop("off", None)
+    if off:
+        _thread.off = off
