@@ -7,8 +7,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 OLDEST := $(VENV)/oldest
 OLDEST_TESTS := tests/test_layer.py tests/test_keys.py tests/test_query.py tests/test_values.py tests/test_usage.py \
 	tests/test_memory_plus.py tests/test_torch_private.py tests/test_try_infer.py tests/test_export.py \
-	tests/optim/test_memory_adamw.py tests/optim/test_row_adam.py tests/ops/test_exported.py tests/ops/test_table.py \
-	tests/ops/test_read.py tests/ops/test_record.py tests/ops/cpu/test_search.py tests/ops/cpu/test_read.py \
+	tests/optim/test_memory_adamw.py tests/optim/test_row_adam.py tests/ops/test_exported.py tests/ops/test_registry.py \
+	tests/ops/test_read.py tests/ops/test_row_gradient.py tests/ops/cpu/test_search.py tests/ops/cpu/test_read.py \
 	tests/models/test_add.py tests/models/test_wrappers.py tests/models/test_remove.py tests/models/test_save_memory.py \
 	tests/models/test_load_memory.py tests/models/test_masks.py tests/models/test_disable.py
 # Caches of pip, matplotlib, transformers, inductor and Triton, too.

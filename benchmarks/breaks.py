@@ -35,7 +35,7 @@ AREAS = {
     "core": ["test_config.py", "test_files.py", "test_inference.py", "test_keys.py", "test_layer.py",
              "test_layer_seam.py", "test_memory_plus.py", "test_query.py", "test_try_infer.py", "test_usage.py",
              "test_values.py", "models/test_add.py"],
-    "ops": ["ops/cpu", "ops/test_read.py", "ops/test_record.py", "ops/test_rounding.py", "ops/test_row_step.py",
+    "ops": ["ops/cpu", "ops/test_read.py", "ops/test_row_gradient.py", "ops/test_rounding.py", "ops/test_row_step.py",
             "ops/test_select.py", "ops/test_gpu_dispatch.py", "test_keys.py", "test_values.py", "optim"],
     "optim": ["optim", "test_values.py", "models/test_hf_trainer.py"],
     "models": ["models"],

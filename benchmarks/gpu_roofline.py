@@ -32,7 +32,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from memlayers.ops import gpu
-from memlayers.ops.table import run
+from memlayers.ops.registry import run
 
 on_gpu = partial(run, "cuda")  # the name of an operation, and its arguments
 

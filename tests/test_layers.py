@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "memlayers"
 LAYERS = {
     "base": (
         "version after_import checks files sizes extras console signals available torch_private listening hardware "
-        "tables settings"
+        "presentation settings"
     ),
     "operations": "ops",
     "layer": "config query keys values usage layer memory_plus minimal parameters",

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import memlayers
 from memlayers import torch_private
 from memlayers.ops.read import dot_reference
-from memlayers.ops.row_tensor import RowTensor
+from memlayers.ops.row_gradient_tensor import RowTensor
 from memlayers.optim import RowSGD
 from memlayers.query import MaskedBatchNorm
 from memlayers.values import ValueTable

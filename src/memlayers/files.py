@@ -288,21 +288,33 @@ def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str
 
 
 def verify_files(
-    folder: Path, described: Mapping[str, Mapping[str, Any]], *, checked: Callable[[str], object] = lambda name: None
+    folder: Path,
+    described: Mapping[str, Mapping[str, Any]],
+    *,
+    checked: Callable[[str], object] = lambda name: None,
+    links: bool = False,
 ) -> None:
-    """Compare files with what `describe_files` said of them. `checked` is called with the name of each that is right.
+    """Compare files with what `describe_files` said of them.
+
+    Args:
+        checked: Is called with the name of each file that is right.
+        links: Whether a file may be a link out of `folder`, for names that are known to be no paths.
 
     Raises:
         ValueError: Names the file and what is wrong with it (`find_damage`), or a path that leaves `folder`.
         OSError: A file is there and cannot be read.
     """
-    with closing(find_damage(folder, described, checked=checked)) as found:
+    with closing(find_damage(folder, described, checked=checked, links=links)) as found:
         for name, damage in found:
             raise ValueError(f"{folder / name} is damaged: {damage}")
 
 
 def find_damage(
-    folder: Path, described: Mapping[str, Mapping[str, Any]], *, checked: Callable[[str], object] = lambda name: None
+    folder: Path,
+    described: Mapping[str, Mapping[str, Any]],
+    *,
+    checked: Callable[[str], object] = lambda name: None,
+    links: bool = False,
 ) -> Generator[tuple[str, str]]:
     """Yield each file that is not as described, and what is wrong with it; missing and cut off ones before any is read.
 
@@ -310,7 +322,7 @@ def find_damage(
     """
     if not all(isinstance(entry, Mapping) and isinstance(entry.get("sha256"), str) for entry in described.values()):
         raise ValueError(f"{folder} is damaged: what should describe its files does not")
-    paths = {name: path_below(folder, name) for name in described}
+    paths = {name: folder / name if links else path_below(folder, name) for name in described}
     for name, path in list(paths.items()):
         if damage := _wrong_size(path, described[name].get("bytes")):
             del paths[name]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from memlayers.ops import exported, wide_dtype, widened, without_autocast
 from memlayers.ops.read import dot
+from memlayers.ops.registry import is_transformed
 from memlayers.ops.search import search
 from memlayers.ops.select import best
-from memlayers.ops.table import is_transformed
 from memlayers.torch_private import is_exporting
 
 

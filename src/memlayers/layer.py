@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from memlayers.config import MemoryConfig
 from memlayers.keys import FlatKeys, ProductKeys
 from memlayers.ops.infer import infer
-from memlayers.ops.table import is_transformed
+from memlayers.ops.registry import is_transformed
 from memlayers.query import MaskedBatchNorm, QueryNetwork
 from memlayers.torch_private import has_forward_hooks, has_global_forward_hooks, is_exporting
 from memlayers.values import ValueTable, modules_of

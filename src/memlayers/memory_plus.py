@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from memlayers.config import MemoryConfig
 from memlayers.keys import NormalisedKeys
 from memlayers.layer import MemoryLayer
-from memlayers.ops.table import is_transformed
+from memlayers.ops.registry import is_transformed
 from memlayers.values import ValueTable
 
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from memlayers.checks import require_int
 from memlayers.ops import exported
 from memlayers.ops.read import read, read_row_mode
-from memlayers.ops.record import HOOKS, RowGradient, RowHookArgument
+from memlayers.ops.row_gradient import HOOKS, RowGradient, RowHookArgument
 from memlayers.torch_private import has_gradient_hooks, is_exporting
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
@@ -52,9 +52,9 @@ class ValueTable(nn.Module):
 
     Beside `weight` there is always a second parameter, the companion `row_mark`, of one element that is zero and stays
     so: in row mode its gradient is the row gradient, so that what a loop does to the gradients of parameters (adds,
-    scales, clears, clones, puts back) is done to it; `memlayers.ops.row_tensor` says what is followed and what is
-    refused. In dense mode its gradient is zero. The parameters of a model are thus the same ones in either mode, and a
-    copy can be walked side by side with its original. It is in no state_dict and in no count of parameters.
+    scales, clears, clones, puts back) is done to it; `memlayers.ops.row_gradient_tensor` says what is followed, and
+    what is refused. In dense mode its gradient is zero. The parameters of a model are thus the same ones in either
+    mode, and a copy can be walked side by side with its original. It is in no state_dict and in no count of parameters.
 
     Args:
         slots: S, the number of rows.

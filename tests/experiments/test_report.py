@@ -3,7 +3,7 @@ import copy
 import pytest
 
 from memlayers.experiments.report import headline, markdown, plot
-from memlayers.tables import perplexity_text
+from memlayers.presentation import perplexity_text
 
 SPEED = {
     "prefill_words_per_s": 5000.0,

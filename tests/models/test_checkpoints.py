@@ -145,7 +145,7 @@ def test_a_checkpoint_without_memories_is_refused(tmp_path):
     assert differing(before, memory_state(model)) == []
     shutil.move(tmp_path / "elsewhere", folder)
     (folder / "memory.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="is damaged: it must have"):
+    with pytest.raises(ValueError, match="is damaged: it has 4 bytes"):
         resumed(tmp_path, model)
     assert differing(before, memory_state(model)) == []
 

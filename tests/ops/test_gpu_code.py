@@ -23,7 +23,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
 from kernel_tools.compiled import GFX942, SM_80, SM_90, Compiled, Launch, compile_launch, parse_sass, recorded
 from memlayers.ops import gpu
 from memlayers.ops.gpu.launch import launch
-from memlayers.ops.table import run
+from memlayers.ops.registry import run
 
 on_gpu = partial(run, "cuda")  # the name of an operation, and its arguments
 

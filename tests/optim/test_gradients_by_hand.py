@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memlayers import MemoryConfig, MemoryLayer, ValueTable
-from memlayers.ops import row_tensor
+from memlayers.ops import row_gradient_tensor
 from memlayers.optim import MemoryAdamW, RowAdam, RowSGD
 
 
@@ -464,7 +464,7 @@ CLIPS = {
 )  # fmt: skip
 @pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
 def test_clipping_leaves_tables_alone_and_says_so_once(clip, caplog, monkeypatch):
-    monkeypatch.setattr(row_tensor, "_said", set())
+    monkeypatch.setattr(row_gradient_tensor, "_said", set())
     plain, _ = clipped(net(), lambda parameters: None)
     with caplog.at_level(logging.WARNING, logger="memlayers"):
         for _ in range(2):
@@ -475,13 +475,13 @@ def test_clipping_leaves_tables_alone_and_says_so_once(clip, caplog, monkeypatch
 
 
 def test_a_clipping_that_does_nothing_is_not_worth_a_word(caplog, monkeypatch):
-    monkeypatch.setattr(row_tensor, "_said", set())
+    monkeypatch.setattr(row_gradient_tensor, "_said", set())
     clipped(net(), lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e9))
     assert not caplog.text
 
 
 def test_a_product_that_counts_as_clipping_says_so_also_where_it_makes_gradients_larger(caplog, monkeypatch):
-    monkeypatch.setattr(row_tensor, "_said", set())
+    monkeypatch.setattr(row_gradient_tensor, "_said", set())
     model = net()
     optimizer = RowSGD(model)
     loss_of(model).backward()

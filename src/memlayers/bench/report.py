@@ -7,7 +7,7 @@ from typing import Any
 from memlayers.bench.result import OURS, Result
 from memlayers.bench.shapes import AXES, Axis, axis_value
 from memlayers.bench.timing import summary
-from memlayers.tables import COLOURS, markdown_table, save_figure
+from memlayers.presentation import COLOURS, markdown_table, save_figure
 
 _LABELS = {"slots": "slots", "topk": "rows read per head", "tokens": "tokens of a batch"}
 

@@ -19,8 +19,8 @@ from memlayers.lm.data.prepare import is_occupied
 from memlayers.lm.data.sources import open_sources
 from memlayers.lm.presets import Comparison, preset_names
 from memlayers.lm.run import RunFolder
+from memlayers.presentation import two_columns
 from memlayers.settings import Setting, instead, require, settings_of
-from memlayers.tables import two_columns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from memlayers.bench.run import BenchConfig, run
 from memlayers.cli.configuration import Call
 from memlayers.console import tell
 from memlayers.info import hardware, operations, versions
-from memlayers.tables import Lines, two_columns
+from memlayers.presentation import Lines, two_columns
 
 
 def run_bench(call: Call) -> None:

@@ -25,7 +25,7 @@ from memlayers.lm.run import RunFolder
 from memlayers.lm.saved import is_saved_model, load_model, load_tokenizer, read_again
 from memlayers.optim import MemoryAdamW
 from memlayers.parameters import count_parameters
-from memlayers.tables import Lines, perplexity_text
+from memlayers.presentation import Lines, perplexity_text
 
 BATCH_WINDOWS = 4
 MOST_TOKENS = 512  # of a window

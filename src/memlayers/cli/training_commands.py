@@ -15,8 +15,8 @@ from memlayers.lm.data.sources import open_sources
 from memlayers.lm.dry_run import dry_run
 from memlayers.lm.run import check_output
 from memlayers.lm.train import train, training_windows
+from memlayers.presentation import two_columns
 from memlayers.settings import settings_of
-from memlayers.tables import two_columns
 
 
 def run_train(call: Call) -> None:

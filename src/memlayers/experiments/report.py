@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from memlayers.tables import COLOURS, markdown_table, perplexity_text, save_figure
+from memlayers.presentation import COLOURS, markdown_table, perplexity_text, save_figure
 
 Models = Mapping[str, Mapping[str, Any]]
 

@@ -22,7 +22,7 @@ import huggingface_hub
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from memlayers.files import file_sha256, finish_replacing, path_below, read_sealed, write_sealed
+from memlayers.files import finish_replacing, path_below, read_sealed, write_sealed
 from memlayers.models.identity import BaseIdentity, require_fields
 from memlayers.models.placement import MemoryPlacement
 from memlayers.version import __version__
@@ -97,7 +97,7 @@ class Description:
     placement: MemoryPlacement
     names: list[str]  # of the modules in whose places the memories are
     base: BaseIdentity
-    files: dict[str, dict[str, Any]]  # of weights: the size and the SHA-256 of each
+    files: dict[str, dict[str, Any]]  # of weights, as `memlayers.files.describe_files` describes them
 
 
 def write_description(folder: Path, description: Description) -> None:
@@ -108,7 +108,7 @@ def write_description(folder: Path, description: Description) -> None:
         "memory": description.placement.to_dict(),
         "names": description.names,
         "base": description.base.to_dict(),
-        "files": description.files,
+        "files": {name: {"size": file["bytes"], "sha256": file["sha256"]} for name, file in description.files.items()},
     }
     write_sealed(folder / MEMORY_CONFIG_NAME, content)
 
@@ -203,30 +203,18 @@ def read_description(folder: Path) -> Description:
             raise ValueError(f"files must be a dictionary, got {files!r:.80}")
         for name, written in files.items():
             require_fields(f"files[{name!r:.80}]", written, size=int, sha256=str)
+            if not re.fullmatch(WEIGHTS, name):
+                raise ValueError(f"files must be named memory*.safetensors, got {name!r}")
         placement, base = MemoryPlacement.from_dict(content["memory"]), BaseIdentity.from_dict(content["base"])
     except ValueError as error:
         raise ValueError(f"{config} is no description that save_memory wrote: {error}") from None
-    return Description(placement, names, base, files)
+    described = {name: {"bytes": written["size"], "sha256": written["sha256"]} for name, written in files.items()}
+    return Description(placement, names, base, described)
 
 
 def is_whole_model(folder: Path) -> bool:
     """Whether `folder` holds the weights of a whole model."""
     return any(re.fullmatch(WHOLE_MODEL, path.name) and path.is_file() for path in folder.iterdir())
-
-
-def check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Raises `ValueError` for a file that is missing, or is not what was written."""
-    for name, written in files.items():
-        if not re.fullmatch(WEIGHTS, name):
-            raise ValueError(f"files of {folder / MEMORY_CONFIG_NAME} must be named memory*.safetensors, got {name!r}")
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; the memory needs {', '.join(files)}")
-        if (size := file.stat().st_size) != written["size"]:
-            raise ValueError(f"{file} is damaged: it must have {written['size']:,} bytes, got {size:,}")
-    for name, written in files.items():  # sizes first: they cost nothing
-        if (digest := file_sha256(folder / name)) != written["sha256"]:
-            raise ValueError(f"{folder / name} is damaged: its SHA-256 must be {written['sha256']}, got {digest}")
 
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as files of safetensors call them

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlayers.files import file_sha256, replaced_together
+from memlayers.files import describe_files, replaced_together, verify_files
 from memlayers.layer import MemoryLayer
 from memlayers.models.folder import (
     CARD,
@@ -26,7 +26,6 @@ from memlayers.models.folder import (
     Description,
     Stored,
     card,
-    check_files,
     is_whole_model,
     keeps_card,
     read_description,
@@ -147,14 +146,12 @@ def _write_weights(aside: Path, tensors: dict[str, Tensor], size: int | str) -> 
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="memory{suffix}.safetensors", max_shard_size=size
     )
-    files = {}
     for name, keys in split.filename_to_tensors.items():
         # Only what is on another device is copied, a file's worth at a time.
         shard = {key: tensors[key].detach().cpu().contiguous() for key in keys}
         save_file(shard, aside / name, metadata={"format": "pt"})
         del shard
-        files[name] = {"size": (aside / name).stat().st_size, "sha256": file_sha256(aside / name)}
-    return files
+    return describe_files(aside, split.filename_to_tensors)
 
 
 def _write_model_config(model: Any, aside: Path) -> None:
@@ -183,7 +180,7 @@ def read_memory(model: nn.Module, folder: Path, description: Description, *, che
 
     Weights go straight to their device: no table is held twice. Raises the `ValueError` of `load_memory`.
     """
-    check_files(folder, description.files)
+    verify_files(folder, description.files, links=True)
     names = _names_in(model, description)
     base = identity_of(model, names if description.placement.mode == "replace" else [], exact=True)
     if check_base and (differing := description.base.differing(base)):
@@ -225,7 +222,7 @@ def refill_memory(model: nn.Module, folder: Path) -> None:
             f"with {description.placement.to_dict()}; got them at {', '.join(placed.names)} with "
             f"{placed.placement.to_dict()}"
         )
-    check_files(folder, description.files)
+    verify_files(folder, description.files, links=True)
     if differing := description.base.differing(identity_of(model)):
         raise ValueError(
             f"model must have the base that the memory in {str(folder)!r} was trained with, {len(differing)} tensors "

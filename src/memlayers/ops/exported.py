@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlayers.ops.precision import widened, without_autocast
+from memlayers.ops.registry import compositions
 from memlayers.ops.search import half_scores, search_backward_reference
 from memlayers.ops.select import staircase
-from memlayers.ops.table import compositions
 
 
 def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:

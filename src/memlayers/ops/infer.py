@@ -15,8 +15,8 @@ from torch import Tensor
 
 from memlayers.ops.precision import wide_dtype
 from memlayers.ops.read import read
+from memlayers.ops.registry import operation
 from memlayers.ops.search import search
-from memlayers.ops.table import operation
 
 
 class Layer(NamedTuple):

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlayers.ops.precision import wide_dtype, without_autocast
-from memlayers.ops.record import record_, renew_handle
+from memlayers.ops.registry import operation
+from memlayers.ops.row_gradient import record_, renew_handle
 from memlayers.ops.row_sum import dense_sum, parts_of
-from memlayers.ops.table import operation
 from memlayers.torch_private import dot_in_bags
 
 # Elements of gathered rows held at once where rows must be gathered at all: 16 MB in float32.
@@ -154,7 +154,7 @@ read = operation(
     pack=lambda table_SV, slots_TK, weights_TK, mark_1=None: (table_SV, slots_TK, weights_TK),
     flops=_flops,
 )
-# Backward records a row gradient in `log`, the handle of the table's `RowGradient` (see `memlayers.ops.record`), and
+# Backward records a row gradient in `log`, the handle of the table's `RowGradient` (`memlayers.ops.row_gradient`), and
 # leaves the table's gradient None; a hook puts what was recorded into the gradient of `mark_1`.
 read_row_mode = operation(
     "read_row_mode",

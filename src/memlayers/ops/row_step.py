@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from memlayers.ops.precision import wide_dtype
+from memlayers.ops.registry import operation
 from memlayers.ops.rounding import round_to_bfloat16
 from memlayers.ops.row_sum import Part, clipping_scale, parts_of, sum_parts
-from memlayers.ops.table import operation
 
 
 def adam(

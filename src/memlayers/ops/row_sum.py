@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlayers.ops.precision import wide_dtype
-from memlayers.ops.table import operation
+from memlayers.ops.registry import operation
 
 # Elements of summed rows that an update handles at a time: 4 MB in float32, so that its passes run in cache.
 _CHUNK_ELEMENTS = 2**20

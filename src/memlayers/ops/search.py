@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from memlayers.ops.precision import wide_dtype, without_autocast
+from memlayers.ops.registry import operation
 from memlayers.ops.select import halves, select_pairs
-from memlayers.ops.table import operation
 from memlayers.torch_private import multiplies_fast
 
 

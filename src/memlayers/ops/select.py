@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memlayers.ops.precision import wide_dtype, widened
-from memlayers.ops.table import operation
+from memlayers.ops.registry import operation
 
 _LOW_WORD = 0xFFFFFFFF  # ties are broken by what is packed here, so it bounds the slots: 2**32
 

@@ -31,9 +31,9 @@ def _kernels_in_operations():
     """Interpreted, an operation on tensors of the CPU does what it would do on those of a GPU."""
     if not IS_INTERPRETED:
         return
-    from memlayers.ops import gpu, table
+    from memlayers.ops import gpu, registry
 
-    table.DEVICES["cpu"] = gpu
+    registry.DEVICES["cpu"] = gpu
 
 
 @pytest.fixture(autouse=True)

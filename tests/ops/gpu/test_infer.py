@@ -6,8 +6,8 @@ from memlayers import MemoryConfig, MemoryLayer
 from memlayers.inference import MOST_CAPTURED
 from memlayers.ops.gpu import infer as kernels
 from memlayers.ops.infer import Layer, infer
+from memlayers.ops.registry import references
 from memlayers.ops.select import select_reference
-from memlayers.ops.table import references
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlayers import MemoryConfig, MemoryLayer, RowAdagrad, RowAdam, RowSGD, ValueTable
-from memlayers.ops.table import run
+from memlayers.ops.registry import run
 
 on_gpu = partial(run, "cuda")  # the name of an operation, and its arguments
 

@@ -4,7 +4,7 @@ import torch
 from memlayers import RowAdam, ValueTable
 from memlayers.ops.gpu import read as kernels
 from memlayers.ops.read import dot, read
-from memlayers.ops.table import references
+from memlayers.ops.registry import references
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # S, T, K, V: a row in parts of a warp, in a warp and a masked one, in two programs of two warps; nothing to do.

@@ -8,10 +8,10 @@ from memlayers import RowAdagrad, RowAdam, RowSGD, ValueTable
 from memlayers.ops import gpu, row_step
 from memlayers.ops.gpu import rows
 from memlayers.ops.read import sum_rows
+from memlayers.ops.registry import references
 from memlayers.ops.rounding import round_to_bfloat16
 from memlayers.ops.row_step import row_adagrad_, row_adam_, row_sgd_
 from memlayers.ops.row_sum import parts_of, row_norm
-from memlayers.ops.table import references
 
 RULES = ["adam", "adagrad", "row adagrad", "sgd"]
 ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6}

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
 
 from kernel_tools.interpreted import checked
 from memlayers.ops import gpu
-from memlayers.ops.table import run
+from memlayers.ops.registry import run
 
 on_gpu = partial(run, "cuda")  # the name of an operation, and its arguments
 

@@ -34,7 +34,7 @@ class InsideOperations:
     The kernels' needs are written down below; where there are none the references are run.
 
     On fake tensors `record_` does not run, and records nothing. What it would keep is kept here, and merged as
-    `memlayers.ops.record.RowGradient` does.
+    `memlayers.ops.row_gradient.RowGradient` does.
     """
 
     def __init__(self, model: nn.Module, device: str):

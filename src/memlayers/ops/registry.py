@@ -1,4 +1,4 @@
-"""The table of operations: what each takes and gives, and what computes it where. The file to read first.
+"""Every operation: what it takes and gives, and what computes it where. The file to read first.
 
 Each operation has a reference in PyTorch's own operations, which runs anywhere, and kernels for a CPU (`cpu`, in Numba)
 and for a GPU (`gpu`, in Triton). A function of kernels takes the arguments of the operation, or what `operation` was
@@ -25,7 +25,7 @@ from memlayers.torch_private import is_in_dual_level, transforms_are_active
 
 
 class Operation(NamedTuple):
-    """A line of the table. kernels: module and function in `cpu` and `gpu`, with the dtypes that each knows."""
+    """A line of `OPERATIONS`. kernels: module and function in `cpu` and `gpu`, with the dtypes that each knows."""
 
     schema: str
     kernels: str | None = None
@@ -115,7 +115,7 @@ def operation(
     pack: Callable[..., tuple[Any, ...]] | None = None,
     flops: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
-    """Registers an operation of the table; returns it.
+    """Registers an operation of `OPERATIONS`; returns it.
 
     Args:
         name: Of the operation.

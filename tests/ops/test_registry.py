@@ -1,11 +1,11 @@
-"""The table says of every operation what runs it, and what it says is what runs."""
+"""The registry says of every operation what runs it, and what it says is what runs."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from memlayers import MemoryConfig, MemoryLayer, RowAdam, UsageMeter
-from memlayers.ops import cpu, flops, gpu, read, table
+from memlayers.ops import cpu, flops, gpu, read, registry
 from memlayers.ops.cpu import launch
 
 NAMES = {
@@ -14,20 +14,20 @@ NAMES = {
 }
 
 
-def test_every_operation_is_in_the_table_and_is_registered():
+def test_every_operation_is_in_the_registry():
     for name in NAMES:
         assert getattr(torch.ops.memlayers, name).default.name() == f"memlayers::{name}"
-    assert table.compositions.keys() == {
+    assert registry.compositions.keys() == {
         "search", "search_backward", "select", "read", "read_row_mode", "dot", "sum_rows",
     }  # fmt: skip
-    assert table.OPERATIONS.keys() == table.references.keys() == NAMES
+    assert registry.OPERATIONS.keys() == registry.references.keys() == NAMES
 
 
 @pytest.mark.parametrize("package", [cpu, gpu], ids=["cpu", "gpu"])
-def test_kernels_are_where_the_table_says(package):
+def test_kernels_are_where_the_registry_says(package):
     if package.why_not() is not None:
         pytest.skip(package.why_not())
-    for name, operation in table.OPERATIONS.items():
+    for name, operation in registry.OPERATIONS.items():
         if name != "record_":
             module, function = operation.kernels.split(".")
             assert callable(getattr(package.kernels(module), function)), name
@@ -39,7 +39,7 @@ def test_what_kernels_do_not_know_is_the_reference_s(monkeypatch):
 
     asked = []
     monkeypatch.setattr(cpu, "kernels", lambda module: asked.append(module) or Kernels)
-    monkeypatch.setitem(table.references, "dot", lambda *given: torch.full((1, 1), 7.0))
+    monkeypatch.setitem(registry.references, "dot", lambda *given: torch.full((1, 1), 7.0))
     assert read.dot(torch.randn(2, 3), torch.tensor([[1]]), torch.randn(1, 3)).item() == 7
     assert asked == ["read"]
 
@@ -47,7 +47,7 @@ def test_what_kernels_do_not_know_is_the_reference_s(monkeypatch):
 def test_it_says_what_runs(monkeypatch):
     monkeypatch.setattr(cpu, "why_not", lambda: None)
     monkeypatch.setattr(gpu, "why_not", lambda: "Triton is not installed")
-    said = table.describe()
+    said = registry.describe()
     assert NAMES - said.keys() == {"record_"}
     assert said["search"] == "Numba on a CPU (float32), PyTorch on a GPU (Triton is not installed)"
     assert said["row_adam_"].startswith("Numba on a CPU (tables in float32, bfloat16), ")
@@ -56,9 +56,9 @@ def test_it_says_what_runs(monkeypatch):
 def test_it_says_when_kernels_do_not_share_pytorch_s_threads(monkeypatch):
     monkeypatch.setattr(cpu, "why_not", lambda: None)
     monkeypatch.setattr(launch, "team", lambda: launch.python_threads)
-    assert table.describe()["threads of a CPU"].startswith("Python's, since PyTorch's OpenMP runtime is not found")
+    assert registry.describe()["threads of a CPU"].startswith("Python's, since PyTorch's OpenMP runtime is not found")
     monkeypatch.setattr(launch, "team", lambda: print)
-    assert table.describe()["threads of a CPU"] == "PyTorch's OpenMP runtime"
+    assert registry.describe()["threads of a CPU"] == "PyTorch's OpenMP runtime"
 
 
 T, D, F, H, N, K, M, V = 6, 24, 3 * 14, 3, 12, 5, 3 * 5, 24

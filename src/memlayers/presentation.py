@@ -1,4 +1,4 @@
-"""Tables for people, and what the plots beside them have in common."""
+"""How results are shown to people: tables, numbers as text, and what plots have in common."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""record: what backward leaves behind for a row optimizer, and how long it lives.
+"""row gradient: what backward leaves behind for a row optimizer, and how long it lives.
 
 The gradient of a table is kept factored: (slots, weights, gradient of the output), some 10 MB for 2,048 tokens where
 the summed rows would take 700. `RowGradient` holds it; the operation `record_` appends to it in backward.
@@ -31,10 +31,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from memlayers.ops.precision import wide_dtype
-from memlayers.ops.recorded import Recorded, dense_part
+from memlayers.ops.registry import operation
+from memlayers.ops.row_gradient_tensor import REMEDY, Recorded, RowTensor, dense_part
 from memlayers.ops.row_sum import Part, SummedRows, parts_of, row_norm, sum_parts
-from memlayers.ops.row_tensor import REMEDY, RowTensor
-from memlayers.ops.table import operation
 from memlayers.torch_private import after_backward, current_backward, has_gradient_hooks, hooks_after_accumulation
 
 _numbers = itertools.count(1)
@@ -82,7 +81,7 @@ record_ = operation("record_", _record, lambda *_: None, flops=_flops)
 class RowGradient:
     """The gradient of one table in row mode: opaque, factored, consumed by its owner's step.
 
-    What is done to the gradient of the companion by anybody is done to it (`memlayers.ops.row_tensor` says what is).
+    What anybody does to the gradient of the companion is done to it (`memlayers.ops.row_gradient_tensor` says what is).
 
     Args:
         owner: the row optimizer; it is not kept alive.

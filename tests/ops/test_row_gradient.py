@@ -5,7 +5,7 @@ import torch
 
 from memlayers import RowAdam, ValueTable
 from memlayers.ops import cpu
-from memlayers.ops.record import RowGradient
+from memlayers.ops.row_gradient import RowGradient
 from memlayers.ops.row_sum import Part, sum_parts
 
 
@@ -138,7 +138,7 @@ def test_a_scaled_merged_gradient_keeps_its_scale_and_its_reads_when_merged_agai
 def test_nothing_keeps_a_row_gradient_alive():
     gradient, owner, mark = row_gradient()
     number = int(gradient.handle[0])
-    from memlayers.ops.record import _row_gradients
+    from memlayers.ops.row_gradient import _row_gradients
 
     assert number in _row_gradients
     del gradient, owner, mark
@@ -165,7 +165,7 @@ def test_what_is_recorded_is_a_copy():
 def test_a_backward_inside_a_cuda_graph_is_refused(monkeypatch):
     table = ValueTable(5, 3)
     rows = RowAdam([table])
-    monkeypatch.setattr("memlayers.ops.record._is_captured", lambda tensor: True)
+    monkeypatch.setattr("memlayers.ops.row_gradient._is_captured", lambda tensor: True)
     y = table.read(torch.tensor([[1, 2]]), torch.ones(1, 2, requires_grad=True))
     with pytest.raises(RuntimeError, match="CUDA graph would replay this backward without recording"):
         y.sum().backward()
