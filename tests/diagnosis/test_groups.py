@@ -72,6 +72,15 @@ def test_a_parameter_in_two_groups(block, batch, found, fails):
     assert "outer.weight is in more than one group" in found(report, "parameters").message
 
 
+def test_a_selector_with_groups_of_its_own_is_in_one_each(block, batch, found):
+    for rate in (0.0, 1e-3):
+        optimizer = MemoryAdamW(block, selector_lr=rate)
+        report = doctor(block, batch, optimizer=optimizer)
+        assert found(report, "groups").state == "pass"
+        assert found(report, "parameters").state == "pass"
+        optimizer.release()
+
+
 def test_weight_decay_on_the_table(block, batch, found, fails):
     report = doctor(block, batch, optimizer=torch.optim.AdamW(block.parameters(), weight_decay=0.05))
     fails(report, "decay", "weight decay of 0.05")

@@ -25,6 +25,8 @@ from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig, differen
         (ModelConfig, "dim", 10**400),
         (TrainingConfig, "learning_rate", float("nan")),
         (TrainingConfig, "value_learning_rate", float("inf")),
+        (TrainingConfig, "value_schedule", "cosine"),
+        (TrainingConfig, "selector_learning_rate", -1e-3),
         (TrainingConfig, "schedule", "linear"),
         (TrainingConfig, "warmup", -0.1),
         (TrainingConfig, "warmup", 10.5),
@@ -52,6 +54,16 @@ def test_a_bad_value_is_refused_by_name(section, field, value):
         ({"memory_layers": (0,)}, "memory_layers must be an integer of at least 1, got 0"),
         ({"memory_layers": (2, 2)}, "memory_layers must name each block once"),
         ({"memory_layers": 2}, "memory_layers must be a list of integers, got 2"),
+        ({"memory_kind": "pkm"}, "memory_kind must be one of 'memory', 'memory_plus', got 'pkm'"),
+        ({"memory_mode": "beside"}, "memory_mode must be one of 'replace', 'parallel', got 'beside'"),
+        (
+            {"memory_layers": (3,), "memory_share_values": True},
+            "memory_share_values must be False with a single one in memory_layers, got True",
+        ),
+        (
+            {"memory_layers": (3,), "memory_kind": "memory_plus", "memory": MemoryConfig(dim=256, keys="flat")},
+            "memory.keys must be 'product' with memory_kind 'memory_plus', got 'flat'",
+        ),
         ({"model": {"dim": 3}}, "model must be a ModelConfig, got {'dim': 3}"),
         ({"data": None}, "data must be a DataConfig, got None"),
         ({"memory": MemoryConfig(dim=128)}, "memory.dim must be model.dim = 256, got 128"),
@@ -131,6 +143,33 @@ def test_differences_name_the_field_and_both_values(tiny_config):
 def test_a_memory_that_is_not_there_makes_no_difference(tiny_config):
     other = dataclasses.replace(tiny_config, memory=dataclasses.replace(tiny_config.memory, topk=3))
     assert differences(tiny_config, other) == ["memory.topk: 2, 3"]
+    without = [dataclasses.replace(config, memory_layers=()) for config in (tiny_config, other)]
+    assert differences(*without) == []
+
+
+def test_a_configuration_of_before_memories_had_a_kind_is_one_with_the_defaults(tiny_config):
+    fields = tiny_config.to_dict()
+    for name in ("kind", "mode", "share_values"):
+        del fields[f"memory_{name}"]
+    del fields["training"]["value_schedule"], fields["training"]["selector_learning_rate"]
+    assert RunConfig.from_dict(fields) == tiny_config
+    assert (tiny_config.memory_kind, tiny_config.memory_mode, tiny_config.memory_share_values) == (
+        "memory", "replace", False,
+    )  # fmt: skip
+    assert (tiny_config.training.value_schedule, tiny_config.training.selector_learning_rate) == ("constant", None)
+
+
+def test_how_memories_are_made_and_trained_is_a_difference_where_there_are_memories(tiny_config):
+    rates = {"value_schedule": "same", "value_learning_rate": 0.5, "selector_learning_rate": 0.0}
+    training = dataclasses.replace(tiny_config.training, **rates)
+    other = dataclasses.replace(tiny_config, memory_kind="memory_plus", memory_mode="parallel", training=training)
+    assert differences(tiny_config, other) == [
+        "memory_kind: 'memory', 'memory_plus'",
+        "memory_mode: 'replace', 'parallel'",
+        "training.value_learning_rate: 0.03, 0.5",
+        "training.value_schedule: 'constant', 'same'",
+        "training.selector_learning_rate: None, 0.0",
+    ]
     without = [dataclasses.replace(config, memory_layers=()) for config in (tiny_config, other)]
     assert differences(*without) == []
 

@@ -193,6 +193,17 @@ def test_parameters_gradients_and_state_are_exact():
     assert found.optimizer_state == sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
+def test_a_shared_table_is_counted_once_and_both_record():
+    config = dataclasses.replace(run_config(layers=2, memory=(1, 2), subkeys=128, batch=256), memory_kind="memory_plus")
+    apart, shared = (
+        footprint(dataclasses.replace(config, memory_share_values=value), vocab_size=300) for value in (False, True)
+    )
+    table = 128**2 * 128 * 4
+    assert apart.parameters - shared.parameters == pytest.approx(table, abs=64)
+    assert apart.optimizer_state - shared.optimizer_state == pytest.approx(2 * table + 128**2 * 4, abs=64)
+    assert apart.gradients - shared.gradients == pytest.approx(0, abs=64)
+
+
 def test_recorded_rows_grow_with_the_parts_of_a_step_until_they_are_merged():
     def rows(accumulate, subkeys):
         config = run_config(memory=(2,), subkeys=subkeys, batch=128 * accumulate, accumulate=accumulate)

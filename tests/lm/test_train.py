@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memlayers.lm.train as module
+from memlayers import MemoryLayer, MemoryPlus
 from memlayers.files import write_sealed
+from memlayers.layer import memory_layers
 from memlayers.lm.build import build_model, resolve_precision
 from memlayers.lm.data import DataConfig, Windows, prepare, training_order
 from memlayers.lm.evaluate import evaluate
@@ -211,13 +213,17 @@ def test_evaluation_is_not_training_time(tiny_config, tiny_corpus, tmp_path, mon
 NOTHING = Footprint(parameters=0, gradients=0, optimizer_state=0, activations=0)
 
 
+@pytest.mark.parametrize("values_follow", [False, True])
 @pytest.mark.parametrize("schedule", ["cosine", "inverse_sqrt", "constant"])
-def test_the_values_learn_at_their_own_rate(tiny_config, tiny_corpus, tmp_path, monkeypatch, schedule):
-    rates, values = [], []
+def test_values_and_selector_learn_at_their_own_rates(
+    tiny_config, tiny_corpus, tmp_path, monkeypatch, schedule, values_follow
+):
+    rates, selector, values = [], [], []
     step, update = MemoryAdamW.step, row_adam.row_adam_
 
     def record_step(self, *args, **kwargs):
         rates.append(self.param_groups[0]["lr"])
+        selector.append(self.param_groups[2]["lr"])
         return step(self, *args, **kwargs)
 
     def record_update(*args, **kwargs):
@@ -228,15 +234,65 @@ def test_the_values_learn_at_their_own_rate(tiny_config, tiny_corpus, tmp_path, 
     monkeypatch.setattr("memlayers.lm.train.require_memory", lambda *args, **kwargs: NOTHING)
     monkeypatch.setattr(MemoryAdamW, "step", record_step)
     monkeypatch.setattr(row_adam, "row_adam_", record_update)
-    config = variant(tiny_config, training={"schedule": schedule, "value_learning_rate": 0.07, "warmup": 2})
-    train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
-    assert values == [0.07] * 6
+    training = {"schedule": schedule, "value_learning_rate": 0.07, "selector_learning_rate": 1e-3, "warmup": 2}
+    training["value_schedule"] = "same" if values_follow else "constant"
+    train(variant(tiny_config, training=training), tmp_path / "run", corpus=tiny_corpus, progress=False)
     expected = {
         "cosine": [0.0, 0.5, 1.0, 0.854, 0.5, 0.146],
         "inverse_sqrt": [0.0, 0.5, 1.0, math.sqrt(2 / 3), math.sqrt(2 / 4), math.sqrt(2 / 5)],
         "constant": [0.0, 0.5, 1.0, 1.0, 1.0, 1.0],
     }
     assert [rate / 1e-2 for rate in rates] == pytest.approx(expected[schedule], abs=1e-3)
+    assert [rate / 1e-3 for rate in selector] == pytest.approx(expected[schedule], abs=1e-3)
+    assert [rate / 0.07 for rate in values] == pytest.approx(expected[schedule] if values_follow else [1] * 6, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["memory", "memory_plus"])
+@pytest.mark.parametrize("mode", ["replace", "parallel"])
+def test_memories_of_a_run_have_a_kind_and_a_mode_and_may_share_a_table(tiny_config, kind, mode):
+    config = variant(tiny_config, memory_layers=(1, 2), memory_kind=kind, memory_mode=mode)
+    expected = {"memory": MemoryLayer, "memory_plus": MemoryPlus}[kind]
+    for is_shared in (False, True):
+        model = build_model(dataclasses.replace(config, memory_share_values=is_shared), vocab_size=300, eot_id=0)
+        first, second = memory_layers(model).values()
+        assert type(first) is type(second) is expected
+        assert (first.values is second.values) is is_shared
+        assert hasattr(model.transformer.h[0].mlp, "gate") is (mode == "parallel")
+
+
+def test_memories_that_share_a_table_train_and_resume(tiny_config, tiny_corpus, tmp_path, monkeypatch):
+    """A frozen selector, and values on the schedule, at that: what a checkpoint must hold is more than by default."""
+    training = {"value_schedule": "same", "selector_learning_rate": 0.0, "save_every_tokens": 128}
+    memory = {"memory_layers": (1, 2), "memory_kind": "memory_plus", "memory_mode": "parallel"}
+    config = variant(tiny_config, training=training, memory_share_values=True, **memory)
+    whole = train(config, tmp_path / "whole", corpus=tiny_corpus, progress=False)
+    finish = Loop.finish_step
+
+    def stop(self, line):
+        result = finish(self, line)
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "finish_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    said = []
+    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True, say=said.append)
+    assert said == ["going on from the checkpoint of step 2"]
+    assert result["validation"] == whole["validation"]
+    assert result["parameters"]["values"] == 16 * 16
+    first, second = memory_layers(RunFolder(tmp_path / "run").load_model()).values()
+    assert first.values is second.values
+    torch.manual_seed(tiny_config.training.seed)
+    fresh = build_model(config, vocab_size=tiny_corpus.vocab_size, eot_id=tiny_corpus.eot_id)
+    for before, after in zip(memory_layers(fresh).values(), (first, second), strict=True):
+        assert torch.equal(before.keys.weight, after.keys.weight)
+        assert torch.equal(before.query.projections[0].weight, after.query.projections[0].weight)
+        assert torch.equal(before.query.norm.weight, after.query.norm.weight)
+        assert not torch.equal(before.query.norm.running_mean, after.query.norm.running_mean)
+        assert not torch.equal(before.gate.weight, after.gate.weight)
 
 
 def test_llama_trains_too(tiny_config, tiny_corpus, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from memlayers import MemoryConfig, MemoryLayer, ValueTable
+from memlayers import MemoryConfig, MemoryLayer, MemoryPlus, ValueTable
 from memlayers.optim import MemoryAdamW, RowAdagrad, RowAdam, RowSGD
 from memlayers.query import HeadRMSNorm, MaskedBatchNorm
 
@@ -65,6 +65,78 @@ def test_the_norm_of_a_memory_s_query_is_not_decayed(query_norm):
     decayed, spared, _ = (set(group["params"]) for group in MemoryAdamW(model, weight_decay=0.5).param_groups)
     assert model[2].query.norm.weight in spared
     assert model[2].query.norm.weight not in decayed
+
+
+def test_query_and_keys_may_have_a_rate_of_their_own_and_keep_the_rules_of_decay():
+    model = make()
+    optimizer = MemoryAdamW(model, lr=0.1, weight_decay=0.5, selector_lr=0.02)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, spared, selector, selector_spared, tables = (
+        ({names[p] for p in group["params"]}, group["lr"], group.get("weight_decay"))
+        for group in optimizer.param_groups
+    )
+    assert decayed == ({"0.weight", "3.weight"}, 0.1, 0.5)
+    assert spared == ({"0.bias", "1.weight", "1.bias", "3.bias"}, 0.1, 0.0)
+    assert selector == ({"2.query.projections.0.weight", "2.keys.weight"}, 0.02, 0.5)
+    assert selector_spared == ({"2.query.projections.0.bias", "2.query.norm.weight", "2.query.norm.bias"}, 0.02, 0.0)
+    assert tables == ({"2.values.weight"}, 1e-3, None)
+
+
+def test_the_selector_of_a_memory_plus_holds_its_temperature_and_not_its_gate():
+    config = MemoryConfig(dim=6, heads=2, topk=2, num_subkeys=4, query_dim=4)
+    layer = MemoryPlus(config)
+    optimizer = MemoryAdamW(layer, selector_lr=0.0)
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert (rates[layer.keys.log_temperature], rates[layer.gate.weight], rates[layer.output.weight]) == (
+        0.0,
+        1e-3,
+        1e-3,
+    )
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02])
+def test_a_selector_rate_moves_the_selector_by_that_and_nothing_at_zero(rate):
+    """The first step of Adam moves each element by the rate."""
+    model = make()
+    optimizer = MemoryAdamW(model, lr=0.1, selector_lr=rate, weight_decay=0.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    loss_of(model).backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    moved = {name: (parameter - before[name]).abs().max().item() for name, parameter in model.named_parameters()}
+    assert moved["0.weight"] == pytest.approx(0.1, rel=1e-2)
+    for name in ("2.keys.weight", "2.query.projections.0.weight", "2.query.norm.weight"):
+        assert moved[name] == pytest.approx(rate, rel=1e-2)
+
+
+def test_a_schedule_moves_each_rate_from_its_own_peak():
+    optimizer = MemoryAdamW(make(), lr=0.1, value_lr=0.25, selector_lr=0.02, schedule_values=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05, 0.01, 0.01, 0.125])
+
+
+def test_a_state_goes_into_an_optimizer_with_the_same_groups_only():
+    model, other = make(), make()
+    optimizer = MemoryAdamW(model, selector_lr=0.02)
+    loss_of(model).backward()
+    optimizer.step()
+    again = MemoryAdamW(other, selector_lr=0.5)
+    again.load_state_dict(optimizer.state_dict())
+    assert [group["lr"] for group in again.param_groups] == [1e-3, 1e-3, 0.02, 0.02, 1e-3]
+    saved, loaded = optimizer.state_dict()["state"], again.state_dict()["state"]
+    assert len(saved) == len(loaded) == 12
+    for number, entries in saved.items():
+        for name, value in entries.items():
+            assert torch.equal(loaded[number][name], value), name
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        MemoryAdamW(make()).load_state_dict(optimizer.state_dict())
+
+
+def test_a_model_without_memories_has_no_selector():
+    optimizer = MemoryAdamW(nn.Linear(6, 3), selector_lr=0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3]
 
 
 def test_a_state_of_version_0_1_0_is_refused():
@@ -278,6 +350,7 @@ def test_release_gives_dense_gradients_back():
     ("settings", "named"),
     [
         ({"lr": -1.0}, "lr must be a finite number of at least 0"),
+        ({"selector_lr": -1.0}, "selector_lr must be a finite number of at least 0, got -1.0"),
         ({"value_lr": -1.0}, "value_lr must be a finite number of at least 0, got -1.0"),
         ({"value_max_grad_norm": 0.0}, "value_max_grad_norm must be a finite number above 0, got 0.0"),
         ({"value_rounding": "down"}, "value_rounding must be one of 'nearest', 'stochastic', got 'down'"),

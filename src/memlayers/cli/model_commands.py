@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from memlayers.cli.configuration import Base, Call
 from memlayers.diagnosis import DoctorError, doctor
-from memlayers.lm.build import build_model, build_optimizer, pick_device, resolve_precision
+from memlayers.lm.build import KINDS, build_model, build_optimizer, pick_device, resolve_precision
 from memlayers.lm.checkpoint import DESCRIPTION, Checkpoints
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus, open_corpus
@@ -206,11 +206,13 @@ def _described(config: RunConfig, vocab_size: int) -> Lines:
     lines.append(("model", f"{sizes}, vocabulary {vocab_size:,}"))
     if config.memory_layers:
         memory = config.memory
+        kind = KINDS[config.memory_kind].__name__ + (" beside the FFN" if config.memory_mode == "parallel" else "")
+        kind += ", one table" if config.memory_share_values else ""
         lines.append(
             (
                 "memory",
                 f"layers {', '.join(map(str, config.memory_layers))}: {memory.slots:,} slots, {memory.heads} heads "
-                f"x {memory.topk} neighbours, query width {memory.query_dim}",
+                f"x {memory.topk} neighbours, query width {memory.query_dim}; {kind}",
             )
         )
     lines += [(f"{part} parameters", f"{number:,}") for part, number in counts.items()]

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlayers.lm.config import Precision, RunConfig
+from memlayers.layer import MemoryLayer
+from memlayers.lm.config import MemoryKind, Precision, RunConfig
 from memlayers.lm.evaluate import ComputePrecision, device_name
+from memlayers.memory_plus import MemoryPlus
 from memlayers.models import add_memory, causal_lm
 from memlayers.optim import MemoryAdamW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+KINDS: dict[MemoryKind, type[MemoryLayer]] = {"memory": MemoryLayer, "memory_plus": MemoryPlus}
 
 
 def build_model(
@@ -34,7 +38,14 @@ def build_model(
             eos_id=eot_id,
         )
         if config.memory_layers:
-            add_memory(model, config.memory, layers=config.memory_layers)
+            add_memory(
+                model,
+                config.memory,
+                layers=config.memory_layers,
+                mode=config.memory_mode,
+                kind=KINDS[config.memory_kind],
+                share_values=config.memory_share_values,
+            )
     model.to(device)  # type: ignore[arg-type]  # the companions of value tables, too, which are not made on "meta"
     return model
 
@@ -48,11 +59,13 @@ def build_optimizer(config: RunConfig, model: "PreTrainedModel") -> MemoryAdamW:
         betas=training.betas,
         weight_decay=training.weight_decay,
         value_lr=training.value_learning_rate,
+        selector_lr=training.selector_learning_rate,
+        schedule_values=training.value_schedule == "same",
     )
 
 
 def build_scheduler(config: RunConfig, optimizer: MemoryAdamW) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate of a run's steps, which the memory's values do not follow."""
+    """The learning rates of a run's steps, each the same share of its peak; values follow if the run says so."""
     from transformers import get_scheduler  # here, since it takes a second to import and `doctor` needs none
 
     training = config.training

@@ -14,8 +14,12 @@ from memlayers.settings import Setting, check_settings, instead, setting, settin
 Family = Literal["gpt2", "llama"]
 Schedule = Literal["cosine", "inverse_sqrt", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ValueSchedule = Literal["constant", "same"]
+MemoryKind = Literal["memory", "memory_plus"]
+MemoryMode = Literal["replace", "parallel"]
 
 _WITHOUT_EFFECT = ("training.save_every_tokens", "training.keep_checkpoints")  # on the result of a run
+_OF_MEMORIES = ("memory", "training.value_", "training.selector_")  # without effect where there are none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,13 @@ class TrainingConfig:
         1, "parts that a step is computed in, one after the other: less memory; each has its BatchNorm", least=1
     )
     learning_rate: float = setting(2e-3, "peak, of everything but the memory's values", above=0)
-    value_learning_rate: float = setting(3e-2, "of the memory's values; constant, whatever the schedule", above=0)
+    value_learning_rate: float = setting(3e-2, "of the memory's values", above=0)
+    value_schedule: ValueSchedule = setting(
+        "constant", '"constant": value_learning_rate throughout; "same": as a peak, on the schedule of the rest'
+    )
+    selector_learning_rate: float | None = setting(
+        None, "peak, of the memory's query (with its norm) and keys; 0: frozen; None: learning_rate", least=0
+    )
     schedule: Schedule = setting(
         "cosine", "after the warm-up: to zero on a cosine, by the inverse square root, or not at all"
     )
@@ -124,6 +134,13 @@ class RunConfig:
     memory_layers: tuple[int, ...] = setting(
         (), "blocks whose FFN is a memory, counted from 1; empty: a plain transformer", least=1
     )
+    memory_kind: MemoryKind = setting(
+        "memory", '"memory": MemoryLayer, as in the paper; "memory_plus": MemoryPlus, unit keys and a gated output'
+    )
+    memory_mode: MemoryMode = setting(
+        "replace", '"replace": a memory in place of the FFN; "parallel": beside it, behind a gate that begins at zero'
+    )
+    memory_share_values: bool = setting(False, "one table for all memories; queries and keys stay their own")
     training: TrainingConfig = field(default_factory=TrainingConfig)  # the budget and the step
 
     def __post_init__(self) -> None:
@@ -135,6 +152,12 @@ class RunConfig:
             require_int("memory_layers", layer, least=1, most=self.model.layers)
         if len(set(self.memory_layers)) != len(self.memory_layers):
             raise ValueError(f"memory_layers must name each block once, got {self.memory_layers!r}")
+        if self.memory_share_values and len(self.memory_layers) == 1:
+            raise ValueError("memory_share_values must be False with a single one in memory_layers, got True")
+        if self.memory_layers and self.memory_kind != "memory" and self.memory.keys != "product":
+            raise ValueError(
+                f"memory.keys must be 'product' with memory_kind {self.memory_kind!r}, got {self.memory.keys!r}"
+            )
         if self.memory.dim != self.model.dim:
             raise ValueError(f"memory.dim must be model.dim = {self.model.dim}, got {self.memory.dim}")
         if self.training.batch_tokens % self.model.context:
@@ -235,7 +258,7 @@ def differences(one: RunConfig, other: RunConfig) -> list[str]:
     left, right = (flat_fields(type(config), config.to_dict()) for config in (one, other))
     names = [name for name in left if left[name] != right[name] and name not in _WITHOUT_EFFECT]
     if not one.memory_layers and not other.memory_layers:
-        names = [name for name in names if not name.startswith("memory.") and name != "training.value_learning_rate"]
+        names = [name for name in names if not name.startswith(_OF_MEMORIES)]
     return [f"{name}: {left[name]!r}, {right[name]!r}" for name in names]
 
 

@@ -473,7 +473,7 @@ def _first_run(config: RunConfig) -> RunFolder:
     first = RunFolder(str(config.training.begin_with))
     if not first.finished:
         raise ValueError(f"training.begin_with must be the folder of a finished run, got {str(first.path)!r}")
-    parts = ("model.", "memory.", "memory_layers")
+    parts = ("model.", "memory")
     others = [line for line in differences(first.read_config(), config) if line.startswith(parts)]
     if others := [line for line in others if "dropout" not in line.partition(":")[0]]:
         raise ValueError(

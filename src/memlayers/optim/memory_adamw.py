@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from memlayers.checks import plain_number, require_betas, require_choice, require_number
+from memlayers.layer import memory_layers
 from memlayers.optim.row_adam import Moments, RowAdam
 from memlayers.optim.row_optimizer import Rounding, require_row_settings
 from memlayers.optim.table_owner import TableOwner
@@ -34,6 +35,8 @@ class MemoryAdamW(TableOwner):
         value_rounding: as ``rounding`` in `RowOptimizer`.
         value_moments: as ``moments`` in `RowAdam`.
         schedule_values: let schedulers move the rate of the tables, too.
+        selector_lr: of the memories' query networks (norms too) and keys, which decide what is read; schedulers move
+            it. 0 freezes them, though their gradients still count in a norm that the caller clips. None: `lr`.
 
     Raises:
         ValueError: as `RowAdam` does; nothing is trainable.
@@ -56,17 +59,20 @@ class MemoryAdamW(TableOwner):
         value_rounding: Rounding = "stochastic",
         value_moments: Moments = "float32",
         schedule_values: bool = False,
+        selector_lr: float | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module (tables are found in it), got {type(model).__name__}")
         require_number("lr", lr, least=0.0)
+        if selector_lr is not None:
+            require_number("selector_lr", selector_lr, least=0.0)
         require_betas("betas", betas)
         require_number("eps", eps, above=0.0)
         require_number("weight_decay", weight_decay, least=0.0)
         # A rate in a tensor stays one, as in torch: who changes it in place changes the rate.
-        lr = lr if isinstance(lr, torch.Tensor) else plain_number(lr)
+        lr, selector_lr = (rate if isinstance(rate, torch.Tensor) else plain_number(rate) for rate in (lr, selector_lr))
         betas, eps = tuple(map(plain_number, betas)), plain_number(eps)
-        groups = dense_groups(model, plain_number(weight_decay))
+        groups = dense_groups(model, plain_number(weight_decay), selector_lr)
         tables = [table for table in value_tables(model) if table.weight.requires_grad]
         require_row_settings(lr=value_lr, max_grad_norm=value_max_grad_norm, rounding=value_rounding, prefix="value_")
         require_choice("value_moments", value_moments, get_args(Moments))
@@ -143,10 +149,15 @@ class MemoryAdamW(TableOwner):
             first = last
 
 
-def dense_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters outside of value tables, in a group that is decayed and one that is not."""
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+def dense_groups(
+    model: nn.Module, weight_decay: float, selector_lr: float | torch.Tensor | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters outside of value tables, in a group that is decayed and one that is not.
+
+    With a `selector_lr`, those of the memories' query networks and keys are in two more such groups, at that rate.
+    """
+    selector = set() if selector_lr is None else selector_parameters(model)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, ValueTable | Companion):
@@ -156,6 +167,18 @@ def dense_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
                 continue
             seen.add(parameter)
             is_spared = parameter.ndim < 2 or isinstance(module, _NORMS)
-            (spared if is_spared else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            groups.setdefault((parameter in selector, is_spared), []).append(parameter)
+    return [
+        {
+            "params": groups[of_selector, is_spared],
+            "weight_decay": 0.0 if is_spared else weight_decay,
+            **({"lr": selector_lr} if of_selector else {}),
+        }
+        for of_selector, is_spared in sorted(groups)
+    ]
+
+
+def selector_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """What decides which rows memories read, and with which weights: their query networks, with norms, and keys."""
+    parts = (part for layer in memory_layers(model).values() for part in (layer.query, layer.keys))
+    return {parameter for part in parts for parameter in part.parameters()}
