@@ -217,7 +217,7 @@ def stepper(model: Any, rate: tuple[float, float], text: Split, tokens: int) -> 
     for step in range(steps):
         numbers = order[step * BATCH : (step + 1) * BATCH]
         ids_BT = torch.stack([windows[int(number)]["input_ids"] for number in numbers])
-        loss, _ = batch_loss(model, ids_BT[:, :-1], ids_BT[:, 1:])
+        loss = batch_loss(model, ids_BT[:, :-1], ids_BT[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
         optimizer.step()

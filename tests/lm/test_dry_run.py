@@ -41,7 +41,7 @@ def test_its_step_is_the_second_one_of_the_same_batch(tiny_config, tiny_corpus):
     batch_BT = torch.stack([windows[number]["input_ids"] for number in range(4)])
     torch.manual_seed(tiny_config.training.seed)
     model = build_model(tiny_config, vocab_size=tiny_corpus.vocab_size, eot_id=tiny_corpus.eot_id).train()
-    first = batch_loss(model, batch_BT[:, :-1], batch_BT[:, 1:])[0].item()
+    first = batch_loss(model, batch_BT[:, :-1], batch_BT[:, 1:]).item()
     still = dry_run(
         with_training(tiny_config, learning_rate=1e-12, value_learning_rate=1e-12), corpus=tiny_corpus, say=quiet
     )

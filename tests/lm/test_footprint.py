@@ -47,7 +47,7 @@ def train(config, vocab_size, dense, precision, steps):
         for _ in range(parts):
             tokens_BT = torch.randint(vocab_size, (config.batch_windows // parts, config.model.context))
             with autocast(torch.device("cpu"), precision):
-                loss = batch_loss(model, tokens_BT, tokens_BT)[0] / parts
+                loss = batch_loss(model, tokens_BT, tokens_BT) / parts
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -183,7 +183,7 @@ def test_parameters_gradients_and_state_are_exact():
     model = build_model(config, vocab_size=500, eot_id=0)
     optimizer = build_optimizer(config, model)
     tokens_BT = torch.randint(500, (2, 128))
-    batch_loss(model, tokens_BT, tokens_BT)[0].backward()
+    batch_loss(model, tokens_BT, tokens_BT).backward()
     (memory,) = memory_layers(model).values()
     rows = sum(factor.nbytes for part in memory.values.row_gradient._parts for factor in part)
     tensors = [*model.parameters(), *model.buffers()]
@@ -281,7 +281,7 @@ def test_a_large_run_is_asked_about_without_memory_and_random_numbers():
     found = footprint(config, vocab_size=60_000)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 * 1024  # kB
     assert torch.equal(torch.get_rng_state(), state)
-    assert found.total > 20 * 10**9
+    assert found.total > 15 * 10**9
 
 
 def test_sizes_are_written_for_people():

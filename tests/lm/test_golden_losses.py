@@ -115,7 +115,7 @@ def losses_of(way, corpus, folder):
     losses = []
     for step in range(STEPS):
         batch_BT = torch.stack([windows[4 * step + place]["input_ids"] for place in range(4)])
-        loss = batch_loss(model, batch_BT[:, :-1], batch_BT[:, 1:])[0]
+        loss = batch_loss(model, batch_BT[:, :-1], batch_BT[:, 1:])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

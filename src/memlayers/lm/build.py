@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KINDS: dict[MemoryKind, type[MemoryLayer]] = {"memory": MemoryLayer, "memory_plus": MemoryPlus}
+LOGITS_BYTES = 2**22  # of logits that stand in the cache at a time, in float32 on a CPU
 
 
 def build_model(
@@ -77,10 +78,26 @@ def build_scheduler(config: RunConfig, optimizer: MemoryAdamW) -> torch.optim.lr
     )
 
 
-def batch_loss(model: nn.Module, inputs_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean negative log likelihood in float32, and the logits [B, T, C]. Labels are shifted already: all count."""
+def batch_loss(model: "PreTrainedModel", inputs_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """Mean negative log likelihood in float32. Labels are shifted already: all count.
+
+    In float32 on a CPU the logits of a block of tokens stay in the cache until their gradient is made, and those of the
+    whole batch never exist: most of the time of a small model is spent on them.
+    """
+    on_cpu = model.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if on_cpu and hasattr(F, "linear_cross_entropy"):  # since torch 2.13
+        hidden_BTD = model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
+        weight_CD = model.get_output_embeddings().weight
+        block = max(32, LOGITS_BYTES // (weight_CD.element_size() * len(weight_CD)))
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=block, acc_policy="compact")
+        return F.linear_cross_entropy(hidden_BTD.flatten(0, 1), weight_CD, labels_BT.flatten(), options=options)
+    return logits_loss(model, inputs_BT, labels_BT)
+
+
+def logits_loss(model: "PreTrainedModel", inputs_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """The same from logits of all tokens at once."""
     logits_BTC = model(input_ids=inputs_BT, use_cache=False).logits
-    return F.cross_entropy(logits_BTC.float().flatten(0, 1), labels_BT.flatten()), logits_BTC
+    return F.cross_entropy(logits_BTC.float().flatten(0, 1), labels_BT.flatten())
 
 
 def pick_device() -> torch.device:

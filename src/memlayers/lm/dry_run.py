@@ -174,7 +174,7 @@ def _steps(
         for part_BT in batch_BT.chunk(training.accumulate):
             inputs_BT, labels_BT = part_BT[:, :-1].to(device), part_BT[:, 1:].to(device)
             with autocast(device, precision):
-                loss = batch_loss(model, inputs_BT, labels_BT)[0] / training.accumulate
+                loss = batch_loss(model, inputs_BT, labels_BT) / training.accumulate
             scaler.scale(loss).backward()
             losses.append(loss.detach())
         scaler.unscale_(optimizer)

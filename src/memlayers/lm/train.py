@@ -257,7 +257,7 @@ class Loop:
         for _ in range(parts):
             inputs_BT, labels_BT = (tokens_BT.to(device, non_blocking=True) for tokens_BT in next(batches))
             with autocast(device, self.precision):
-                loss = batch_loss(self.model, inputs_BT, labels_BT)[0]
+                loss = batch_loss(self.model, inputs_BT, labels_BT)
             if not bool(torch.isfinite(loss)):
                 self._stop_at_loss(inputs_BT, labels_BT, float(loss.detach()))
             loss = loss / parts
@@ -399,7 +399,7 @@ class Loop:
         # Statistics are no cause: this very step has moved them.
         found = bad_parameter(self.model, buffers=False)
         with autocast(self.model.device, self.precision):
-            found = found or bad_output(self.model, lambda: batch_loss(self.model, inputs_BT, labels_BT))
+            found = found or bad_output(self.model, lambda: self.model(input_ids=inputs_BT, use_cache=False))
         raise self._fault(f"the loss is {loss}", found or "the loss itself, from logits that are finite")
 
     def _require_finite_model(self) -> None:

@@ -60,6 +60,7 @@ def causal_lm(
                 n_embd=dim,
                 n_layer=layers,
                 n_head=heads,
+                activation_function="gelu_pytorch_tanh",  # that of GPT-2 in one operation instead of eight
                 n_inner=4 * dim if ffn_dim is None else ffn_dim,
                 resid_pdrop=dropout,
                 embd_pdrop=dropout,

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from memlayers.available import available_memory, is_lack_of_memory
-from memlayers.lm.build import batch_loss, build_model, build_optimizer
+from memlayers.lm.build import batch_loss, build_model, build_optimizer, logits_loss
 from memlayers.lm.config import RunConfig
 from memlayers.lm.evaluate import ComputePrecision, autocast
 from memlayers.lm.footprint.inside_operations import InsideOperations
@@ -113,6 +113,8 @@ def _count(
     accumulate = config.training.accumulate
     inputs_BT = torch.zeros(config.batch_windows // accumulate, config.model.context, dtype=torch.int64)
 
+    loss_of = batch_loss if device == "cpu" else logits_loss  # the model stands on a CPU here, whatever the device
+
     inside = InsideOperations(model, device)
     live = inside.live
     with _quiet_collector(), live:
@@ -121,7 +123,7 @@ def _count(
             if part == 1:
                 inside.repeat_parts(accumulate - 2)  # those between the first part and the last are like them
             with autocast(torch.device("cpu"), precision):
-                loss = batch_loss(model, inputs_BT, inputs_BT)[0] / accumulate
+                loss = loss_of(model, inputs_BT, inputs_BT) / accumulate
             loss.backward()
             del loss
         gradients = tensor_bytes([weight.grad for weight in weights if weight.grad is not None])
