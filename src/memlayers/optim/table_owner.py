@@ -66,9 +66,14 @@ class TableOwner(torch.optim.Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, except that states of tables keep their own dtype: torch would cast them to a 16-bit table's.
 
-        Raises `ValueError` for a state that version 0.1.0 saved.
+        Raises `ValueError` for a state with other groups, or one that version 0.1.0 saved.
         """
-        for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+        if len(state_dict["param_groups"]) != len(self.param_groups):
+            raise ValueError(
+                f"state_dict must have {len(self.param_groups)} parameter groups, as this optimizer, got "
+                f"{len(state_dict['param_groups'])}: build the optimizer as the saved one was (selector_lr adds groups)"
+            )
+        for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if missing := [name for name in ("rounding", "moments", "updates") if name in ours and name not in saved]:
                 raise ValueError(
                     f"state_dict must say {', '.join(map(repr, missing))} for its value tables: memlayers 0.1.0 saved "

@@ -93,7 +93,10 @@ def footprint(
     with FakeTensorMode(allow_non_fake_inputs=True):
         # On the CPU whatever the device: autograd has no fake GPU where there is no real one. The operations of
         # PyTorch have one shape on both; ours are told apart by `LiveBytes`.
-        model.to_empty(device="cpu")
+        for module in reversed(
+            [*model.modules()]
+        ):  # each once, which `to_empty` of the whole does not do with shared ones
+            module.to_empty(device="cpu", recurse=False)
         model.tie_weights()
         return _count(config, model.train(), precision, device, dense)
 
