@@ -11,11 +11,10 @@ from pathlib import Path
 
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
 
 from memlayers.ops.cpu.cache import compile_kept
 from memlayers.ops.cpu.launch import Counters
-from memlayers.ops.cpu.vectors import greater, ordered
+from memlayers.ops.cpu.vectors import all_lanes, broadcast, greater, lowered, ordered
 
 # Sums may be contracted and reordered; NaN and infinity mean what they mean.
 _OPTIONS = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
@@ -63,34 +62,28 @@ def part(function):
     return njit(inline="never", forceinline=True, **_OPTIONS)(function)
 
 
-def _pointer_to(element):
-    @intrinsic
-    def pointer(context, address):
-        def generate(context, builder, signature, arguments):
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(element)(types.int64), generate
+def _pointer_to(element, stored):
+    @lowered(types.CPointer(element)(types.int64))
+    def pointer(builder, address):
+        return builder.inttoptr(address, ir.PointerType(stored))
 
     return pointer
 
 
 # address -> pointer: f32(address)[i]
-f32 = _pointer_to(types.float32)
-f64 = _pointer_to(types.float64)
-i64 = _pointer_to(types.int64)
-i32 = _pointer_to(types.int32)
-u16 = _pointer_to(types.uint16)
+f32 = _pointer_to(types.float32, ir.FloatType())
+f64 = _pointer_to(types.float64, ir.DoubleType())
+i64 = _pointer_to(types.int64, _INT64)
+i32 = _pointer_to(types.int32, _INT32)
+u16 = _pointer_to(types.uint16, ir.IntType(16))
 
 
 def _count(name):
     """An intrinsic that adds 1 atomically; returns what it was. What was written before it is seen after it."""
 
-    @intrinsic
-    def count(context, counters):
-        def generate(context, builder, signature, arguments):
-            return builder.atomic_rmw("add", _counter(builder, arguments[0], name), _INT64(1), "acq_rel")
-
-        return types.int64(types.CPointer(types.int64)), generate
+    @lowered(types.int64(types.CPointer(types.int64)))
+    def count(builder, counters):
+        return builder.atomic_rmw("add", _counter(builder, counters, name), _INT64(1), "acq_rel")
 
     return count
 
@@ -103,14 +96,10 @@ def _counter(builder, counters, name):
 next_task, this_thread, task_done = _count("next_task"), _count("thread"), _count("done")
 
 
-@intrinsic
-def tasks_done(context, counters):
+@lowered(types.int64(types.CPointer(types.int64)))
+def tasks_done(builder, counters):
     """How many tasks are done; what their threads wrote before is seen after it."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.load_atomic(_counter(builder, arguments[0], "done"), "acquire", 8)
-
-    return types.int64(types.CPointer(types.int64)), generate
+    return builder.load_atomic(_counter(builder, counters, "done"), "acquire", 8)
 
 
 @part
@@ -119,124 +108,81 @@ def fail(counters):
     counters[_ERROR] = 1
 
 
-@intrinsic
-def prefetch(context, address):
+@lowered(types.void(types.int64))
+def prefetch(builder, address):
     """Ask for the cache line at an address, which need not be valid."""
-
-    def generate(context, builder, signature, arguments):
-        line = ir.PointerType(ir.IntType(8))
-        function = builder.module.declare_intrinsic(
-            "llvm.prefetch", [line], ir.FunctionType(ir.VoidType(), [line, _INT32, _INT32, _INT32])
-        )
-        builder.call(function, [builder.inttoptr(arguments[0], line), _INT32(0), _INT32(3), _INT32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
-def float_bits(context, value):
-    """The bits of a float32, as int32."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], _INT32)
-
-    return types.int32(types.float32), generate
-
-
-@intrinsic
-def bits_float(context, bits):
-    """The float32 of these bits."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def bits_double(context, bits):
-    """The float64 of these bits."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.DoubleType())
-
-    return types.float64(types.int64), generate
-
-
-@intrinsic
-def mask_at_least_64(context, address, least):
-    """Which of the 64 int32 at an address are at least `least`: bit i for element i."""
-
-    def generate(context, builder, signature, arguments):
-        vector = ir.VectorType(_INT32, 64)
-        values = builder.load(builder.inttoptr(arguments[0], ir.PointerType(vector)), align=4)
-        return builder.bitcast(builder.icmp_signed(">=", values, _splat_64(builder, arguments[1])), _INT64)
-
-    return types.int64(types.int64, types.int32), generate
-
-
-@intrinsic
-def lowest_bit(context, mask):
-    """The number of the lowest bit that is set; undefined for 0."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), generate
-
-
-@intrinsic
-def count_greater_64(context, values, count, at, ranks):
-    """For each of the 64 int32 at address `at`, how many of the `count` int32 at `values` are greater; to `ranks`."""
-
-    def generate(context, builder, signature, arguments):
-        values, count, at, ranks = arguments
-        vector = ir.VectorType(_INT32, 64)
-        pivots = builder.load(builder.inttoptr(at, ir.PointerType(vector)), align=4)
-        values = builder.inttoptr(values, ir.PointerType(_INT32))
-        before, body, after = builder.block, builder.append_basic_block("body"), builder.append_basic_block("after")
-        builder.cbranch(builder.icmp_signed(">", count, _INT64(0)), body, after)
-        builder.position_at_end(body)
-        index, total = builder.phi(_INT64), builder.phi(vector)
-        value_64 = _splat_64(builder, builder.load(builder.gep(values, [index])))
-        more = builder.sub(total, builder.sext(builder.icmp_signed(">", value_64, pivots), vector))
-        following = builder.add(index, _INT64(1))
-        for phi, first, later in ((index, _INT64(0), following), (total, ir.Constant(vector, [0] * 64), more)):
-            phi.add_incoming(first, before)
-            phi.add_incoming(later, body)
-        builder.cbranch(builder.icmp_signed("<", following, count), body, after)
-        builder.position_at_end(after)
-        result = builder.phi(vector)
-        result.add_incoming(ir.Constant(vector, [0] * 64), before)
-        result.add_incoming(more, body)
-        builder.store(result, builder.inttoptr(ranks, ir.PointerType(vector)), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.int64), generate
-
-
-def _splat_64(builder, value):
-    vector = ir.VectorType(_INT32, 64)
-    undefined = ir.Constant(vector, ir.Undefined)
-    return builder.shuffle_vector(
-        builder.insert_element(undefined, value, _INT32(0)), undefined, ir.Constant(vector, [0] * 64)
+    line = ir.PointerType(ir.IntType(8))
+    function = builder.module.declare_intrinsic(
+        "llvm.prefetch", [line], ir.FunctionType(ir.VoidType(), [line, _INT32, _INT32, _INT32])
     )
+    builder.call(function, [builder.inttoptr(address, line), _INT32(0), _INT32(3), _INT32(1)])
 
 
-@intrinsic
-def order_64(context, scores, codes, maxima):
+@lowered(types.int32(types.float32))
+def float_bits(builder, value):
+    """The bits of a float32, as int32."""
+    return builder.bitcast(value, _INT32)
+
+
+@lowered(types.float32(types.int32))
+def bits_float(builder, bits):
+    """The float32 of these bits."""
+    return builder.bitcast(bits, ir.FloatType())
+
+
+@lowered(types.float64(types.int64))
+def bits_double(builder, bits):
+    """The float64 of these bits."""
+    return builder.bitcast(bits, ir.DoubleType())
+
+
+@lowered(types.int64(types.int64, types.int32))
+def mask_at_least_64(builder, address, least):
+    """Which of the 64 int32 at an address are at least `least`: bit i for element i."""
+    vector = ir.VectorType(_INT32, 64)
+    values = builder.load(builder.inttoptr(address, ir.PointerType(vector)), align=4)
+    return builder.bitcast(builder.icmp_signed(">=", values, broadcast(builder, least, 64)), _INT64)
+
+
+@lowered(types.int64(types.int64))
+def lowest_bit(builder, mask):
+    """The number of the lowest bit that is set; undefined for 0."""
+    return builder.cttz(mask, ir.Constant(ir.IntType(1), 1))
+
+
+@lowered(types.void(types.int64, types.int64, types.int64, types.int64))
+def count_greater_64(builder, values, count, at, ranks):
+    """For each of the 64 int32 at address `at`, how many of the `count` int32 at `values` are greater; to `ranks`."""
+    vector = ir.VectorType(_INT32, 64)
+    zeros = all_lanes(_INT32, 0, 64)
+    pivots = builder.load(builder.inttoptr(at, ir.PointerType(vector)), align=4)
+    values = builder.inttoptr(values, ir.PointerType(_INT32))
+    before, body, after = builder.block, builder.append_basic_block("body"), builder.append_basic_block("after")
+    builder.cbranch(builder.icmp_signed(">", count, _INT64(0)), body, after)
+    builder.position_at_end(body)
+    index, total = builder.phi(_INT64), builder.phi(vector)
+    value_64 = broadcast(builder, builder.load(builder.gep(values, [index])), 64)
+    more = builder.sub(total, builder.sext(builder.icmp_signed(">", value_64, pivots), vector))
+    following = builder.add(index, _INT64(1))
+    for phi, first, later in ((index, _INT64(0), following), (total, zeros, more)):
+        phi.add_incoming(first, before)
+        phi.add_incoming(later, body)
+    builder.cbranch(builder.icmp_signed("<", following, count), body, after)
+    builder.position_at_end(after)
+    result = builder.phi(vector)
+    result.add_incoming(zeros, before)
+    result.add_incoming(more, body)
+    builder.store(result, builder.inttoptr(ranks, ir.PointerType(vector)), align=4)
+
+
+@lowered(types.void(types.int64, types.int64, types.int64))
+def order_64(builder, scores, codes, maxima):
     """Write the codes of 64 float32, in their order; raise the 64 maxima to them.
 
     Both zeros have the code 0. No score has the code -2**31.
     """
-
-    def generate(context, builder, signature, arguments):
-        vector = ir.VectorType(_INT32, 64)
-        scores, codes, maxima = (builder.inttoptr(address, ir.PointerType(vector)) for address in arguments)
-        code = ordered(builder, builder.load(scores, align=4))
-        builder.store(code, codes, align=4)
-        builder.store(greater(builder, code, builder.load(maxima, align=4)), maxima, align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
+    vector = ir.VectorType(_INT32, 64)
+    scores, codes, maxima = (builder.inttoptr(address, ir.PointerType(vector)) for address in (scores, codes, maxima))
+    code = ordered(builder, builder.load(scores, align=4))
+    builder.store(code, codes, align=4)
+    builder.store(greater(builder, code, builder.load(maxima, align=4)), maxima, align=4)

@@ -237,7 +237,6 @@ def _select(
     LOG_K: tl.constexpr = K2.bit_length() - 1
     LOG_P: tl.constexpr = P2.bit_length() - 1
     rank = tl.arange(0, K2)
-    i, j, exists = _staircase(TOPK, K2, P2, LOG_K)
     row = tl.program_id(0)
     a, b = (row // rows_b).to(tl.int64), (row % rows_b).to(tl.int64)
     offset1, offset2 = a * first_a + b * first_b, a * second_a + b * second_b
@@ -245,6 +244,7 @@ def _select(
         offset1, offset2 = tl.multiple_of(offset1, 16), tl.multiple_of(offset2, 16)
     half1, half2 = first + offset1, second + offset2
     best1, best2 = tl.split(_best(half1, half2, num_subkeys, LOG_K, N2, M, VECTOR))
+    i, j, exists = _staircase(TOPK, K2, P2, LOG_K)  # only now: through the search it would take registers
     score1, score2 = _score((best1 >> 32).to(tl.int32)), _score((best2 >> 32).to(tl.int32))
     code = _code(tl.gather(score1, i, 0) + tl.gather(score2, j, 0))
     slot = tl.gather(_index(best1) * num_subkeys, i, 0) + tl.gather(_index(best2), j, 0)
