@@ -163,7 +163,9 @@ def test_generation_has_the_same_defaults_as_a_function():
         assert default is inspect.Parameter.empty or options[name].default == default
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "prepare", "eval", "generate", "doctor", "bench", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "compare", "reproduce", "prepare", "eval", "generate", "doctor", "bench", "info"]
+)
 def test_every_command_has_a_help(command, capsys):
     assert main([command, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -173,5 +175,5 @@ def test_every_command_has_a_help(command, capsys):
 def test_the_overview_names_every_command(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("train", "compare", "prepare", "eval", "generate", "doctor", "bench", "info"):
+    for command in ("train", "compare", "reproduce", "prepare", "eval", "generate", "doctor", "bench", "info"):
         assert f"\n  {command} " in shown

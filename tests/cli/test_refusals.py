@@ -12,7 +12,7 @@ NEW = ("train", "--output", "new")
 OPTIONS = [
     # Options and commands that do not exist.
     (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-    (["nonsense"], "unknown command 'nonsense'; allowed: train, compare, prepare, eval, generate, doctor, bench, info"),
+    (["nonsense"], "unknown command 'nonsense'; allowed: train, compare, reproduce, prepare, eval, .*"),
     ([], "a command is missing; allowed: train, .*"),
     ([*NEW, "--data.vocab_sise", "3"], r"unknown option --data.vocab_sise; did you mean --data.vocab_size\?"),
     ([*NEW, "--data.vocab_sise=3"], r"unknown option --data.vocab_sise; did you mean --data.vocab_size\?"),
@@ -28,6 +28,11 @@ OPTIONS = [
     ([*NEW, "--config", ""], "config must be the name of a file, got ''"),
     ([*NEW, "--config="], "config must be the name of a file, got ''"),
     (["compare"], "memlayers compare needs --output .*"),
+    (["reproduce"], "memlayers reproduce needs NAME .*"),
+    (["reproduce", "depht"], r"experiment must be one that is known, got 'depht'; did you mean 'depth'\?"),
+    (["reproduce", "depth"], "output must be given: --output FOLDER, .*"),
+    (["reproduce", "depth", "--output", "new", "--scale", "huge"], "scale must be one of 'laptop', .*, got 'huge'"),
+    (["reproduce", "depth", "--output", "new", "--jobs", "0"], "jobs must be an integer of at least 1, got 0"),
     (["eval"], "memlayers eval needs RUN .folder of a finished run, or .*"),
     (["generate", "run"], "memlayers generate needs --prompt .*"),
     ([*NEW, "--memory.topk"], "argument --memory.topk: expected one argument"),
@@ -174,7 +179,8 @@ REFUSED = [
     "nonsense", "train --nonsense", "train", "train --output x --model.dim 7", "train --output x --model.heads many",
     "train --output x --resume --overwrite", "train --output x --preset none", "train --output x --config none.yaml",
     "prepare --output x --data.vocab_size 3", "prepare --output x --data.sources none.txt",
-    "compare --output x --model.dim -1", "eval missing", "doctor", "doctor missing", "generate missing --prompt a",
+    "compare --output x --model.dim -1", "reproduce none", "reproduce noise",
+    "eval missing", "doctor", "doctor missing", "generate missing --prompt a",
     "generate missing", "info --preset x", "info missing",
 ]  # fmt: skip
 

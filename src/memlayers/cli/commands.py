@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from memlayers.cli.arguments import Parser
 from memlayers.cli.configuration import Base, Call
+from memlayers.experiments.registry import EXPERIMENTS, experiment
 from memlayers.lm.config import SECTIONS, RunConfig, run_settings
 from memlayers.lm.data.prepare import is_occupied
 from memlayers.lm.data.sources import open_sources
@@ -107,6 +108,32 @@ COMMANDS = {
             ),
         },
         kind=Comparison,
+    ),
+    "reproduce": Command(
+        summary="an experiment of the paper: its runs, as far as they are left, and its report",
+        run="memlayers.cli.training_commands:run_reproduce",
+        options={
+            "name": _option(f"the experiment: {', '.join(EXPERIMENTS)}"),
+            "scale": _option(
+                "sizes and budgets: two cores in hours, a large GPU in an hour, or those of the paper",
+                Literal["laptop", "gpu", "paper"],
+                "laptop",
+            ),
+            "output": _option(
+                "folder of all experiments on one text, which is written; needed but for --dry_run", default=None
+            ),
+            "corpus": _option(
+                "folder of the prepared corpus (default: that of the default text, made in `corpus` in the output)",
+                default=None,
+            ),
+            "jobs": _option("runs at a time; null: one on a GPU, else as many as cores", int | None, None, least=1),
+        },
+        flags={
+            "dry_run": "write nothing: list the runs with their parameters, tokens, memory and hours",
+            "keep_models": "keep the models of finished runs, which are removed otherwise",
+            "report": "train nothing: report what is there",
+        },
+        placed="name",
     ),
     "prepare": Command(
         summary="turn text into token files, for later training",
@@ -215,6 +242,10 @@ def _refuse_early(name: str, call: Call) -> None:
             config = call.configuration()
             if name == "prepare" and not is_occupied(Path(options["output"])):
                 open_sources(config.data.sources, text_field=config.data.text_field, id_field=config.data.id_field)
+    elif name == "reproduce":
+        experiment(call.options["name"])
+        if call.options["output"] is None and not call.options["dry_run"]:
+            raise ValueError("output must be given: --output FOLDER, for the experiments on one text")
     elif name in ("eval", "generate") and not Path(call.options["run"]).is_dir():
         RunFolder(call.options["run"]).read_result()
     elif name == "doctor" and not Path(call.options["checkpoint"]).is_dir():

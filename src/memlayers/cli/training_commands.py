@@ -1,4 +1,4 @@
-"""train, compare, prepare: the commands that make a model, a comparison, token files."""
+"""train, compare, reproduce, prepare: the commands that make a model, a comparison, an experiment, token files."""
 
 import time
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from memlayers.cli.configuration import Call
 from memlayers.cli.model_commands import quality
 from memlayers.console import show, tell
 from memlayers.experiments.compare import compare
+from memlayers.experiments.reproduce import plan, reproduce
 from memlayers.lm.data import MANIFEST, Corpus, DataConfig, open_corpus, prepare
 from memlayers.lm.data.prepare import copies_text, is_occupied, strange_text
 from memlayers.lm.data.sources import open_sources
@@ -59,6 +60,22 @@ def run_compare(call: Call) -> None:
     compare(config, output, corpus=corpus, test_tokens=call.options["test_tokens"], say=tell)
     show((output / "table.md").read_text())
     show(f"{output / 'table.md'}, {output / 'results.json'}, {output / 'loss.png'}")
+
+
+def run_reproduce(call: Call) -> None:
+    """memlayers reproduce"""
+    options = call.options
+    if options["dry_run"]:
+        corpus = None if options["corpus"] is None else open_corpus(options["corpus"], progress=True)
+        print(plan(options["name"], scale=options["scale"], corpus=corpus, jobs=options["jobs"]))
+        return
+    names = ("scale", "corpus", "jobs", "keep_models")
+    output = Path(options["output"])
+    reproduce(
+        options["name"], output, report_only=options["report"], say=tell, **{name: options[name] for name in names}
+    )
+    report = output / options["name"] / "report.md"
+    show(f"{report.read_text()}\n{report}")
 
 
 def run_prepare(call: Call) -> None:

@@ -16,6 +16,10 @@ class TrainingFault(CommandFailed):
     """A run cannot go on: its numbers are not finite any more, or the machine has no room for it."""
 
 
+class Diverged(TrainingFault):
+    """The numbers of a run are not finite any more: so they will be at every attempt."""
+
+
 def bad_parameter(model: nn.Module, *, buffers: bool = True) -> str | None:
     """The first parameter (or buffer) of the model that is not finite, and where; None if all are."""
     tables = {table.weight for table in value_tables(model)}

@@ -39,7 +39,15 @@ from memlayers.lm.checkpoint import Checkpoint, Checkpoints, TrainingState, load
 from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus, Windows, prepare, training_order
 from memlayers.lm.evaluate import ComputePrecision, Evaluation, autocast, device_name, evaluate
-from memlayers.lm.faults import TrainingFault, bad_gradient, bad_output, bad_parameter, bad_state, rows_are_finite
+from memlayers.lm.faults import (
+    Diverged,
+    TrainingFault,
+    bad_gradient,
+    bad_output,
+    bad_parameter,
+    bad_state,
+    rows_are_finite,
+)
 from memlayers.lm.footprint import explain_out_of_memory, require_memory, size_text
 from memlayers.lm.metrics import MetricsFile, Progress, TensorBoard, TrainingClock, usage_figures
 from memlayers.lm.run import RunFolder
@@ -406,14 +414,14 @@ class Loop:
         if found := bad_parameter(self.model) or bad_state(self.model, self.optimizer):
             raise self._not_finite(found)
 
-    def _not_finite(self, found: str) -> TrainingFault:
-        return TrainingFault(f"{self._stopped_at(self.step)}: {found} is not finite; {self._kept()}")
+    def _not_finite(self, found: str) -> Diverged:
+        return Diverged(f"{self._stopped_at(self.step)}: {found} is not finite; {self._kept()}")
 
-    def _fault(self, what: str, first: str) -> TrainingFault:
+    def _fault(self, what: str, first: str) -> Diverged:
         size = self.config.batch_windows
         windows = ", ".join(map(str, self.text.order[self.step * size : (self.step + 1) * size][:8].tolist()))
         batch = f"windows {windows}{', ...' if size > 8 else ''} of the training text"
-        return TrainingFault(
+        return Diverged(
             f"{self._stopped_at(self.step + 1)}: {what}. First not to be finite: {first}. Batch: {batch}. The step was "
             f"not made; {self._kept()}"
         )

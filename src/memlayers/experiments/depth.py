@@ -1,0 +1,136 @@
+"""depth: layers against memories, each model at its own best rate (the paper's Table 1).
+
+Each model is tried at the same rates; at the best one it is run with other seeds, and then at the large budget.
+"""
+
+import math
+from collections.abc import Mapping
+
+from memlayers.experiments.experiment import Claim, Experiment, Found, Run, Table
+from memlayers.experiments.points import Points, is_below, versus
+from memlayers.experiments.scales import Scale
+
+FIRST_SEED = 1  # of the runs that are reported: seed 0 chose the rate
+
+
+def models(scale: Scale) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """The models by name: layers, and those of them with a memory."""
+    n = scale.layers
+    found: dict[str, tuple[int, tuple[int, ...]]] = {
+        plain(n): (n, ()),
+        plain(2 * n): (2 * n, ()),
+        with_memories(n, 1): (n, (scale.layer,)),
+    }
+    found |= {with_memories(n, len(places)): (n, places) for places in scale.several}
+    if len(found) < 5:
+        found[with_memories(2 * n, 1)] = (2 * n, (2 * scale.layer,))
+    return found
+
+
+def plain(layers: int) -> str:
+    return f"{layers} layers"
+
+
+def with_memories(layers: int, count: int) -> str:
+    return f"{layers} layers + {'1 memory' if count == 1 else f'{count} memories'}"
+
+
+def final(name: str, scale: Scale) -> str:
+    return f"{name}, {scale.final_tokens / 1e6:,.0f} M tokens"
+
+
+def at_rate(scale: Scale, name: str, rate: float, *, seed: int = 0, tokens: int | None = None) -> Run:
+    """One run of a model of the experiment."""
+    layers, memories = models(scale)[name]
+    config = scale.run(*memories, layers=layers, tokens=tokens, seed=seed, fields={"training.learning_rate": rate})
+    series = f"{len(memories)} memories" if len(memories) != 1 else "1 memory"
+    return Run(name if tokens is None else final(name, scale), config, series, layers)
+
+
+def best_rate(scale: Scale, found: Found, name: str) -> float | None:
+    """The rate at which a model is best, or None as long as not all were tried, or none gave a model."""
+    losses = {}
+    for rate in scale.rates:
+        record = found(at_rate(scale, name, rate).config)
+        if record is None:
+            return None
+        losses[rate] = math.inf if record["failed"] else record["validation"]["perplexity"]
+    best = min(scale.rates, key=losses.__getitem__)
+    return None if losses[best] == math.inf else best
+
+
+def _runs(scale: Scale, found: Found) -> list[Run]:
+    runs = []
+    for name in models(scale):
+        for rate in scale.rates:
+            run = at_rate(scale, name, rate)
+            runs.append(Run(f"{name}, rate {rate:g}", run.config))  # in a table of their own
+    best = {name: best_rate(scale, found, name) for name in models(scale)}
+    chosen = {name: rate for name, rate in best.items() if rate is not None}
+    for name, rate in chosen.items():
+        seeds = range(FIRST_SEED, FIRST_SEED + scale.seeds)
+        runs += [at_rate(scale, name, rate, seed=seed) for seed in seeds]
+    if scale.final_tokens > scale.grid_tokens:
+        for name, rate in chosen.items():
+            runs.append(at_rate(scale, name, rate, seed=FIRST_SEED, tokens=scale.final_tokens))
+    return runs
+
+
+def _tables(scale: Scale, found: Found) -> list[Table]:
+    rows = []
+    for name in models(scale):
+        cells = []
+        for rate in scale.rates:
+            record = found(at_rate(scale, name, rate).config)
+            failed = record is not None and record["failed"]
+            cells.append(
+                "-" if record is None else "diverged" if failed else f"{record['validation']['perplexity']:.2f}"
+            )
+        best = best_rate(scale, found, name)
+        at_edge = best in (min(scale.rates), max(scale.rates))
+        rows.append([name, *cells, "-" if best is None else f"{best:g}{' (at the edge)' if at_edge else ''}"])
+    head = ["model", *(f"{rate:g}" for rate in scale.rates), "best"]
+    return [Table("Validation perplexity at each rate (seed 0)", head, rows)]
+
+
+def _claims(scale: Scale, points: Points) -> list[Claim]:
+    n, claims = scale.layers, []
+    names: Mapping[str, str] = {"": ""}
+    if scale.final_tokens > scale.grid_tokens:
+        names = {"": "", final("", scale): f" after {scale.final_tokens / 1e6:,.0f} M tokens"}
+    for suffix, when in names.items():
+        base, deep, memory = (points.get(f"{name}{suffix}") for name in (plain(n), plain(2 * n), with_memories(n, 1)))
+        claims += [
+            Claim(
+                f"{2 * n} layers are below {n}{when} ({versus(deep, base)}): depth helps at this budget.",
+                is_below(deep, base),
+            ),
+            Claim(
+                f"{n} layers with a memory are below {2 * n} layers without{when} ({versus(memory, deep)}).",
+                is_below(memory, deep),
+            ),
+        ]
+        for name, (layers, memories) in models(scale).items():
+            if memories and layers == n:
+                more = points.get(f"{name}{suffix}")
+                claims.append(Claim(f"{name} against {n} layers{when}: {versus(more, base)}.", is_below(more, base)))
+    return claims
+
+
+DEPTH = Experiment(
+    name="depth",
+    question="Are N layers with a memory better than 2N layers without?",
+    paper=Table(
+        "The paper's Table 1 (test perplexity; N: memories)",
+        ["layers", "d=1024, N=0", "N=1", "N=2", "N=3", "d=1600, N=0", "N=1"],
+        [
+            ["12", "17.7", "15.6", "14.8", "14.5", "15.0", "13.7"],
+            ["16", "16.7", "14.9", "14.1", "-", "14.4", "13.2"],
+            ["24", "16.0", "14.6", "-", "-", "14.0", "-"],
+        ],
+    ),
+    x_label="layers",
+    runs=_runs,
+    claims=_claims,
+    tables=_tables,
+)

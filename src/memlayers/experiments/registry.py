@@ -1,0 +1,16 @@
+"""All experiments by name."""
+
+from memlayers.experiments.depth import DEPTH
+from memlayers.experiments.experiment import Experiment
+from memlayers.experiments.noise import NOISE
+from memlayers.experiments.size import SIZE
+from memlayers.settings import instead
+
+EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (NOISE, DEPTH, SIZE)}
+
+
+def experiment(name: str) -> Experiment:
+    """The experiment of that name. Raises `ValueError` for an unknown one."""
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment must be one that is known, got {name!r}; {instead(name, EXPERIMENTS)}")
+    return EXPERIMENTS[name]

@@ -1,0 +1,182 @@
+"""reproduce: one experiment, from its checks to its report. Read it from top to bottom."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memlayers.experiments.experiment import Experiment, Run
+from memlayers.experiments.grid import duration, run_grid
+from memlayers.experiments.records import GridFolder, Identity, Record
+from memlayers.experiments.registry import experiment as experiment_named
+from memlayers.experiments.scales import Scale, changed
+from memlayers.experiments.scales import scale as scale_named
+from memlayers.experiments.work import run_work
+from memlayers.experiments.write_up import write_report
+from memlayers.files import sole_user
+from memlayers.hardware import hardware
+from memlayers.lm.build import build_model, pick_device, resolve_precision
+from memlayers.lm.config import RunConfig
+from memlayers.lm.data import Corpus, DataConfig, open_corpus, prepare
+from memlayers.lm.footprint import footprint, require_memory
+from memlayers.lm.train import training_windows
+from memlayers.parameters import count_parameters
+from memlayers.presentation import markdown_table
+from memlayers.sizes import size_text
+
+
+def reproduce(
+    name: str,
+    output: str | Path,
+    *,
+    scale: str = "laptop",
+    corpus: Corpus | str | Path | None = None,
+    jobs: int | None = None,
+    keep_models: bool = False,
+    report_only: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Run what is left of an experiment, and report. Returns what its `report.json` says.
+
+    Whatever ends it, calling it once more goes on where it was, in the middle of a run too. Experiments that share a
+    folder share the runs that they have in common.
+
+    Args:
+        name: The experiment.
+        output: The folder of all experiments on one text; the report goes to the folder of that name in it.
+        scale: Which sizes and budgets: "laptop", "gpu" or "paper".
+        corpus: A prepared corpus, or the folder of one. None is the default text, prepared in the folder ``corpus`` of
+            `output`.
+        jobs: Runs at a time. None is one on a GPU, else as many as there are cores for.
+        keep_models: Keep the models of finished runs, which are removed otherwise.
+        report_only: Train nothing: report what is there.
+        say: Receives lines of progress.
+
+    Raises:
+        ValueError: Before any work: an unknown experiment or scale; a corpus with fewer tokens than a run reads; runs
+            for which there is no memory; a folder with results on other text, or with files that are none of ours.
+        CommandFailed: A run ended without a result, which is not that its numbers diverged: that is one.
+    """
+    asked = experiment_named(name)
+    scale_named(scale)
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    folder = GridFolder(output)
+    text = open_text(corpus, folder.path, scale)
+    size = scale_named(scale, train_tokens=text.train.num_tokens, vocab_size=text.vocab_size)
+    device = pick_device()
+    precision = resolve_precision(size.base.training.precision, device)
+    identity = Identity.of(text, precision)
+    folder.check(name, identity)
+
+    def found(config: RunConfig) -> Record | None:
+        return folder.read(identity.key(config))
+
+    if not report_only:
+        _require_trainable(asked.runs(size, found), text, precision, device)
+    folder.start(identity)
+    with sole_user(folder.path):
+        while not report_only:
+            runs = {identity.key(run.config): run.config for run in asked.runs(size, found)}
+            if all(folder.result(key).is_file() for key in runs):
+                break
+            run_grid(
+                runs,
+                folder,
+                text,
+                jobs=jobs or _jobs(size, device),
+                threads=size.threads,
+                keep_models=keep_models,
+                say=lambda line: say(f"{name}: {line}"),
+            )
+        return write_report(asked, size, found, folder.path / name)
+
+
+def open_text(corpus: Corpus | str | Path | None, output: Path, scale: str) -> Corpus:
+    """The corpus of a grid; the default one is prepared if it is not there."""
+    if isinstance(corpus, Corpus):
+        return corpus
+    if corpus is not None:
+        return open_corpus(corpus)
+    return prepare(DataConfig(vocab_size=scale_named(scale).base.data.vocab_size), output / "corpus")
+
+
+def plan(name: str, *, scale: str = "laptop", corpus: Corpus | None = None, jobs: int | None = None) -> str:
+    """What an experiment would run, as Markdown: parameters, tokens, memory and hours of each run. Builds no model.
+
+    Runs that depend on the results of others are listed as if the first of several choices had won.
+    """
+    asked, text = experiment_named(name), corpus
+    size = scale_named(
+        scale,
+        train_tokens=None if text is None else text.train.num_tokens,
+        vocab_size=None if text is None else text.vocab_size,
+    )
+    rows, hours = [], 0.0
+    for config, run in {run.config: run for run in planned(asked, size)}.items():
+        parameters, size_of_step = _size(changed(config, _SIZELESS))
+        takes = run_work(config) / size.multiplications_per_s / 3600
+        hours += takes
+        rows.append(
+            [
+                f"{run.point}, seed {config.training.seed}",
+                f"{parameters:,}",
+                f"{config.training.tokens:,}",
+                size_of_step,
+                f"{takes:.2f}",
+            ]
+        )
+    at_once = jobs or (2 if scale == "laptop" else 1)
+    total = (
+        f"{len(rows)} runs; about {duration(3600 * hours / at_once)} with {at_once} at a time "
+        f"(at {size.multiplications_per_s:.2g} multiplications a second each, a stated rate)"
+    )
+    return f"{markdown_table(['run', 'parameters', 'tokens', 'memory', 'hours'], rows)}\n\n{total}"
+
+
+# What has no influence on the size of a run: seeds, rates and budgets.
+_SIZELESS = {
+    "training.seed": 0,
+    "training.learning_rate": 1.0,
+    "training.value_learning_rate": 1.0,
+    "training.tokens": 1,
+}
+
+
+@functools.cache
+def _size(config: RunConfig) -> tuple[int, str]:
+    """Parameters of a model, and the memory of its training step; counted on shapes."""
+    vocab_size = config.data.vocab_size
+    model = build_model(config, vocab_size=vocab_size, eot_id=0, device="meta")
+    return count_parameters(model)["total"], size_text(footprint(config, vocab_size=vocab_size).total)
+
+
+def planned(asked: Experiment, size: Scale) -> list[Run]:
+    """All runs, as if every run that others depend on had come out the same."""
+
+    def pretended(config: RunConfig) -> Record:
+        figures = {"loss": 1.0, "perplexity": 1.0, "usage": {}}
+        parts = {"total": 1, "values": 0, "query": 0, "keys": 0, "rest": 1}
+        return {"failed": None, "validation": figures, "parameters": parts, "curve": []}
+
+    return asked.runs(size, pretended)
+
+
+def _jobs(size: Scale, device: torch.device) -> int:
+    """As many runs at a time as there are cores for; one on a GPU."""
+    cores: int = hardware()["cpu_cores"] or 1
+    return 1 if device.type == "cuda" or size.threads is None else max(1, cores // size.threads)
+
+
+def _require_trainable(runs: list[Run], corpus: Corpus, precision: Any, device: torch.device) -> None:
+    """Raises `ValueError` for what `train` would refuse, and for a run that would see its text twice."""
+    for config in dict.fromkeys(run.config for run in runs):
+        if config.training.tokens > corpus.train.num_tokens:
+            raise ValueError(
+                f"corpus must have at least the {config.training.tokens:,} tokens that a run reads, so that none is "
+                f"seen twice, got {str(corpus.folder)!r} with {corpus.train.num_tokens:,}"
+            )
+        training_windows(config, corpus)
+        require_memory(config, vocab_size=corpus.vocab_size, precision=precision, device=device)

@@ -1,0 +1,146 @@
+"""The report of an experiment: a page, a plot and the figures as JSON, from what is known of its runs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from memlayers.experiments.experiment import Claim, Experiment, Found, Run, Table
+from memlayers.experiments.noise import noise_of
+from memlayers.experiments.points import Point, Points, point
+from memlayers.experiments.records import Record
+from memlayers.experiments.scales import Scale
+from memlayers.files import write_json, write_text
+from memlayers.presentation import COLOURS, markdown_table, save_figure
+
+HOLDS = {True: "carries over", False: "does not carry over", None: "open"}
+
+
+def write_report(experiment: Experiment, scale: Scale, found: Found, folder: Path) -> dict[str, Any]:
+    """Write `report.json`, `report.md` and the plot; returns what `report.json` says. Missing runs are shown as such.
+
+    Equal runs give equal reports: there is no time in one.
+    """
+    runs = experiment.runs(scale, found)
+    noise = noise_of(scale, found)
+    records = {run.config: found(run.config) for run in runs}
+    points = {
+        name: point([records[run.config] for run in runs if run.point == name], noise)
+        for name in dict.fromkeys(run.point for run in runs)
+    }
+    claims = experiment.claims(scale, points)
+    tables = [_points_table(runs, points), *experiment.tables(scale, found)]
+    content = {
+        "experiment": experiment.name,
+        "question": experiment.question,
+        "scale": scale.name,
+        "noise": noise,
+        "runs": len(records),
+        "finished": sum(record is not None for record in records.values()),
+        "points": {name: one.to_dict() for name, one in points.items()},
+        "claims": [claim._asdict() for claim in claims],
+        "made_on": _made_on(records.values()),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", content)
+    write_text(folder / "report.md", _markdown(content, claims, tables, experiment.paper))
+    _plot(experiment, runs, points, folder / f"{experiment.name}.png")
+    return content
+
+
+def _markdown(content: Mapping[str, Any], claims: Sequence[Claim], tables: Sequence[Table], paper: Table) -> str:
+    parts = [f"# {content['experiment']}", content["question"]]
+    if content["finished"] < content["runs"]:
+        parts.append(f"**{content['finished']} of {content['runs']} runs are finished.**")
+    parts += ["\n".join(f"- {claim.sentence} *{HOLDS[claim.holds]}*" for claim in claims)] if claims else []
+    for table in tables:
+        parts += [f"{table.title}:", markdown_table(table.head, table.rows)]
+    if paper.rows:
+        parts += [f"{paper.title}:", markdown_table(paper.head, paper.rows)]
+    noise = content["noise"]
+    parts.append(
+        "± is the standard error of a mean over seeds"
+        + (
+            "; where there is one run it is that of the experiment `noise`, "
+            f"{100 * noise:.2f} % of a run's perplexity. "
+            if noise is not None
+            else " (where there is one run the noise is not known: the experiment `noise` measures it). "
+        )
+        + "A difference counts above two standard errors. Usage and KL are over validation text."
+    )
+    parts += content["made_on"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _points_table(runs: Sequence[Run], points: Points) -> Table:
+    shown = dict.fromkeys(run.point for run in runs if run.series)
+    rows = [_row(name, points[name]) for name in shown]
+    tokens = max((one.usage_tokens or 0 for one in points.values()), default=0)
+    over = f"; usage over {tokens:,} tokens" if tokens else ""
+    head = ["model", "parameters", "of which values", "perplexity", "±", "seeds", "usage %", "by count", "top-1", "KL"]
+    return Table(f"Validation perplexity{over}", head, rows)
+
+
+def _row(name: str, one: Point) -> list[str]:
+    if one.perplexity is None:
+        return [name, *["-"] * 4, "diverged" if one.failed else "not run yet", *["-"] * 4]
+    seeds = f"{one.runs}" if one.runs == one.asked else f"{one.runs} of {one.asked}"
+    usage = (one.usage, one.count_usage, one.top1_usage)
+    return [
+        name,
+        _millions(one.parameters),
+        _millions(one.value_parameters),
+        f"{one.perplexity:.2f}",
+        "-" if one.error is None else f"{one.error:.2f}",
+        seeds,
+        *("-" if figure is None else f"{figure:.1f}" for figure in usage),
+        "-" if one.kl is None else f"{one.kl:.2f}",
+    ]
+
+
+def _millions(number: int | None) -> str:
+    return f"{number / 1e6:,.2f} M" if number else "-"
+
+
+def _made_on(records: Sequence[Record | None] | Any) -> list[str]:
+    """Where the runs were made, a line for each kind of machine, and with what."""
+    lines = set()
+    for record in records:
+        if record is not None:
+            machine, versions = record["hardware"], record["versions"]
+            where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+            lines.add(f"Runs on {where}; PyTorch {versions['torch']}, memlayers {versions['memlayers']}.")
+    return sorted(lines)
+
+
+def _plot(experiment: Experiment, runs: Sequence[Run], points: Points, file: Path) -> None:
+    """Perplexity, and the usage of the memories, against what the experiment varies."""
+    from matplotlib.figure import Figure  # slow to import, and optional
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
+    quality, used = figure.subplots(1, 2)
+    series: dict[str, dict[float | None, Point]] = {}
+    for run in runs:
+        if run.series and points[run.point].perplexity is not None:
+            series.setdefault(run.series, {})[run.x] = points[run.point]
+    for number, (name, places) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        if None in places:
+            quality.axhline(places[None].perplexity, color=colour, linestyle="--", linewidth=1, label=name)
+            continue
+        xs = sorted(places)  # type: ignore[type-var]  # no None among them
+        style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 4, "label": name}
+        losses, errors = [places[x].perplexity for x in xs], [places[x].error or 0.0 for x in xs]
+        quality.errorbar(xs, losses, yerr=errors, capsize=3, **style)
+        if all(places[x].usage is not None for x in xs):
+            used.plot(xs, [places[x].usage for x in xs], **style)
+    quality.set_ylabel("validation perplexity")
+    used.set_ylabel("slots used (%)")
+    for axes in (quality, used):
+        axes.set_xlabel(experiment.x_label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if experiment.log_x:
+            axes.set_xscale("log", base=2)
+    if series:
+        quality.legend(frameon=False, fontsize=8)
+    save_figure(figure, file)

@@ -1,0 +1,248 @@
+import dataclasses
+import json
+import re
+
+import pytest
+
+import memlayers.experiments.reproduce as module
+from memlayers.experiments import scales
+from memlayers.experiments.depth import DEPTH, at_rate, best_rate
+from memlayers.experiments.experiment import Claim
+from memlayers.experiments.points import Point, is_below, point, pooled_noise, versus
+from memlayers.experiments.records import GridFolder, Identity
+from memlayers.experiments.registry import EXPERIMENTS
+from memlayers.experiments.reproduce import plan, planned, reproduce
+from memlayers.experiments.scales import changed, scale
+from memlayers.experiments.worker import work
+from memlayers.lm.config import RunConfig
+from memlayers.lm.faults import Diverged
+
+IDENTITY = Identity("a", "b", "fp32")
+
+
+@pytest.fixture
+def tiny(comparison, monkeypatch):
+    """A laptop scale of models that train in a moment."""
+    fields = {
+        **scales._laptop(),
+        "base": changed(comparison.run(), {"memory_layers": (), "training.eval_tokens": 200}),
+        "layer": 1,
+        "several": (),
+        "rates": (1e-3, 2e-3, 4e-3),
+        "subkeys": (4, 6),
+        "grid_tokens": 128,
+        "final_tokens": 192,
+        "seeds": 1,
+        "noise_seeds": 2,
+    }
+    monkeypatch.setattr(scales, "_laptop", lambda: dict(fields))
+    return scale("laptop", vocab_size=270)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The keys of the runs that are trained, here and not in processes of their own."""
+    keys = []
+
+    def run(runs, folder, corpus, *, keep_models, **others):
+        folder.runs.mkdir(exist_ok=True)
+        for key, config in runs.items():
+            if not folder.result(key).is_file():
+                keys.append(key)
+                place, result = str(folder.runs / key), str(folder.result(key))
+                request = {"key": key, "config": config.to_dict(), "folder": place, "result": result}
+                work({**request, "corpus": str(corpus.folder), "threads": 1, "keep_models": keep_models})
+
+    monkeypatch.setattr(module, "run_grid", run)
+    return keys
+
+
+def record(perplexity=None, failed=None):
+    usage = {"mlp": {"tokens": 9, "slots": 16, "overall": dict.fromkeys(("usage", "count_usage", "top1_usage"), 50.0)}}
+    usage["mlp"]["overall"]["kl"] = 0.5
+    return {
+        "failed": failed,
+        "validation": {"perplexity": perplexity, "usage": usage},
+        "parameters": {"total": 100, "values": 10},
+        "hardware": {"gpu": None, "cpu": "one", "threads": 1},
+        "versions": {"torch": "2", "memlayers": "0"},
+    }
+
+
+def test_the_name_of_a_run_stays_what_it_was():
+    # Finished runs lie under these names: a field that is new needs its neutral value in records.py.
+    assert IDENTITY.key(RunConfig()) == "dfed97801cc24f5a"
+    assert IDENTITY.key(changed(RunConfig(), {"memory_layers": (2, 3), "training.seed": 1})) == "5e97e3f81588f52f"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"memory.topk": 4}, {"training.value_learning_rate": 1.0}, {"training.keep_checkpoints": 5}]
+)
+def test_what_has_no_effect_makes_no_other_run(fields):
+    assert IDENTITY.key(changed(RunConfig(), fields)) == IDENTITY.key(RunConfig())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"training.seed": 1}, {"model.layers": 5}, {"training.eval_tokens": 9}, {"memory_layers": (1,)}],
+)
+def test_what_has_an_effect_makes_another_run(fields):
+    assert IDENTITY.key(changed(RunConfig(), fields)) != IDENTITY.key(RunConfig())
+    assert IDENTITY._replace(precision="bf16").key(RunConfig()) != IDENTITY.key(RunConfig())
+
+
+def test_an_experiment_leaves_records_and_a_report(tiny, trained, corpus, tmp_path):
+    content = reproduce("noise", tmp_path, corpus=corpus)
+    assert len(trained) == 4
+    assert (content["runs"], content["finished"]) == (4, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.json", "noise", "results", "runs"]
+    assert list((tmp_path / "runs").iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "noise").iterdir()) == ["noise.png", "report.json", "report.md"]
+    assert json.loads((tmp_path / "noise" / "report.json").read_text()) == content
+    assert set(content["points"]) == {"1 layers", "1 layers + memory"}
+    assert content["points"]["1 layers + memory"]["usage"] > 0
+    # Nothing is trained twice, by whatever experiment.
+    del trained[:]
+    assert reproduce("noise", tmp_path, corpus=corpus) == content
+    assert trained == []
+
+
+def test_experiments_share_the_runs_that_they_have_in_common():
+    sizes = scale("laptop")
+    noise, size = (
+        {IDENTITY.key(run.config) for run in planned(EXPERIMENTS[name], sizes)} for name in ("noise", "size")
+    )
+    assert len(noise & size) == 4  # two seeds without a memory, two with the recipe of the base
+
+
+def test_a_report_can_be_made_of_what_is_there(tiny, trained, corpus, tmp_path):
+    content = reproduce("depth", tmp_path, corpus=corpus, report_only=True)
+    assert trained == []
+    assert content["finished"] == 0
+    text = (tmp_path / "depth" / "report.md").read_text()
+    assert "**0 of 12 runs are finished.**" in text
+    assert "*open*" in text
+    assert "| 24 | 16.0 |" in text
+
+
+def test_a_run_that_diverges_is_a_result(tiny, trained, corpus, tmp_path, monkeypatch):
+    def diverge(*args, **settings):
+        raise Diverged("stopped at step 2 of 2: the loss is nan; the last good checkpoint is of step 1")
+
+    monkeypatch.setattr("memlayers.experiments.worker.train", diverge)
+    content = reproduce("noise", tmp_path, corpus=corpus)
+    assert len(trained) == 4
+    assert content["points"]["1 layers"]["failed"] == ["stopped at step 2 of 2: the loss is nan"]
+    assert "| 1 layers | - | - | - | - | diverged |" in (tmp_path / "noise" / "report.md").read_text()
+    reproduce("noise", tmp_path, corpus=corpus)
+    assert len(trained) == 4
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`memlayers reproduce` into a folder with results on other text, or with files that are none of its own",
+    "refused",
+    "before anything is trained; name another folder",
+)
+def test_a_folder_of_something_else_is_refused(tiny, trained, corpus, tmp_path):
+    (tmp_path / "results").mkdir()
+    with pytest.raises(ValueError, match="or one without results, got .*, which has no grid.json"):
+        reproduce("noise", tmp_path, corpus=corpus)
+    GridFolder(tmp_path).start(Identity("other", corpus.tokenizer_sha256, "fp32"))
+    with pytest.raises(ValueError, match="must not hold results of another corpus: .* has other, asked for is"):
+        reproduce("noise", tmp_path, corpus=corpus)
+    (tmp_path / "grid.json").write_text("[]")
+    with pytest.raises(ValueError, match="grid.json' is not that of one"):
+        reproduce("noise", tmp_path, corpus=corpus)
+    assert trained == []
+
+
+def test_text_is_not_seen_twice(tiny, trained, corpus, tmp_path, monkeypatch):
+    fields = {**scales._laptop(), "grid_tokens": corpus.train.num_tokens + 1}
+    monkeypatch.setattr(scales, "_laptop", lambda: dict(fields))
+    with pytest.raises(ValueError, match="corpus must have at least the .* tokens that a run reads"):
+        reproduce("noise", tmp_path / "out", corpus=corpus)
+    assert trained == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_budget_stops_where_the_text_does():
+    assert scale("laptop").final_tokens == 20_000_000
+    assert scale("laptop", train_tokens=11_999_999).final_tokens == 11_999_232
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "depht"}, "experiment must be one that is known, got 'depht'; did you mean 'depth'?"),
+        ({"name": "noise", "scale": "huge"}, "scale must be one of 'laptop', 'gpu', 'paper', got 'huge'"),
+        ({"name": "noise", "jobs": 0}, "jobs must be at least 1, got 0"),
+    ],
+)
+def test_what_is_not_known_is_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        reproduce(output=tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("size", ["laptop", "gpu", "paper"])
+def test_every_experiment_has_runs_at_every_scale(name, size):
+    asked, sizes = EXPERIMENTS[name], scale(size)
+    runs = planned(asked, sizes)
+    assert runs
+    # The runs of a point differ in their seeds alone.
+    points = {(run.point, changed(run.config, {"training.seed": 0})) for run in runs}
+    assert len(points) == len({run.point for run in runs})
+    # Nothing is known at first; claims are open then, and no sentence fails.
+    names = dict.fromkeys(run.point for run in runs)
+    claims = asked.claims(sizes, {name: point([None], None) for name in names})
+    assert {claim.holds for claim in claims} <= {None}
+    assert all(isinstance(claim, Claim) for claim in claims)
+
+
+def test_a_plan_counts_without_building(tiny):
+    text = plan("noise")
+    assert "| 1 layers + memory, seed 0 | " in text
+    assert "4 runs; about" in text
+
+
+def test_the_best_rate_is_known_when_all_were_tried(tiny):
+    known = {}
+    name = "1 layers"
+    for rate, result in ((1e-3, record(5.0)), (2e-3, record(4.0)), (4e-3, record(failed="stopped"))):
+        assert best_rate(tiny, known.get, name) is None
+        known[at_rate(tiny, name, rate).config] = result
+    assert best_rate(tiny, known.get, name) == 2e-3
+    (table,) = DEPTH.tables(tiny, known.get)
+    assert ["1 layers", "5.00", "4.00", "diverged", "0.002"] in table.rows
+    # The runs that are reported have another seed than those that chose the rate.
+    reported = [run.config.training for run in DEPTH.runs(tiny, known.get) if run.point.startswith("1 layers,")]
+    assert {training.seed for training in reported if training.tokens == 192} == {1}
+
+
+def test_a_point_is_the_mean_with_its_standard_error():
+    one = point([record(9.0), record(11.0), None, record(failed="stopped")], noise=0.5)
+    assert (one.runs, one.asked, one.failed) == (2, 4, ("stopped",))
+    assert (one.perplexity, one.error) == (10.0, pytest.approx(1.0))
+    assert (one.usage, one.kl, one.slots) == (50.0, 0.5, 16)
+    assert point([record(10.0)], noise=0.02).error == pytest.approx(0.2)
+    assert point([record(10.0)], noise=None).error is None
+
+
+def test_noise_is_pooled_over_groups():
+    assert pooled_noise([[record(99.0), record(101.0)], [record(10.0)]]) == pytest.approx(0.02**0.5 / 10)
+    assert pooled_noise([[record(10.0)], [None]]) is None
+
+
+@pytest.mark.parametrize(("other", "expected"), [(12.1, None), (13.0, True), (7.0, False)])
+def test_a_difference_counts_above_two_standard_errors(other, expected):
+    one, two = (Point(runs=1, asked=1, perplexity=value, error=0.75) for value in (10.0, other))
+    assert is_below(one, two) is expected
+    assert is_below(one, dataclasses.replace(two, error=None)) is None
+    assert is_below(None, two) is None
+
+
+def test_differences_are_shown_with_their_error():
+    one, two = (Point(runs=1, asked=1, perplexity=value, error=0.1) for value in (9.0, 10.0))
+    assert versus(one, two) == "-10.0 % ± 1.4"
+    assert versus(one, Point(runs=0, asked=1)) == "not known yet"
