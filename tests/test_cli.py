@@ -204,10 +204,11 @@ def test_a_ready_corpus_says_what_the_data_are(run, tiny, tmp_path, capsys):
     assert "vocab_size 270, asked for 280" in said
 
 
-def test_the_library_s_corpus_says_that_it_is_the_library_s(tmp_path):
+@pytest.mark.parametrize("format", ["pytorch", "stdlib"])
+def test_a_corpus_without_an_entry_says_that_it_has_none(format):
     from memlayers.cli.training_commands import _data_of
 
-    entry = {"name": "Python's standard library", "files": [{"format": "stdlib"}]}
+    entry = {"name": "PyTorch's Python sources", "files": [{"format": format}]}
     assert _data_of({"vocab_size": 300, "sources": [entry]}) == {"data.vocab_size": 300, "data.sources": []}
 
 

@@ -184,13 +184,16 @@ def test_a_run_can_be_repeated(tiny_config, tiny_corpus, tmp_path):
     assert losses("second") == first
 
 
-def test_a_text_that_runs_out_is_seen_again(tiny_config, tiny_corpus, tmp_path):
+def test_a_text_that_runs_out_is_seen_again_and_that_is_said(tiny_config, tiny_corpus, tmp_path):
     windows = tiny_corpus.train.num_tokens // 17
     config = variant(
         tiny_config, training={"tokens": 16 * 2 * windows, "batch_tokens": 16 * 64, "eval_every_tokens": 10**6}
     )
-    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    said = []
+    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, say=said.append)
     assert result["data"]["epochs"] >= 2
+    folder = str(tiny_corpus.folder)
+    assert said == [f"training.tokens are 2.0 times the training text of {folder!r}: text is seen again"]
 
 
 def test_evaluation_is_not_training_time(tiny_config, tiny_corpus, tmp_path, monkeypatch):

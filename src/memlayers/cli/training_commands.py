@@ -125,8 +125,9 @@ def _data_of(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a corpus was asked for, as fields of a configuration."""
     # Of the tokenizer its hash is known.
     names = [name for name in settings_of(DataConfig) if name in asked and name != "tokenizer"]
+    unnamed = ("pytorch", "stdlib")  # what the text is without an entry, now and before
     entries = [
-        entry["name"] for entry in asked["sources"] if any(file["format"] != "stdlib" for file in entry["files"])
+        entry["name"] for entry in asked["sources"] if any(file["format"] not in unnamed for file in entry["files"])
     ]
     return {f"data.{name}": asked[name] for name in names} | {"data.sources": entries}
 

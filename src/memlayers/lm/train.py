@@ -88,7 +88,8 @@ def train(
             of the data and usage figures as if it had never stopped. Begins a run where there is none, and leaves a
             finished one as it is.
         progress: Show bars.
-        say: Is told from where a resumed run goes on, and where one that was stopped has its checkpoint.
+        say: Is told from where a resumed run goes on, where one that was stopped has its checkpoint, and that text is
+            seen again.
 
     Raises:
         ValueError: Before any work, for a configuration that cannot run here (for want of memory or of room on the
@@ -115,6 +116,8 @@ def train(
     if not isinstance(corpus, Corpus):
         corpus = prepare(config.data, folder.path.parent / "corpus" if corpus is None else corpus, progress=progress)
     text = _text(config, corpus)
+    if (passes := len(text.order) / len(text.windows)) > 1:
+        say(f"training.tokens are {passes:.1f} times the training text of {str(corpus.folder)!r}: text is seen again")
     identity: dict[str, Any] = {
         "config": config.to_dict(),
         "data": {

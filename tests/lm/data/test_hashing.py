@@ -7,7 +7,7 @@ import time
 import pytest
 
 from memlayers.lm.data import DataConfig, prepare, request
-from memlayers.lm.data.sources import JsonLines, StandardLibrary, base
+from memlayers.lm.data.sources import JsonLines, base
 
 
 @pytest.fixture
@@ -92,8 +92,3 @@ def test_a_source_that_is_there_but_cannot_be_read_does_not_break_a_ready_corpus
     monkeypatch.setattr(JsonLines, "describe", unreadable)
     with pytest.raises(PermissionError):
         prepare(config(sources), tmp_path / "new", progress=False)
-
-
-def test_the_library_counts_what_it_reads():
-    counted = []
-    assert StandardLibrary().describe(read=counted.append)["bytes"] == sum(counted) > 0

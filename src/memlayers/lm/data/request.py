@@ -83,7 +83,7 @@ def _is_recorded(before: list[dict[str, Any]], place: int, name: str) -> bool:
 
 
 def _entry_names(config: "DataConfig") -> list[str]:
-    return list(config.sources) or ["Python's standard library"]
+    return list(config.sources) or ["PyTorch's Python sources"]
 
 
 def open_what_is_here(config: "DataConfig", held: dict[str, Any]) -> list[list[Source] | None]:
@@ -107,7 +107,9 @@ def differences(held: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     names = [name for name in asked if name != "sources" and asked[name] != held.get(name)]
     found = [f"{name} {held.get(name)!r}, asked for {asked[name]!r}" for name in names]
     if _contents(asked) != _contents(held):
-        found.append("sources with other contents")
+        files = ([file["name"] for entry in request["sources"] for file in entry["files"]] for request in (held, asked))
+        renamed = [f" ({before}, asked for {now})" for before, now in zip(*files, strict=False) if before != now]
+        found.append("sources with other contents" + "".join(renamed[:1]))
     return found
 
 

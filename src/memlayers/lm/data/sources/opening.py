@@ -12,7 +12,7 @@ from memlayers.lm.data.sources.base import Source
 from memlayers.lm.data.sources.huggingface import PREFIX, HuggingFace
 from memlayers.lm.data.sources.jsonlines import JsonLines
 from memlayers.lm.data.sources.parquet import Parquet
-from memlayers.lm.data.sources.stdlib import StandardLibrary
+from memlayers.lm.data.sources.pytorch import PyTorchSources
 from memlayers.lm.data.sources.streams import SUFFIXES
 from memlayers.lm.data.sources.text import TextFile
 
@@ -25,7 +25,7 @@ FOLDER_SUFFIXES = (
 
 
 def open_sources(sources: Sequence[str], *, text_field: str, id_field: str) -> list[list[Source]]:
-    """The sources behind each entry, in a fixed order; without an entry, Python's own standard library.
+    """The sources behind each entry, in a fixed order; without an entry, the Python sources of PyTorch.
 
     An entry is a file, a folder (all of `FOLDER_SUFFIXES` below it, hidden ones left out), a glob (`**` for any depth)
     or a dataset (`hf:NAME`, see `HuggingFace`); `~` is the home folder. Files are JSON lines (`JSON_LINES`) or plain
@@ -35,7 +35,7 @@ def open_sources(sources: Sequence[str], *, text_field: str, id_field: str) -> l
     format, one that is given twice, and a format whose package is not installed.
     """
     if not sources:
-        return [[StandardLibrary()]]
+        return [[PyTorchSources()]]
     opened = [list(_open_entry(entry, text_field, id_field)) for entry in sources]
     seen: set[str] = set()
     for source in (source for group in opened for source in group):
