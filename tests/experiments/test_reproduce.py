@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import memlayers.experiments.reproduce as module
 from memlayers.experiments import scales
 from memlayers.experiments.depth import DEPTH, at_rate, best_rate
+from memlayers.experiments.equivalent import PowerLaw
 from memlayers.experiments.experiment import Claim
 from memlayers.experiments.points import Point, is_below, point, pooled_noise, versus
 from memlayers.experiments.records import GridFolder, Identity
@@ -246,3 +248,15 @@ def test_differences_are_shown_with_their_error():
     one, two = (Point(runs=1, asked=1, perplexity=value, error=0.1) for value in (9.0, 10.0))
     assert versus(one, two) == "-10.0 % ± 1.4"
     assert versus(one, Point(runs=0, asked=1)) == "not known yet"
+
+
+def test_a_power_law_is_found_and_inverted():
+    law = PowerLaw.through([1e5, 2e5, 4e5, 8e5], [20 * size**-0.1 for size in (1e5, 2e5, 4e5, 8e5)], noise=0.0)
+    assert (law.slope, math.exp(law.intercept)) == (pytest.approx(-0.1), pytest.approx(20))
+    equal, factor = law.inverse(20 * 3e5**-0.1, error=0.01)
+    assert equal == pytest.approx(3e5)
+    # One per cent of perplexity is ten per cent of size where size counts to the power of -0.1.
+    assert factor == pytest.approx(math.exp(0.1))
+    scattered = PowerLaw.through([1e5, 2e5, 4e5, 8e5], [6.0, 5.7, 5.2, 5.1], noise=0.001)
+    assert scattered.scatter > 0.005
+    assert scattered.inverse(5.4, error=0.0)[1] > 1.03

@@ -4,7 +4,7 @@ Read first, for what is run:
 
     experiment.py                what an experiment is: its question, its runs, what it concludes
     scales.py                    the sizes, budgets and rates of each scale, in one place
-    depth.py  size.py  noise.py  an experiment each
+    depth.py, size.py, ...       an experiment each
     registry.py                  all of them by name
 
 Then, for how:

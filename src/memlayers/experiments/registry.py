@@ -1,12 +1,18 @@
 """All experiments by name."""
 
 from memlayers.experiments.depth import DEPTH
+from memlayers.experiments.equivalent import EQUIVALENT
 from memlayers.experiments.experiment import Experiment
+from memlayers.experiments.flat import FLAT
+from memlayers.experiments.heads_k import HEADS_K
 from memlayers.experiments.noise import NOISE
+from memlayers.experiments.position import POSITION
 from memlayers.experiments.size import SIZE
 from memlayers.settings import instead
 
-EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (NOISE, DEPTH, SIZE)}
+EXPERIMENTS: dict[str, Experiment] = {
+    one.name: one for one in (NOISE, DEPTH, SIZE, POSITION, HEADS_K, FLAT, EQUIVALENT)
+}
 
 
 def experiment(name: str) -> Experiment:

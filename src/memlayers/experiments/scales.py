@@ -36,6 +36,10 @@ class Scale:
     rates: tuple[float, ...]  # that each model of `depth` is tried at
     deep_rate: float  # of 2N layers, elsewhere
     subkeys: tuple[int, ...]  # of `size`
+    flat_subkeys: tuple[int, ...]  # of `flat`, as far as flat keys can be trained
+    position_layers: int  # of `position`
+    reads: int  # H * K of `heads-k`
+    dense_sizes: tuple[tuple[int, int, int, float], ...]  # of `equivalent`: layers, width, heads, rate
     grid_tokens: int
     flat_tokens: int
     final_tokens: int
@@ -114,6 +118,16 @@ def _laptop() -> dict[str, Any]:
         "rates": (1.4e-3, 2e-3, 2.8e-3, 4e-3),
         "deep_rate": 2e-3,
         "subkeys": (64, 128, 192, 256, 384),
+        "flat_subkeys": (128, 256),
+        "position_layers": 6,
+        "reads": 64,
+        "dense_sizes": (
+            (2, 96, 3, 3.5e-3),
+            (2, 128, 4, 2.8e-3),
+            (4, 128, 4, 2e-3),
+            (4, 192, 6, 2e-3),
+            (6, 256, 8, 1.4e-3),
+        ),
         "grid_tokens": 3_000_000,
         "flat_tokens": 1_000_000,
         "final_tokens": 20_000_000,
@@ -145,6 +159,16 @@ def _gpu() -> dict[str, Any]:
         "rates": (5e-4, 1e-3, 2e-3),
         "deep_rate": 7e-4,
         "subkeys": (128, 256, 384, 512, 768, 1024),
+        "flat_subkeys": (128, 256),
+        "position_layers": 6,
+        "reads": 64,
+        "dense_sizes": (
+            (4, 384, 6, 1.2e-3),
+            (4, 512, 8, 1e-3),
+            (8, 512, 8, 7e-4),
+            (8, 768, 12, 5e-4),
+            (12, 1024, 16, 4e-4),
+        ),
         "grid_tokens": 40_000_000,
         "flat_tokens": 10_000_000,
         "final_tokens": 200_000_000,
@@ -166,6 +190,16 @@ def _paper() -> dict[str, Any]:
         "rates": (2.5e-4,),
         "deep_rate": 2.5e-4,
         "subkeys": (128, 256, 384, 512, 768, 1024),
+        "flat_subkeys": (128, 256, 384),
+        "position_layers": 6,
+        "reads": 64,
+        "dense_sizes": (
+            (6, 1024, 16, 2.5e-4),
+            (12, 1024, 16, 2.5e-4),
+            (16, 1024, 16, 2.5e-4),
+            (24, 1024, 16, 2.5e-4),
+            (12, 1600, 16, 2.5e-4),
+        ),
         "grid_tokens": run.training.tokens,
         "flat_tokens": run.training.tokens,
         "final_tokens": run.training.tokens,
