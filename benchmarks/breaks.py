@@ -57,7 +57,6 @@ TESTS = {
     "diagnosis/": ["diagnosis/test_findings.py", "diagnosis/test_faults.py"],
     "lm/trainer.py": ["lm/test_golden_losses.py", "lm/test_train.py", "lm/test_resume.py"],
     "lm/build.py": ["lm/test_golden_losses.py", "lm/test_train.py"],
-    "lm/footprint": ["lm/test_footprint.py"],
     "lm/data/": ["lm/data"],
 }
 

@@ -182,7 +182,7 @@ def test_what_cannot_be_trained_later_is_refused_before_the_first_is_trained(
     needs = [footprint(run, vocab_size=corpus.vocab_size).total for run in comparison.runs().values()]
     assert needs[0] < max(needs)
     with monkeypatch.context() as patch:
-        patch.setattr("memlayers.lm.footprint.estimate.available_memory", lambda device: needs[0])
+        patch.setattr("memlayers.lm.footprint.available_memory", lambda device: needs[0])
         with pytest.raises(ValueError, match="a training step needs"):
             compare(comparison, tmp_path / "out", corpus=corpus, progress=False)
     short = dataclasses.replace(corpus, train=Split(corpus.train.tokens[:16], corpus.train.documents[:1]))
@@ -197,7 +197,7 @@ def test_what_cannot_be_trained_later_is_refused_before_the_first_is_trained(
 
 def test_finished_runs_need_no_memory_to_train(finished, comparison, corpus, trained, monkeypatch):
     output, _ = finished
-    monkeypatch.setattr("memlayers.lm.footprint.estimate.available_memory", lambda device: 1)
+    monkeypatch.setattr("memlayers.lm.footprint.available_memory", lambda device: 1)
     compare(comparison, output, corpus=corpus, progress=False)
     assert trained == []
 

@@ -91,7 +91,7 @@ def test_its_figures_are_json_and_lines(tiny_config):
 
 
 def test_a_step_that_does_not_fit_is_refused_before_anything_is_built(tiny_config, monkeypatch):
-    monkeypatch.setattr("memlayers.lm.footprint.estimate.available_memory", lambda device: 1000)
+    monkeypatch.setattr("memlayers.lm.footprint.available_memory", lambda device: 1000)
     monkeypatch.setattr("memlayers.lm.dry_run.build_model", lambda *_, **__: pytest.fail("built"))
     with pytest.raises(ValueError, match="a training step needs about .* and 1 kB are available on cpu"):
         dry_run(tiny_config, corpus=None, say=quiet)

@@ -224,7 +224,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(config, t
     import memlayers.lm.train as training
 
     with monkeypatch.context() as patch:
-        patch.setattr("memlayers.lm.footprint.estimate.available_memory", lambda device: 1000)
+        patch.setattr("memlayers.lm.footprint.available_memory", lambda device: 1000)
         with pytest.raises(ValueError, match=r"needs about \d+ kB and 1 kB are available on cpu:\n +parameters"):
             train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
     full = shutil.disk_usage(tmp_path)._replace(free=100)

@@ -12,17 +12,9 @@ import torch
 from memlayers.available import available_memory, left_in_groups
 from memlayers.config import MemoryConfig
 from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
-from memlayers.lm.footprint import (
-    Footprint,
-    explain_out_of_memory,
-    footprint,
-    inside_operations,
-    require_memory,
-    size_text,
-)
+from memlayers.lm.footprint import _ENTRY, Footprint, explain_out_of_memory, footprint, require_memory
 from memlayers.ops import gpu
-from memlayers.ops.cpu import search as cpu_search
-from memlayers.ops.gpu import search as gpu_search
+from memlayers.sizes import size_text
 
 # In a process of its own: the same plain loop that `footprint` counts, three steps of it. What libraries take for
 # themselves at first use, some 25 MB, is taken before by a step of a model without a size to speak of.
@@ -164,13 +156,7 @@ def test_the_entries_of_a_row_step_take_what_is_counted_for_them():
         [sys.executable, "-c", STEP], capture_output=True, text=True, env=environment, check=False, timeout=100
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == pytest.approx(2**13 * 256 * inside_operations._ENTRY, rel=0.05)
-
-
-def test_the_blocks_of_a_search_are_those_of_the_kernels():
-    assert inside_operations._SEARCH_BLOCK == 4 * cpu_search._BLOCK  # half scores in float32
-    assert inside_operations._GPU_BLOCK == gpu_search._BLOCK
-    assert inside_operations._GPU_FEWEST_ROWS == gpu_search._FEWEST_ROWS
+    assert int(done.stdout) == pytest.approx(2**13 * 256 * _ENTRY, rel=0.05)
 
 
 def test_parameters_gradients_and_state_are_exact():
@@ -294,7 +280,7 @@ def test_sizes_are_written_for_people():
 
 
 def test_a_step_that_does_not_fit_is_refused_with_what_helps(monkeypatch):
-    monkeypatch.setattr("memlayers.lm.footprint.estimate.available_memory", lambda device: 50 * 10**6)
+    monkeypatch.setattr("memlayers.lm.footprint.available_memory", lambda device: 50 * 10**6)
     config = run_config(memory=(2,), subkeys=256, batch=512)
     with pytest.raises(ValueError, match="lower memory.num_subkeys .now 256.*raise training.accumulate") as refusal:
         require_memory(config, vocab_size=1000)

@@ -50,9 +50,8 @@ def test_info_names_both_devices():
 
 
 def test_the_footprint_knows_the_blocks_of_the_kernels():
-    from memlayers.lm.footprint import inside_operations
-    from memlayers.ops.gpu import rows, search
+    from memlayers.lm.footprint import _GPU_ASIDE
+    from memlayers.ops.gpu import rows
 
-    assert (search._BLOCK, search._FEWEST_ROWS) == (inside_operations._GPU_BLOCK, inside_operations._GPU_FEWEST_ROWS)
     for count in (1, 2**15, 2**21 + 1, 2**27):
-        assert count / rows.block_length(count) <= inside_operations._GPU_ASIDE
+        assert count / rows.block_length(count) <= _GPU_ASIDE

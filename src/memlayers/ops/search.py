@@ -17,6 +17,17 @@ from memlayers.ops.registry import operation
 from memlayers.ops.select import halves, select_pairs
 from memlayers.torch_private import multiplies_fast
 
+# Half scores, or gradients of them, that kernels hold at once, and the rows of a block at the least: on a CPU 8 MB,
+# which stay in cache between product and selection; on a GPU 128 MB, where fewer rows would leave it waiting.
+CPU_BLOCK, GPU_BLOCK = (2**21, 1), (2**25, 4096)
+
+
+def token_blocks(num_tokens: int, weight_2HNC: Tensor, half_scores: int, fewest_rows: int) -> list[slice]:
+    """The tokens, cut into blocks of so many half scores."""
+    _, heads, num_subkeys, _ = weight_2HNC.shape
+    tokens = max(half_scores // (2 * heads * num_subkeys), -(-fewest_rows // heads))
+    return [slice(start, min(start + tokens, num_tokens)) for start in range(0, num_tokens, tokens)]
+
 
 def half_scores(query_THQ: Tensor, weight_2HNC: Tensor) -> Tensor:
     """[2, H, T, N], the scores of both halves against their codebooks."""

@@ -33,7 +33,7 @@ def test_blocks_of_tokens_make_no_difference(monkeypatch):
 
     query, keys, topk = exact(*arguments((130, 2, 20, 8, 9)))
     whole = kernels.search(query, keys, topk)
-    monkeypatch.setattr(kernels, "_BLOCK", 2 * 2 * 20 * 7)
+    monkeypatch.setattr(kernels, "CPU_BLOCK", (2 * 2 * 20 * 7, 1))
     blocks = kernels.search(query, keys, topk)
     assert all(torch.equal(one, other) for one, other in zip(whole, blocks, strict=True))
 

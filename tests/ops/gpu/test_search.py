@@ -58,8 +58,7 @@ def test_blocks_of_tokens_change_nothing(tokens_at_once, monkeypatch, device):
     whole = search(query, keys, 4)
     grad = torch.randint(-3, 4, (3, 1, 4)).to(device).float()
     whole_grads = search_backward(grad, whole[1], query, keys)
-    monkeypatch.setattr(kernels, "_BLOCK", 2 * 11 * tokens_at_once + 5)
-    monkeypatch.setattr(kernels, "_FEWEST_ROWS", 0)
+    monkeypatch.setattr(kernels, "GPU_BLOCK", (2 * 11 * tokens_at_once + 5, 0))
     assert all(map(torch.equal, search(query, keys, 4), whole))
     assert all(map(torch.equal, search_backward(grad, whole[1], query, keys), whole_grads))
 

@@ -15,9 +15,8 @@ from memlayers.ops.cpu.intrinsics import f32, fail, i32, i64, kernel, next_task,
 from memlayers.ops.cpu.launch import launch, threads_for
 from memlayers.ops.cpu.select import select_into
 from memlayers.ops.cpu.vectors import LANES, add_scaled, fill, load, store
-from memlayers.ops.search import in_fast_dtype
+from memlayers.ops.search import CPU_BLOCK, in_fast_dtype, token_blocks
 
-_BLOCK = 2**21  # half scores held at once: 8 MB, which stay in cache between product and selection
 _TOKENS = 64  # tokens of a task
 _COLUMNS = 64  # columns of the keys' gradient that a task sums
 
@@ -31,10 +30,9 @@ def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, *, softmax: bool =
     _, _, num_subkeys, half = weight_2HNC.shape
     scores_THK = query_THQ.new_empty(num_tokens, heads, topk)
     slots_THK = torch.empty(num_tokens, heads, topk, dtype=torch.int64)
-    block = max(1, min(num_tokens, _BLOCK // (2 * heads * num_subkeys)))
-    products_2HtN = query_THQ.new_empty(2, heads, block, num_subkeys)
-    for start in range(0, num_tokens, block):
-        tokens = slice(start, min(start + block, num_tokens))
+    blocks = token_blocks(num_tokens, weight_2HNC, *CPU_BLOCK)
+    products_2HtN = query_THQ.new_empty(2, heads, blocks[0].stop if blocks else 0, num_subkeys)
+    for tokens in blocks:
         query_tH2C = query_THQ[tokens].unflatten(-1, (2, half))
         halves_2HtN = products_2HtN[:, :, : len(query_tH2C)]
         for query_tHC, keys_HNC, out_HtN in zip(query_tH2C.unbind(2), weight_2HNC, halves_2HtN, strict=True):

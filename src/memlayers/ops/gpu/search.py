@@ -12,9 +12,7 @@ from torch import Tensor
 from memlayers.ops.gpu import select as selection
 from memlayers.ops.gpu.launch import launch
 from memlayers.ops.precision import without_autocast
-
-_BLOCK = 2**25  # half scores held at once, or gradients of half scores: 128 MB in float32
-_FEWEST_ROWS = 4096  # of a block, whatever they take: fewer would leave a GPU waiting for launches
+from memlayers.ops.search import GPU_BLOCK, token_blocks
 
 
 def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +22,7 @@ def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, T
     shape = (*query_THQ.shape[:2], topk)
     scores_THK = query_THQ.new_empty(shape, dtype=torch.float32)
     slots_THK = query_THQ.new_empty(shape, dtype=torch.int64)
-    for tokens in _blocks(len(query_THQ), weight_2HNC):
+    for tokens in token_blocks(len(query_THQ), weight_2HNC, *GPU_BLOCK):
         query_2HtC = query_THQ[tokens].unflatten(-1, (2, -1)).permute(2, 1, 0, 3)
         with without_autocast(query_THQ):
             halves_HtN = [
@@ -51,7 +49,7 @@ def search_backward(
     grad_query_THQ = torch.empty_like(query_THQ, memory_format=contiguous) if of_query else query_THQ.new_empty(0)
     grad_keys_2HNC = weight_2HNC.new_zeros(weight_2HNC.shape, dtype=torch.float32) if of_weight else None
     grad_THK, slots_THK = grad_THK.float().contiguous(), slots_THK.contiguous()
-    for tokens in _blocks(len(query_THQ), weight_2HNC):
+    for tokens in token_blocks(len(query_THQ), weight_2HNC, *GPU_BLOCK):
         grads_2HtN = _dense(grad_THK[tokens], slots_THK[tokens], weight_2HNC)
         for half, grad_HtN in enumerate(grads_2HtN):
             with without_autocast(query_THQ):
@@ -67,12 +65,6 @@ def search_backward(
 
 def _takes(query: Tensor, weight: Tensor, topk: int) -> bool:
     return query.dtype == weight.dtype and selection.takes(weight.shape[2], topk, weight.dtype)
-
-
-def _blocks(num_tokens: int, weight_2HNC: Tensor) -> list[slice]:
-    _, heads, num_subkeys, _ = weight_2HNC.shape
-    tokens = max(_BLOCK // (2 * heads * num_subkeys), -(-_FEWEST_ROWS // heads))
-    return [slice(start, min(start + tokens, num_tokens)) for start in range(0, num_tokens, tokens)]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
