@@ -1,11 +1,11 @@
 """Memories in existing models. Importing this registers the classes with the Auto classes of `transformers`.
 
 Read `add` first: what people call, and `disable`. Below, each imports those before it only: `placement` (where memories
-go), `switch` (which are off), `calls` (what calls in progress say), `recomputation` (both, when a block runs again),
-`masks` (how padding reaches memories), `wrappers` (what stands in the model), `modules` (what is in a model), `targets`
-(which modules can take one), `install` (put in, take out), `identity` (is it the same base), `folder` (the format on
-disk), `storage` (memory <-> folder), `classes` (what `transformers` must know). `adapters` (what PEFT must know),
-`summary`, `presets`, `checkpoints` and `carriers` stand beside it.
+go), `calls` (what calls in progress say, and which memories are off), `masks` (how padding reaches memories),
+`wrappers` (what stands in the model), `modules` (what is in a model), `targets` (which modules can take one), `install`
+(put in, take out), `identity` (is it the same base), `folder` (the format on disk), `storage` (memory <-> folder),
+`classes` (what `transformers` must know). `adapters` (what PEFT must know), `summary`, `presets`, `checkpoints` and
+`carriers` stand beside it.
 """
 
 from typing import TYPE_CHECKING, Any

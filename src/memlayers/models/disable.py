@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from memlayers.layer import memory_layers
+from memlayers.models.calls import carry_through_checkpoints, switched_off
 from memlayers.models.install import match_adapters, match_device_and_dtype
 from memlayers.models.modules import unwrap
-from memlayers.models.recomputation import carry_through_checkpoints
-from memlayers.models.switch import switched_off
 from memlayers.models.wrappers import MemoryWrapper, find_wrappers
 
 

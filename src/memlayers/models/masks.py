@@ -11,7 +11,7 @@ calls the base model as a module. A model of several parts (the halves of an enc
 images) has masks of its own for each, or none: there they sit on the part, too. They hold names and no state, and are
 found by their functions, so deepcopy and pickle carry them along.
 
-Under gradient checkpointing a block runs a second time during backward: see `recomputation`.
+Under gradient checkpointing a block runs a second time during backward: see `calls`.
 """
 
 import inspect
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memlayers.models import calls
-from memlayers.models.recomputation import carry_no_more, carry_through_checkpoints
 from memlayers.query import MaskedBatchNorm
 
 # What a forward's arguments say about masks, with the names that they have.
@@ -100,7 +99,7 @@ def remove_hooks(model: nn.Module) -> None:
                     del hooks[number]
                     for marks in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
                         marks.pop(number, None)
-        carry_no_more(module)
+        calls.carry_no_more(module)
 
 
 def begin_call(
@@ -130,7 +129,7 @@ def begin_call(
     if mask_BT is not None and base.training and not torch.compiler.is_compiling():
         for path in paths:
             for module in _along(base, path):
-                carry_through_checkpoints(module)
+                calls.carry_through_checkpoints(module)
 
 
 def end_call(giver: str, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:

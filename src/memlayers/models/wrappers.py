@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.layer import MemoryLayer
-from memlayers.models.calls import mask_for
+from memlayers.models.calls import is_off, mask_for
 from memlayers.models.masks import fitted
 from memlayers.models.placement import Mode
-from memlayers.models.switch import is_off
 
 
 class MemoryWrapper(nn.Module):

@@ -8,7 +8,7 @@
 - row_sum, row_step: its rows summed by slot; the optimizer's step on those rows
 - infer: a whole layer in one operation, where no gradient is wanted
 - exported: all of these by PyTorch's own operators, for derivatives of any kind and `torch.export`
-- precision, rounding, flops: dtypes, stochastic rounding, counted operations
+- precision, rounding: dtypes, stochastic rounding
 - cpu/, gpu/: kernels, in Numba and in Triton
 """
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from memlayers.after_import import after_import
 from memlayers.ops import cpu, gpu
 from memlayers.ops.cpu import launch
-from memlayers.ops.flops import count_flops
 from memlayers.torch_private import is_in_dual_level, transforms_are_active
 
 
@@ -138,7 +138,8 @@ def operation(
         torch.library.register_autograd(f"memlayers::{name}", backward, setup_context=save, lib=_library)
     packet = getattr(torch.ops.memlayers, name)
     if flops is not None:
-        count_flops(packet, flops)
+        # PyTorch's counter takes 0.2 s to import, for it imports Triton.
+        after_import("torch.utils.flop_counter", lambda counter: counter.register_flop_formula(packet)(flops))
     overload = packet.default
     if backward is None:
         return overload

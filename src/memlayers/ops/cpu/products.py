@@ -5,8 +5,7 @@ Libraries of dense products read it with one thread, at half the speed of the me
 
 import numpy as np
 
-from memlayers.ops.cpu.intrinsics import f32, part
-from memlayers.ops.cpu.vectors import LANES, add, fill, lane_sum, load, multiply
+from memlayers.ops.cpu.intrinsics import LANES, add, f32, fill, lane_sum, load, multiply, part
 
 ROWS = 16  # rows of a task
 

@@ -11,18 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memlayers.ops.cpu.intrinsics import bits_float, f32, fail, i64, kernel, next_task, part, u16
-from memlayers.ops.cpu.launch import launch, threads_for
-from memlayers.ops.cpu.vectors import (
+from memlayers.ops.cpu.intrinsics import (
     LANES,
     add_scaled,
+    bits_float,
+    f32,
+    fail,
+    i64,
+    kernel,
     lane_sum,
     load,
     load_bfloat16,
     load_float16,
     multiply,
+    next_task,
+    part,
     store,
+    u16,
 )
+from memlayers.ops.cpu.launch import launch, threads_for
 
 # The tables that the kernels read, by the number that stands for their dtype in a kernel.
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
@@ -89,7 +96,7 @@ def bfloat16(bits):
 
 @part
 def float16(bits):
-    """The float32 of a float16's bits (see `vectors.load_float16`)."""
+    """The float32 of a float16's bits (see `intrinsics.load_float16`)."""
     wide = np.uint32(bits)
     magnitude = (wide & np.uint32(0x7FFF)) << np.uint32(13)
     value = bits_float(np.int32(magnitude)) * np.float32(2.0**112)

@@ -13,24 +13,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memlayers.ops.cpu.intrinsics import f32, f64, fail, i32, i64, kernel, next_task, part, prefetch, this_thread, u16
-from memlayers.ops.cpu.launch import launch, threads_for
-from memlayers.ops.cpu.read import FLOAT32, KINDS
-from memlayers.ops.cpu.vectors import (
+from memlayers.ops.cpu.intrinsics import (
     LANES,
     add,
     add_scaled,
     divide,
+    f32,
+    f64,
+    fail,
     fill,
+    i32,
+    i64,
+    kernel,
     lane_sum,
     load,
     load_bfloat16,
     multiply,
+    next_task,
+    part,
+    prefetch,
     square_root,
     store,
     store_bfloat16,
     subtract,
+    this_thread,
+    u16,
 )
+from memlayers.ops.cpu.launch import launch, threads_for
+from memlayers.ops.cpu.read import FLOAT32, KINDS
 from memlayers.ops.row_step import RULES, Step, adam
 from memlayers.ops.row_sum import Part, clipping_scale, parts_of
 

@@ -11,10 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memlayers.ops.cpu.intrinsics import f32, fail, i32, i64, kernel, next_task, part, this_thread
+from memlayers.ops.cpu.intrinsics import (
+    LANES,
+    add_scaled,
+    f32,
+    fail,
+    fill,
+    i32,
+    i64,
+    kernel,
+    load,
+    next_task,
+    part,
+    store,
+    this_thread,
+)
 from memlayers.ops.cpu.launch import launch, threads_for
 from memlayers.ops.cpu.select import select_into
-from memlayers.ops.cpu.vectors import LANES, add_scaled, fill, load, store
 from memlayers.ops.search import CPU_BLOCK, in_fast_dtype, token_blocks
 
 _TOKENS = 64  # tokens of a task

@@ -20,22 +20,27 @@ from numba import carray
 from torch import Tensor
 
 from memlayers.ops.cpu.intrinsics import (
+    LANES,
+    add,
     bits_float,
     count_greater_64,
     f32,
+    fill,
     float_bits,
     i32,
     i64,
     kernel,
+    load,
     lowest_bit,
     mask_at_least_64,
     next_task,
     order_64,
     part,
+    store_ordered,
+    store_sums,
     this_thread,
 )
 from memlayers.ops.cpu.launch import launch, threads_for
-from memlayers.ops.cpu.vectors import LANES, add, fill, load, store_ordered, store_sums
 from memlayers.ops.select import check_halves, select_by
 
 _ROWS = 16  # rows of a task
