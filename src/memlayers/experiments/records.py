@@ -26,7 +26,12 @@ _LEFT_OUT = ("data.", "training.save_every_tokens", "training.keep_checkpoints",
 _OF_MEMORIES = ("memory", "training.value_", "training.selector_")  # without effect where there are none
 # Fields that came later, with the value by which a run is what it was without them: its name stays. None, False and
 # an empty list mean that for every field.
-_NEUTRAL = {"memory_kind": "memory", "memory_mode": "replace", "training.value_schedule": "constant"}
+_NEUTRAL = {
+    "memory_kind": "memory",
+    "memory_mode": "replace",
+    "training.value_schedule": "constant",
+    "training.value_optimizer": "rows",
+}
 
 
 class Identity(NamedTuple):

@@ -34,6 +34,7 @@ class Scale:
     several: tuple[tuple[int, ...], ...]  # where several memories stand in N layers
     paper_recipe: Mapping[str, Any]  # the paper's rates and memory, at a size where its usage is below 100 %
     rates: tuple[float, ...]  # that each model of `depth` is tried at
+    value_rates: tuple[float, ...]  # of `updates`
     deep_rate: float  # of 2N layers, elsewhere
     subkeys: tuple[int, ...]  # of `size`
     flat_subkeys: tuple[int, ...]  # of `flat`, as far as flat keys can be trained
@@ -116,6 +117,7 @@ def _laptop() -> dict[str, Any]:
         "several": ((1, 2),),
         "paper_recipe": {"training.value_learning_rate": 1e-3},
         "rates": (1.4e-3, 2e-3, 2.8e-3, 4e-3),
+        "value_rates": (1e-3, 4e-3, 1.5e-2, 6e-2),
         "deep_rate": 2e-3,
         "subkeys": (64, 128, 192, 256, 384),
         "flat_subkeys": (128, 256),
@@ -157,6 +159,7 @@ def _gpu() -> dict[str, Any]:
         "several": ((2, 3), (2, 3, 4)),
         "paper_recipe": {"training.value_learning_rate": 1e-3},
         "rates": (5e-4, 1e-3, 2e-3),
+        "value_rates": (1e-3, 3e-3, 1e-2, 3e-2),
         "deep_rate": 7e-4,
         "subkeys": (128, 256, 384, 512, 768, 1024),
         "flat_subkeys": (128, 256),
@@ -188,6 +191,7 @@ def _paper() -> dict[str, Any]:
         "several": ((4, 9), (3, 6, 9)),
         "paper_recipe": {},
         "rates": (2.5e-4,),
+        "value_rates": (2.5e-4, 1e-3, 4e-3),
         "deep_rate": 2.5e-4,
         "subkeys": (128, 256, 384, 512, 768, 1024),
         "flat_subkeys": (128, 256, 384),

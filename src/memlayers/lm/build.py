@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlayers.layer import MemoryLayer
-from memlayers.lm.config import MemoryKind, Precision, RunConfig
+from memlayers.lm.config import MemoryKind, Precision, RunConfig, ValueOptimizer
 from memlayers.lm.evaluate import ComputePrecision, device_name
+from memlayers.lm.value_optimizers import DenseValues, SparseValues
 from memlayers.memory_plus import MemoryPlus
 from memlayers.models import add_memory, causal_lm
 from memlayers.optim import MemoryAdamW
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KINDS: dict[MemoryKind, type[MemoryLayer]] = {"memory": MemoryLayer, "memory_plus": MemoryPlus}
+OPTIMIZERS: dict[ValueOptimizer, type[MemoryAdamW]] = {
+    "rows": MemoryAdamW,
+    "dense": DenseValues,
+    "sparse": SparseValues,
+}
 LOGITS_BYTES = 2**22  # of logits that stand in the cache at a time, in float32 on a CPU
 
 
@@ -54,7 +60,7 @@ def build_model(
 def build_optimizer(config: RunConfig, model: "PreTrainedModel") -> MemoryAdamW:
     """The optimizer of a run."""
     training = config.training
-    return MemoryAdamW(
+    return OPTIMIZERS[training.value_optimizer](
         model,
         lr=training.learning_rate,
         betas=training.betas,

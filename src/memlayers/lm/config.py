@@ -15,6 +15,7 @@ Family = Literal["gpt2", "llama"]
 Schedule = Literal["cosine", "inverse_sqrt", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ValueSchedule = Literal["constant", "same"]
+ValueOptimizer = Literal["rows", "dense", "sparse"]
 MemoryKind = Literal["memory", "memory_plus"]
 MemoryMode = Literal["replace", "parallel"]
 
@@ -58,6 +59,9 @@ class TrainingConfig:
     )
     learning_rate: float = setting(2e-3, "peak, of everything but the memory's values", above=0)
     value_learning_rate: float = setting(3e-2, "of the memory's values", above=0)
+    value_optimizer: ValueOptimizer = setting(
+        "rows", '"rows": RowAdam; "dense", "sparse": Adam and SparseAdam of PyTorch, to compare with'
+    )
     value_schedule: ValueSchedule = setting(
         "constant", '"constant": value_learning_rate throughout; "same": as a peak, on the schedule of the rest'
     )

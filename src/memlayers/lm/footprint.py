@@ -9,6 +9,7 @@ N sub-keys a codebook, K rows a token, S slots, V width of a value, M entries (s
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import weakref
@@ -119,7 +120,10 @@ def _count(
 ) -> Footprint:
     if config.training.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters()) if dense else build_optimizer(config, model)
+    dense = dense or config.training.value_optimizer == "dense"
+    # SparseAdam has no fake tensors: what it takes beside its moments is as large as what `RowAdam` was handed.
+    rows = dataclasses.replace(config, training=dataclasses.replace(config.training, value_optimizer="rows"))
+    optimizer = torch.optim.AdamW(model.parameters()) if dense else build_optimizer(rows, model)
     if device == "cuda":  # where AdamW takes all parameters of a group at a time, and so its temporaries
         for group in optimizer.param_groups:
             if "foreach" in group:

@@ -44,6 +44,7 @@ class MemoryAdamW(TableOwner):
             gradient before either: another model is being trained.
     """
 
+    rows: type[RowAdam] = RowAdam  # what trains the tables
     _idle_steps: int | None = 0  # those before the first gradient; None after it
 
     def __init__(
@@ -81,7 +82,7 @@ class MemoryAdamW(TableOwner):
         self._dense = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps) if groups else None
         self._rows: RowAdam | None = None
         if tables:
-            self._rows = RowAdam(
+            self._rows = self.rows(
                 tables,
                 lr=value_lr,
                 betas=betas,
