@@ -1,4 +1,6 @@
+import gc
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,24 @@ LONG = (
 )  # fmt: skip
 
 
+gc.disable()  # until everything is imported: what that makes stays, and would be looked through again and again
+
+
 def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
     for item in items:
-        path = item.path.relative_to(here)
-        if any(path.is_relative_to(long) for long in LONG):
+        if is_long(item.path):
             item.add_marker(pytest.mark.long)
+
+
+@cache
+def is_long(file):
+    path = file.relative_to(Path(__file__).parent)
+    return any(path.is_relative_to(long) for long in LONG)
+
+
+def pytest_collection_finish():
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -72,13 +72,7 @@ TREES = {name: ast.parse(file.read_text()) for name, file in FILES.items()}
 
 def imports(name: str) -> Iterator[Import]:
     """Every import of a module: the modules of ours that it names, the other packages by their first name."""
-    late = {
-        id(statement)
-        for function in ast.walk(TREES[name])
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for statement in ast.walk(function)
-    }
-    for node in ast.walk(TREES[name]):
+    for node, is_late in statements(TREES[name]):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -92,7 +86,15 @@ def imports(name: str) -> Iterator[Import]:
                 imported = target.partition(".")[0]
             else:
                 imported = target if target in FILES else target.rpartition(".")[0]
-            yield Import(name, imported, node.lineno, id(node) in late)
+            yield Import(name, imported, node.lineno, is_late)
+
+
+def statements(node: ast.AST, is_late: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """All statements below a node, each with whether it stands inside a function."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for inner in getattr(node, field, ()):
+            yield inner, is_late
+            yield from statements(inner, is_late or isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 ALL = [found for name in FILES for found in imports(name)]

@@ -1,8 +1,15 @@
+import gc
 import importlib.util
 
 import pytest
 
 from memlayers.bench.shapes import shape
+
+
+@pytest.fixture(autouse=True)
+def _what_is_imported_stays_frozen(monkeypatch):
+    """Otherwise every look of Python's collector after a run, of which there are many here, goes through it all."""
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
 
 
 @pytest.fixture

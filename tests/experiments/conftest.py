@@ -1,13 +1,23 @@
 import dataclasses
+import functools
 import json
 import random
 
 import pytest
 
 from memlayers.config import MemoryConfig
+from memlayers.experiments import compare
 from memlayers.lm.config import ModelConfig, TrainingConfig
 from memlayers.lm.data import DataConfig, prepare
 from memlayers.lm.presets import Comparison
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _speed_measured_once():
+    """One round after the one that warms up: of speeds only the places are looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "measure_speed", functools.partial(compare.measure_speed, repeats=1))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,16 @@ import pytest
 from memlayers.config import MemoryConfig
 from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
 from memlayers.lm.data import DataConfig, prepare
+from memlayers.lm.footprint import Footprint
 from memlayers.lm.train import train
+
+
+@pytest.fixture(autouse=True)
+def _not_estimated(request, monkeypatch):
+    """An estimate takes longer than these trainings; `test_faults.py` has what a run does with one."""
+    if request.path.name != "test_faults.py":
+        need = Footprint(parameters=1, gradients=1, optimizer_state=1, activations=1)
+        monkeypatch.setattr("memlayers.lm.train.require_memory", lambda *_, **__: need)
 
 
 @pytest.fixture(scope="session")
