@@ -63,6 +63,24 @@ def test_rows_that_were_not_read_are_written(make_block, batch, fails):
     fails(doctor(block, batch[:2], optimizer=optimizers), "unread", "rows that were not read")
 
 
+class Shrinking(torch.optim.SGD):
+    """Halves all that it holds, with a gradient or without."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter /= 2
+
+
+def test_a_table_in_row_mode_is_stepped_by_its_owner_alone(make_block, batch, found, only):
+    block = make_block(num_subkeys=32)
+    optimizers = [MemoryAdamW(block), Shrinking([block.mlp.values.weight], lr=0.1)]
+    report = doctor(block, batch[:2], optimizer=optimizers)
+    only(report, "owner", "groups")
+    assert [found(report, check).state for check in ("written", "unread")] == ["pass", "pass"]
+
+
 class Odd(torch.optim.Optimizer):
     """Without a learning rate, or with one that is None; it looks at the first parameter of each group."""
 
