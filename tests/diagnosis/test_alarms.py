@@ -39,6 +39,8 @@ def test_the_output_is_compared_with_the_input_and_the_network_beside(make_block
         first_of(checkpoint(mlp, x, use_reentrant=False)).sum().backward()  # the recomputation counts no second time
         check, said = monitor.output()
         assert monitor.output() is None  # since the last look
+        mlp(batch)
+        assert monitor.output() == (check, said)
     with torch.no_grad():
         own, beside = block.memory(batch).norm(), first_of(base(batch)).norm()
     assert check == "output"
@@ -68,7 +70,9 @@ def test_the_window_holds_the_last_tokens_in_turn(block, batch):
     with monitor_of(block, window=20) as monitor:
         block.train()
         block.mlp(batch[0])  # 16 tokens, of which the next ones replace the first 12
-        block.mlp(batch[1])
+        checkpoint(block.mlp, batch[1].clone().requires_grad_(), use_reentrant=False).sum().backward()
+        block.eval()
+        block.mlp(batch[2])  # not in training
     held = torch.cat([found[1][4:], found[0][12:], found[1][:4]])
     assert torch.equal(monitor._slots_WHK.long(), held)
 
