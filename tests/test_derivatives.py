@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from memlayers import MemoryConfig, MemoryLayer, MemoryPlus
+from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus
 from memlayers.models import add_memory, causal_lm
 from memlayers.ops.read import dot, read, sum_rows
 from memlayers.ops.search import search, search_backward
@@ -31,6 +31,7 @@ LAYERS = {
     "flat": lambda: make(keys="flat"),
     "narrow": lambda: make(value_dim=3),
     "plus": lambda: make(MemoryPlus),
+    "experts": lambda: make(Experts),
 }
 MASK = torch.tensor([True, True, False, True])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from memlayers import MemoryConfig, MemoryLayer, MemoryPlus, RowAdam
+from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, RowAdam
 
 FIELDS = {"dim": 16, "heads": 2, "topk": 3, "num_subkeys": 6, "query_dim": 8}
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -32,6 +32,7 @@ def with_ties():
 LAYERS = {
     "product": lambda: MemoryLayer(MemoryConfig(**FIELDS)),
     "flat": lambda: MemoryLayer(MemoryConfig(**FIELDS, keys="flat")),
+    "experts": lambda: Experts(MemoryConfig(**FIELDS)),
     "memory+": lambda: MemoryPlus(MemoryConfig(**FIELDS, query_norm="rms")),
     "ties": with_ties,
     "other widths": lambda: MemoryLayer(MemoryConfig(**FIELDS, query_hidden=(12,), query_norm="none", value_dim=20)),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from memlayers import (
+    Experts,
     MemoryConfig,
     MemoryLayer,
     MemoryPlus,
@@ -121,7 +122,7 @@ def test_one_operation_is_for_those_that_weigh_and_read_as_the_paper():
     with torch.no_grad():
         for kind in (MemoryLayer, Doubled, Extended):
             assert try_infer(kind(config()).eval(), x) is not None, kind
-        for kind in (Unweighted, Twice, Cosine, MemoryPlus):
+        for kind in (Unweighted, Twice, Cosine, MemoryPlus, Experts):
             assert try_infer(kind(config()).eval(), x) is None, kind
         layer = MemoryLayer(config()).eval()
         before = layer(x)
@@ -180,6 +181,7 @@ def test_reset_parameters_reaches_the_parts_of_a_subclass():
 def test_a_class_is_found_by_its_name():
     assert layer_class("MemoryLayer") is MemoryLayer
     assert layer_class("MemoryPlus") is MemoryPlus
+    assert layer_class("Experts") is Experts
     assert layer_class("Cosine") is Cosine
     child = type("GrandchildOfALayer", (Cosine,), {})
     assert layer_class("GrandchildOfALayer") is child
@@ -212,61 +214,22 @@ def test_the_page_s_weights_without_softmax(run_page):
         torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("value_dim", [None, 5])
-def test_the_page_s_experts_are_the_equation(value_dim, run_page):
-    layer = run_page().Experts(config(value_dim=value_dim, query_norm="none"), dtype=torch.float64)
-    x = torch.randn(2, 5, 12, dtype=torch.float64)
-    y = layer(x, MASK)
-    expected = torch.zeros_like(y)
-    for b, t in MASK.nonzero().tolist():
-        scores_HK, slots_HK = layer.keys(layer.query(x[b, t, None]))
-        total = 0
-        for weights_K, slots_K in zip(scores_HK[0].softmax(-1), slots_HK[0], strict=True):
-            for weight, slot in zip(weights_K, slots_K, strict=True):
-                hidden = F.gelu(layer.inputs.weight[slot] @ x[b, t])
-                total = total + weight * hidden * layer.values.weight[slot]
-        expected[b, t] = layer.output(total)
-    torch.testing.assert_close(y, expected)
-    weights = [(name, one) for name, one in layer.named_parameters() if one is not layer.values.row_mark]
-    names, parameters = zip(*weights, strict=True)
-    ours = torch.autograd.grad(y.square().sum(), parameters)
-    theirs = torch.autograd.grad(expected.square().sum(), parameters)
-    assert "inputs.weight" in names
-    for name, a, b in zip(names, ours, theirs, strict=True):
-        assert a.any(), name
-        torch.testing.assert_close(a, b, msg=name)
+def test_the_page_s_product_of_two_reads_is_that(run_page):
+    layer = run_page().TwoTables(config(value_dim=5, query_norm="rms"))
+    assert len(RowAdam(layer).tables) == 2
+    x = torch.randn(7, 12)
+    scores_THK, slots_THK = layer.keys(layer.query(x))
+    first_TV, second_TV = (
+        torch.einsum("thk,thkv->tv", scores_THK.softmax(-1), table.weight[slots_THK])
+        for table in (layer.values, layer.others)
+    )
+    torch.testing.assert_close(layer(x), layer.output(first_TV * second_TV))
 
 
-def test_the_page_s_experts_train_v_by_rows_and_u_densely(run_page):
-    layer = run_page().Experts(config())
-    twin = copy.deepcopy(layer)
-    optimizer = RowAdam(layer, lr=0.1)
-    dense = torch.optim.Adam([twin.values.weight], lr=0.1)
-    x = torch.randn(30, 12)
-    for model, step in ((layer, optimizer), (twin, dense)):
-        model(x).square().sum().backward()
-        step.step()
-    assert layer.values.weight.grad is None
-    assert layer.inputs.weight.grad.shape == (36, 12)
-    torch.testing.assert_close(layer.inputs.weight.grad, twin.inputs.weight.grad)
-    torch.testing.assert_close(layer.values.weight, twin.values.weight)
-
-
-def test_the_page_s_experts_compile_and_reset(run_page):
-    layer = run_page().Experts(config())
-    x = torch.randn(6, 12)
-    y = layer(x)
-    layer_2 = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(layer_2(x), y)
-    before = layer.inputs.weight.clone()
-    layer.reset_parameters()
-    assert not torch.equal(layer.inputs.weight, before)
-
-
-def test_the_page_s_layer_in_a_model_saved_and_loaded(tmp_path, monkeypatch, run_page):
+def test_the_page_s_experts_in_a_model_saved_and_loaded(tmp_path, monkeypatch, run_page):
     monkeypatch.chdir(tmp_path)
     page = run_page(with_models=True)
     memories = [module for module in page.model.modules() if isinstance(module, MemoryLayer)]
-    assert [type(memory) for memory in memories] == [page.Experts]
+    assert [type(memory) for memory in memories] == [page.SquaredExperts]
     (trained,) = [module for module in page.trained.modules() if isinstance(module, MemoryLayer)]
-    assert torch.equal(memories[0].inputs.weight, trained.inputs.weight)
+    assert torch.equal(memories[0].values.inputs.weight, trained.values.inputs.weight)

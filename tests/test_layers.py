@@ -22,7 +22,7 @@ LAYERS = {
         "presentation settings"
     ),
     "operations": "ops",
-    "layer": "config query keys values usage layer memory_plus minimal parameters",
+    "layer": "config query keys values usage layer memory_plus experts minimal parameters",
     "inference": "inference",
     "optimizers": "optim",
     "models": "models",

@@ -9,6 +9,7 @@ from memlayers.version import __version__ as __version__
 if TYPE_CHECKING:
     from memlayers.config import MemoryConfig
     from memlayers.diagnosis import doctor
+    from memlayers.experts import Experts
     from memlayers.keys import FlatKeys, Hits, NormalisedKeys, ProductKeys
     from memlayers.layer import MemoryLayer
     from memlayers.memory_plus import MemoryPlus
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from memlayers.values import ValueTable
 
 __all__ = [
+    "Experts",
     "FlatKeys",
     "Hits",
     "MemoryConfig",
@@ -40,6 +42,7 @@ __all__ = [
 
 # Where each name comes from once it is asked for: torch takes seconds to import, and some need transformers.
 _ON_DEMAND = {
+    "Experts": "experts",
     "FlatKeys": "keys",
     "Hits": "keys",
     "MemoryConfig": "config",

@@ -10,7 +10,7 @@ Believed only as written: a sealed file is JSON whose first entry is the SHA-256
 place; it holds what `describe_files` says of the files beside it, and `verify_files` compares.
 
     write_sealed  read_sealed  read_if_whole
-    describe_files  hash_files  verify_files  find_damage  path_below  refuse_others
+    describe_files  verify_files  find_damage  path_below  refuse_others
 
 `sole_user` keeps other processes out of a folder meanwhile.
 """
@@ -277,21 +277,19 @@ def file_sha256(file: Path) -> str:
 
 def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
     """Return ``bytes`` and ``sha256`` of files by their paths below `folder`: of all, or of those in `names`."""
-    hashes = hash_files(folder, names)
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in hashes.items()}
-
-
-def hash_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the SHA-256 alone."""
     if names is None:
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     paths = {name: path_below(folder, name) for name in names}
-    return dict(zip(paths, _hash_files(paths.values()), strict=True))
+    hashes = _hash_files(paths.values())
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": digest}
+        for (name, path), digest in zip(paths.items(), hashes, strict=True)
+    }
 
 
 def verify_files(
     folder: Path,
-    described: Mapping[str, Mapping[str, Any] | str],
+    described: Mapping[str, Mapping[str, Any]],
     *,
     checked: Callable[[str], object] = lambda name: None,
     links: bool = False,
@@ -313,27 +311,24 @@ def verify_files(
 
 def find_damage(
     folder: Path,
-    described: Mapping[str, Mapping[str, Any] | str],
+    described: Mapping[str, Mapping[str, Any]],
     *,
     checked: Callable[[str], object] = lambda name: None,
     links: bool = False,
 ) -> Generator[tuple[str, str]]:
     """Yield each file that is not as described, and what is wrong with it; missing and cut off ones before any is read.
 
-    A description may lack ``bytes``, or be the hash alone. Raises as `verify_files` does, but for the damage.
+    A description without ``bytes`` is one of the hash alone. Raises as `verify_files` does, but for the damage.
     """
-    entries: dict[str, Any] = {
-        name: {"sha256": each} if isinstance(each, str) else each for name, each in described.items()
-    }
-    if not all(isinstance(entry, Mapping) and isinstance(entry.get("sha256"), str) for entry in entries.values()):
+    if not all(isinstance(entry, Mapping) and isinstance(entry.get("sha256"), str) for entry in described.values()):
         raise ValueError(f"{folder} is damaged: what should describe its files does not")
-    paths = {name: folder / name if links else path_below(folder, name) for name in entries}
+    paths = {name: folder / name if links else path_below(folder, name) for name in described}
     for name, path in list(paths.items()):
-        if damage := _wrong_size(path, entries[name].get("bytes")):
+        if damage := _wrong_size(path, described[name].get("bytes")):
             del paths[name]
             yield name, damage
     for name, digest in zip(paths, _hash_files(paths.values()), strict=True):
-        if digest == entries[name]["sha256"]:
+        if digest == described[name]["sha256"]:
             checked(name)
         else:
             yield name, "it is not what was written (its SHA-256 does not fit)"

@@ -53,8 +53,8 @@ class MemoryLayer(nn.Module):
     product keys the search is exact and costs O(sqrt(S)); a token reads M = H * K of the S rows. A ``value_dim`` that
     differs from ``dim`` adds an output projection.
 
-    A layer of another kind is a subclass that overrides some steps: `make_keys` and `make_output` build parts, and
-    `forward` calls `weigh`, `read` and `combine`. It makes further parts after ``super().__init__``.
+    A layer of another kind is a subclass that overrides some steps: `make_keys`, `make_values` and `make_output` build
+    parts, and `forward` calls `weigh`, `read` and `combine`. It makes further parts after ``super().__init__``.
 
     Args:
         config: sizes and options.
@@ -91,7 +91,7 @@ class MemoryLayer(nn.Module):
                 f"got {' x '.join(map(str, values.weight.shape))}"
             )
         self.owns_values = values is None
-        self.values = ValueTable(config.slots, config.width, **where) if values is None else values
+        self.values = self.make_values(**where) if values is None else values
         self.output = self.make_output(**where)
 
     def make_keys(self, **where: Any) -> ProductKeys | FlatKeys:
@@ -100,6 +100,10 @@ class MemoryLayer(nn.Module):
         if config.keys == "product":
             return ProductKeys(config.heads, config.num_subkeys, config.query_dim, config.topk, **where)
         return FlatKeys(config.heads, config.slots, config.query_dim, config.topk, **where)
+
+    def make_values(self, **where: Any) -> ValueTable:
+        """The table, where none is passed in."""
+        return ValueTable(self.config.slots, self.config.width, **where)
 
     def make_output(self, **where: Any) -> nn.Module:
         """The projection V -> D of `combine`; the identity where values are as wide as the model."""

@@ -3,6 +3,7 @@
 from torch import nn
 
 from memlayers.layer import memory_layers
+from memlayers.values import value_tables
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -14,7 +15,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     parts = {
         "query": {parameter for layer in memories for parameter in layer.query.parameters()},
         "keys": {parameter for layer in memories for parameter in layer.keys.parameters()},
-        "values": {layer.values.weight for layer in memories},
+        "values": {table.weight for layer in memories for table in value_tables(layer.values)},
     }
     # All parameters of a table: it has a companion that is no weight.
     owned = parts["query"] | parts["keys"] | {other for layer in memories for other in layer.values.parameters()}

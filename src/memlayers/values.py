@@ -5,7 +5,7 @@ Letters: T tokens, S slots, V value width, M rows a token reads, ... any leading
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,9 @@ class ValueTable(nn.Module):
         ValueError: a size below 1.
     """
 
+    # In exported programs, with dense gradients, in row mode.
+    _operations: ClassVar[tuple[Callable[..., Tensor], ...]] = (exported.read, read, read_row_mode)
+
     def __init__(
         self, slots: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ):
@@ -96,19 +99,22 @@ class ValueTable(nn.Module):
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         if slots.shape != weights.shape:
             raise ValueError(f"slots and weights must have one shape, got {[*slots.shape]} and {[*weights.shape]}")
-        slots_TM, weights_TM = slots.flatten(0, -2), weights.flatten(0, -2)
-        if is_exporting():
-            y_TV = exported.read(self.weight, slots_TM, weights_TM)
-        # Without gradients there is nothing to record, and the handle, on the CPU, would keep CUDA graphs away.
-        elif not torch.is_grad_enabled():
-            y_TV = read(self.weight, slots_TM, weights_TM)
-        elif self.row_gradient is not None and self.weight.requires_grad and self._is_owned():
-            self._check_row_mode()
-            y_TV = read_row_mode(self.weight, slots_TM, weights_TM, self.row_mark, self.row_gradient.handle)
-        else:
-            self.settle_mark()
-            y_TV = read(self.weight, slots_TM, weights_TM, None if self.weight.is_meta else self.row_mark)
+        y_TV = self._compute(slots.flatten(0, -2), weights.flatten(0, -2))
         return y_TV.unflatten(0, slots.shape[:-1])
+
+    def _compute(self, slots_TM: Tensor, given: Tensor) -> Tensor:
+        """The operation of the class."""
+        in_exports, operation, in_row_mode = self._operations
+        if is_exporting():
+            return in_exports(self.weight, slots_TM, given)
+        # Without gradients there is nothing to record, and the handle, on the CPU, would keep CUDA graphs away.
+        if not torch.is_grad_enabled():
+            return operation(self.weight, slots_TM, given)
+        if self.row_gradient is not None and self.weight.requires_grad and self._is_owned():
+            self._check_row_mode()
+            return in_row_mode(self.weight, slots_TM, given, self.row_mark, self.row_gradient.handle)
+        self.settle_mark()
+        return operation(self.weight, slots_TM, given, None if self.weight.is_meta else self.row_mark)
 
     def own(self, owner: object) -> RowGradient:
         """Enters row mode: from now on `owner`, a row optimizer, trains the table.

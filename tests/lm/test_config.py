@@ -54,7 +54,7 @@ def test_a_bad_value_is_refused_by_name(section, field, value):
         ({"memory_layers": (0,)}, "memory_layers must be an integer of at least 1, got 0"),
         ({"memory_layers": (2, 2)}, "memory_layers must name each block once"),
         ({"memory_layers": 2}, "memory_layers must be a list of integers, got 2"),
-        ({"memory_kind": "pkm"}, "memory_kind must be one of 'memory', 'memory_plus', got 'pkm'"),
+        ({"memory_kind": "pkm"}, "memory_kind must be one of 'memory', 'memory_plus', 'experts', got 'pkm'"),
         ({"memory_mode": "beside"}, "memory_mode must be one of 'replace', 'parallel', got 'beside'"),
         (
             {"memory_layers": (3,), "memory_share_values": True},

@@ -15,6 +15,7 @@ from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
 from memlayers.lm.footprint import _ENTRY, Footprint, explain_out_of_memory, footprint, require_memory
 from memlayers.ops import gpu
 from memlayers.sizes import size_text
+from memlayers.values import value_tables
 
 # In a process of its own: the same plain loop that `footprint` counts, three steps of it. What libraries take for
 # themselves at first use, some 25 MB, is taken before by a step of a model without a size to speak of.
@@ -159,8 +160,9 @@ def test_the_entries_of_a_row_step_take_what_is_counted_for_them():
     assert int(done.stdout) == pytest.approx(2**13 * 256 * _ENTRY, rel=0.05)
 
 
-def test_parameters_gradients_and_state_are_exact():
-    config = run_config(memory=(2,), subkeys=64, batch=256)
+@pytest.mark.parametrize("kind", ["memory", "experts"])
+def test_parameters_gradients_and_state_are_exact(kind):
+    config = dataclasses.replace(run_config(memory=(2,), subkeys=64, batch=256), memory_kind=kind)
     found = footprint(config, vocab_size=500)
     torch.manual_seed(0)
     from memlayers.lm.build import batch_loss, build_model, build_optimizer
@@ -171,7 +173,9 @@ def test_parameters_gradients_and_state_are_exact():
     tokens_BT = torch.randint(500, (2, 128))
     batch_loss(model, tokens_BT, tokens_BT).backward()
     (memory,) = memory_layers(model).values()
-    rows = sum(factor.nbytes for part in memory.values.row_gradient._parts for factor in part)
+    tables = value_tables(memory)
+    assert len(tables) == (2 if kind == "experts" else 1)
+    rows = sum(factor.nbytes for table in tables for part in table.row_gradient._parts for factor in part)
     tensors = [*model.parameters(), *model.buffers()]
     assert found.parameters == sum(tensor.nbytes for tensor in tensors)
     assert found.gradients == rows + sum(weight.grad.nbytes for weight in model.parameters() if weight.grad is not None)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memlayers.lm.train as module
-from memlayers import MemoryLayer, MemoryPlus
+from memlayers import Experts, MemoryLayer, MemoryPlus
 from memlayers.files import write_sealed
 from memlayers.layer import memory_layers
 from memlayers.lm.build import build_model, resolve_precision
@@ -250,11 +250,11 @@ def test_values_and_selector_learn_at_their_own_rates(
     assert [rate / 0.07 for rate in values] == pytest.approx(expected[schedule] if values_follow else [1] * 6, abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["memory", "memory_plus"])
+@pytest.mark.parametrize("kind", ["memory", "memory_plus", "experts"])
 @pytest.mark.parametrize("mode", ["replace", "parallel"])
 def test_memories_of_a_run_have_a_kind_and_a_mode_and_may_share_a_table(tiny_config, kind, mode):
     config = variant(tiny_config, memory_layers=(1, 2), memory_kind=kind, memory_mode=mode)
-    expected = {"memory": MemoryLayer, "memory_plus": MemoryPlus}[kind]
+    expected = {"memory": MemoryLayer, "memory_plus": MemoryPlus, "experts": Experts}[kind]
     for is_shared in (False, True):
         model = build_model(dataclasses.replace(config, memory_share_values=is_shared), vocab_size=300, eot_id=0)
         first, second = memory_layers(model).values()
@@ -266,7 +266,7 @@ def test_memories_of_a_run_have_a_kind_and_a_mode_and_may_share_a_table(tiny_con
 def test_memories_that_share_a_table_train_and_resume(tiny_config, tiny_corpus, tmp_path, monkeypatch):
     """A frozen selector, and values on the schedule, at that: what a checkpoint must hold is more than by default."""
     training = {"value_schedule": "same", "selector_learning_rate": 0.0, "save_every_tokens": 128}
-    memory = {"memory_layers": (1, 2), "memory_kind": "memory_plus", "memory_mode": "parallel"}
+    memory = {"memory_layers": (1, 2), "memory_kind": "experts", "memory_mode": "parallel"}
     config = variant(tiny_config, training=training, memory_share_values=True, **memory)
     whole = train(config, tmp_path / "whole", corpus=tiny_corpus, progress=False)
     finish = Loop.finish_step
@@ -285,7 +285,7 @@ def test_memories_that_share_a_table_train_and_resume(tiny_config, tiny_corpus, 
     result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True, say=said.append)
     assert said == ["going on from the checkpoint of step 2"]
     assert result["validation"] == whole["validation"]
-    assert result["parameters"]["values"] == 16 * 16
+    assert result["parameters"]["values"] == 2 * 16 * 16  # what experts listen to, and what they say
     first, second = memory_layers(RunFolder(tmp_path / "run").load_model()).values()
     assert first.values is second.values
     torch.manual_seed(tiny_config.training.seed)
@@ -295,7 +295,7 @@ def test_memories_that_share_a_table_train_and_resume(tiny_config, tiny_corpus, 
         assert torch.equal(before.query.projections[0].weight, after.query.projections[0].weight)
         assert torch.equal(before.query.norm.weight, after.query.norm.weight)
         assert not torch.equal(before.query.norm.running_mean, after.query.norm.running_mean)
-        assert not torch.equal(before.gate.weight, after.gate.weight)
+        assert not torch.equal(before.values.inputs.weight, after.values.inputs.weight)
 
 
 def test_llama_trains_too(tiny_config, tiny_corpus, tmp_path):

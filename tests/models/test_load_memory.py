@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
-from memlayers import MemoryConfig, MemoryLayer, MemoryPlus, load_memory, save_memory
+from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, load_memory, save_memory
 from memlayers.files import file_sha256, read_sealed, write_sealed
 from memlayers.models import MemoryGPT2LMHeadModel, add_memory, causal_lm, memory_layers, remove_memory
 from memlayers.models import classes as classes_module
@@ -82,7 +82,7 @@ class Scaled(MemoryLayer):
 )
 @pytest.mark.parametrize("share_values", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("mode", ["replace", "parallel"])
-@pytest.mark.parametrize("kind", [MemoryLayer, MemoryPlus, Scaled])
+@pytest.mark.parametrize("kind", [MemoryLayer, MemoryPlus, Experts, Scaled])
 def test_the_same_logits_come_back(family, memory_config, tmp_path, mode, kind, share_values):
     model = saved(tmp_path, base_model(family), memory_config, mode=mode, kind=kind, share_values=share_values)
     base = base_model(family)

@@ -10,7 +10,7 @@ from memlayers.ops import cpu, gpu, read, registry
 from memlayers.ops.cpu import launch
 
 NAMES = {
-    *("search", "search_backward", "select", "read", "read_row_mode", "dot", "sum_rows", "record_"),
+    *("search", "search_backward", "select", "read", "read_row_mode", "dot", "dot_row_mode", "sum_rows", "record_"),
     *("row_norm", "row_adam_", "row_adagrad_", "row_sgd_", "infer"),
 }
 
@@ -19,7 +19,7 @@ def test_every_operation_is_in_the_registry():
     for name in NAMES:
         assert getattr(torch.ops.memlayers, name).default.name() == f"memlayers::{name}"
     assert registry.compositions.keys() == {
-        "search", "search_backward", "select", "read", "read_row_mode", "dot", "sum_rows",
+        "search", "search_backward", "select", "read", "read_row_mode", "dot", "dot_row_mode", "sum_rows",
     }  # fmt: skip
     assert registry.OPERATIONS.keys() == registry.references.keys() == NAMES
 

@@ -114,7 +114,8 @@ def groups(subject: Subject, training: Training) -> Answer:
 
 def decay(subject: Subject, training: Training) -> Answer:
     """No weight decay on the table: it would shrink every row that is not read."""
-    rates = [float(group.get("weight_decay") or 0) for group in training.groups(subject.table.weight)]
+    groups = [group for table in subject.tables for group in training.groups(table.weight)]
+    rates = [float(group.get("weight_decay") or 0) for group in groups]
     if any(rates):
         return fails(
             f"weight decay of {max(rates):g} on the table: rows that are not read fade",

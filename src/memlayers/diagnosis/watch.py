@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from memlayers.diagnosis.subjects import Subject
+from memlayers.experts import InputTable
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
 from memlayers.listening import Listener, input_of
@@ -114,7 +115,10 @@ class Watches(Listener):
 
     def _after_read(self, table: ValueTable, args: tuple, kwargs: dict, output: Tensor) -> None:
         given = dict(zip(("slots", "weights"), args, strict=False)) | kwargs
-        slots_TM, weights_TM = (given[name].detach().flatten(0, -2) for name in ("slots", "weights"))
+        slots_TM = given["slots"].detach().flatten(0, -2)
+        # Rows that are multiplied with an input have no weights: all of them are read.
+        has_weights = not isinstance(table, InputTable)
+        weights_TM = given["weights"].detach().flatten(0, -2) if has_weights else torch.ones_like(slots_TM)
         watch, _, mask_T = self._inside[-1] if self._inside else (None, None, None)
         read = Read(table, slots_TM, weights_TM, mask_T)
         self.reads.append(read)

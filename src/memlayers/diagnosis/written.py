@@ -28,6 +28,7 @@ class Step:
     live: Tensor  # those whose output has a gradient
     changed: Tensor  # those whose rows the step changed, among all that were looked at
     spoilt: list[str]  # parameters that are not finite after it
+    unwritten: list[str]  # further tables of it of which rows have a gradient, and none was changed
 
 
 def take_step(subjects: Sequence[Subject], reads: Sequence[Read], training: Training) -> dict[Subject, Step]:
@@ -42,12 +43,16 @@ def take_step(subjects: Sequence[Subject], reads: Sequence[Read], training: Trai
             if optimizer.param_groups:
                 optimizer.step()
         changed = {table: _changed(table.weight.detach(), before[table], rows.get(table)) for table in tables}
+        idle = {table.weight for table in tables if len(live[table]) and not len(changed[table])}
         return {
             subject: Step(
                 read=read[subject.table],
                 live=live[subject.table],
                 changed=changed[subject.table],
                 spoilt=[name for name, one in subject.parameters() if not _is_finite(one, rows_of.get(one))],
+                unwritten=[
+                    name for name, one in subject.parameters() if one in idle and one is not subject.table.weight
+                ],
             )
             for subject in subjects
         }
@@ -64,6 +69,11 @@ def written(watch: Watch, step: Step, training: Training) -> Answer:
         )
     if not len(step.live):
         return fails("no row that was read has a gradient", "see the check gradients")
+    if step.unwritten:
+        return fails(
+            f"no row of {some(step.unwritten)} is written: a step of {' and '.join(training.kinds)} leaves it as it is",
+            "see that the optimizer that is stepped trains all tables of the memory (MemoryAdamW does)",
+        )
     table = watch.subject.table
     share = float(torch.isin(step.live, step.changed).double().mean())
     said = f"of {len(step.live):,} rows that were read, a step of {' and '.join(training.kinds)} writes {share:.1%}"

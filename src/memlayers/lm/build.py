@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memlayers.experts import Experts
 from memlayers.layer import MemoryLayer
 from memlayers.lm.config import MemoryKind, Precision, RunConfig, ValueOptimizer
 from memlayers.lm.evaluate import ComputePrecision, device_name
@@ -20,7 +21,11 @@ from memlayers.optim import MemoryAdamW
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KINDS: dict[MemoryKind, type[MemoryLayer]] = {"memory": MemoryLayer, "memory_plus": MemoryPlus}
+KINDS: dict[MemoryKind, type[MemoryLayer]] = {
+    "memory": MemoryLayer,
+    "memory_plus": MemoryPlus,
+    "experts": Experts,
+}
 OPTIMIZERS: dict[ValueOptimizer, type[MemoryAdamW]] = {
     "rows": MemoryAdamW,
     "dense": DenseValues,

@@ -16,7 +16,7 @@ Schedule = Literal["cosine", "inverse_sqrt", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ValueSchedule = Literal["constant", "same"]
 ValueOptimizer = Literal["rows", "dense", "sparse"]
-MemoryKind = Literal["memory", "memory_plus"]
+MemoryKind = Literal["memory", "memory_plus", "experts"]
 MemoryMode = Literal["replace", "parallel"]
 
 _WITHOUT_EFFECT = ("training.save_every_tokens", "training.keep_checkpoints")  # on the result of a run
@@ -139,7 +139,9 @@ class RunConfig:
         (), "blocks whose FFN is a memory, counted from 1; empty: a plain transformer", least=1
     )
     memory_kind: MemoryKind = setting(
-        "memory", '"memory": MemoryLayer, as in the paper; "memory_plus": MemoryPlus, unit keys and a gated output'
+        "memory",
+        '"memory": MemoryLayer, as in the paper; "memory_plus": MemoryPlus, unit keys and a gated output; "experts": '
+        "Experts, a slot is a neuron",
     )
     memory_mode: MemoryMode = setting(
         "replace", '"replace": a memory in place of the FFN; "parallel": beside it, behind a gate that begins at zero'
@@ -158,7 +160,7 @@ class RunConfig:
             raise ValueError(f"memory_layers must name each block once, got {self.memory_layers!r}")
         if self.memory_share_values and len(self.memory_layers) == 1:
             raise ValueError("memory_share_values must be False with a single one in memory_layers, got True")
-        if self.memory_layers and self.memory_kind != "memory" and self.memory.keys != "product":
+        if self.memory_layers and self.memory_kind == "memory_plus" and self.memory.keys != "product":
             raise ValueError(
                 f"memory.keys must be 'product' with memory_kind {self.memory_kind!r}, got {self.memory.keys!r}"
             )

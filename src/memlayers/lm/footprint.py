@@ -376,9 +376,8 @@ class InsideOperations:
         return {
             "search": by(search_reference),
             "search_backward": by(search_backward_reference),
-            "read": by(read_reference),
-            "read_row_mode": by(lambda *args: read_reference(*args[:3])),
-            "dot": by(dot_reference),
+            **dict.fromkeys(("read", "read_row_mode"), by(lambda *args: read_reference(*args[:3]))),
+            **dict.fromkeys(("dot", "dot_row_mode"), by(lambda *args: dot_reference(*args[:3]))),
             "sum_rows": by(lambda *args: dense_sum([Part(*args[:3])], args[3])),
             "row_adam_": self._row_adam_reference,
         }

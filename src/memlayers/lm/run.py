@@ -249,8 +249,9 @@ class RunFolder:
         """Raises `ValueError` if there is no model of a finished run, or it is damaged."""
         if not self.finished:
             raise ValueError(f"run must be the folder of a finished run, got {str(self.path)!r}: it has no result.json")
-        described = self.read_result()["model_files"]  # runs of 0.1.0 have the hash alone
-        verify_files(self.model, described)
+        described = self.read_result()["model_files"]
+        # Runs of 0.1.0 have the hash alone.
+        verify_files(self.model, {n: {"sha256": d} if isinstance(d, str) else d for n, d in described.items()})
         refuse_others(self.model, described)
 
 

@@ -52,7 +52,7 @@ def add_memory(
             quarters of the depth (`default_layer`).
         mode: "replace" puts a memory in place of each module (paper, section 3.3). "parallel" keeps the module and
             adds the memory behind a gate that begins at zero: the outputs are bit for bit those of `model`.
-        kind: the class of the memories, `MemoryLayer` or one derived from it (`MemoryPlus`).
+        kind: the class of the memories, `MemoryLayer` or one derived from it (`MemoryPlus`, `Experts`).
         share_values: one table of values for all of them; queries and keys stay their own.
         keep_original: in "replace" mode, keep the replaced modules for `remove_memory`, outside of the model: they are
             in no state_dict and no optimizer.

@@ -108,7 +108,7 @@ def _parts(model: nn.Module, tables: Sequence[ValueTable]) -> dict[str, list[nn.
     for memory in memories:
         place |= dict.fromkeys(memory.query.parameters(), "query")
         place |= dict.fromkeys(memory.keys.parameters(), "keys")
-        place[memory.values.weight] = "values"
+        place |= {table.weight: "values" for table in value_tables(memory.values)}
     place |= dict.fromkeys(adapters := adapter_parameters(model), "adapters")
     names = ("base", *(["adapters"] if adapters else []), "query", "keys", "values", "gate and output")
     parts: dict[str, list[nn.Parameter]] = {name: [] for name in names}

@@ -55,9 +55,13 @@ def read(table_SV: Tensor, slots_TM: Tensor, weights_TM: Tensor, mark_1: Tensor 
 
 def read_row_mode(table_SV: Tensor, slots_TM: Tensor, weights_TM: Tensor, mark_1: Tensor, log: Tensor) -> Tensor:
     """As `read`; no gradient reaches a table that a row optimizer trains, for it could not be recorded."""
+    return read(_without_gradient(table_SV), slots_TM, weights_TM)
+
+
+def _without_gradient(table_SV: Tensor) -> Tensor:
     # A table that is an input of what is differentiated, as by `torch.func.functional_call`, is no parameter there.
     is_trained = isinstance(table_SV, nn.Parameter) and table_SV.requires_grad
-    return read(_NoRowGradient.apply(table_SV) if is_trained else table_SV, slots_TM, weights_TM)
+    return _NoRowGradient.apply(table_SV) if is_trained else table_SV
 
 
 class _NoRowGradient(torch.autograd.Function):
@@ -85,11 +89,16 @@ class _NoRowGradient(torch.autograd.Function):
         )
 
 
-def dot(table_SV: Tensor, slots_TM: Tensor, outputs_TV: Tensor) -> Tensor:
-    """As the operation `dot`: [T, M]; holds the rows [T, M, V]."""
+def dot(table_SV: Tensor, slots_TM: Tensor, outputs_TV: Tensor, mark_1: Tensor | None = None) -> Tensor:
+    """As the operation `dot`: [T, M]; holds the rows [T, M, V]. The mark is left without a gradient."""
     rows_TMV = widened(F.embedding(slots_TM, table_SV))
     with without_autocast(table_SV):
         return (rows_TMV @ outputs_TV.to(rows_TMV.dtype)[..., None]).squeeze(-1)
+
+
+def dot_row_mode(table_SV: Tensor, slots_TM: Tensor, outputs_TV: Tensor, mark_1: Tensor, log: Tensor) -> Tensor:
+    """As `dot`; no gradient reaches a table that a row optimizer trains, for it could not be recorded."""
+    return dot(_without_gradient(table_SV), slots_TM, outputs_TV)
 
 
 def sum_rows(slots_TM: Tensor, weights_TM: Tensor, outputs_TV: Tensor, num_slots: int) -> Tensor:
@@ -118,5 +127,6 @@ compositions.update(
     read=read,
     read_row_mode=read_row_mode,
     dot=dot,
+    dot_row_mode=dot_row_mode,
     sum_rows=sum_rows,
 )

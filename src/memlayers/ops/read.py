@@ -75,7 +75,7 @@ def _empty_outputs(table_SV, slots_TK, weights_TK, *_):
     return table_SV.new_empty(slots_TK.shape[0], table_SV.shape[1], dtype=wide_dtype(table_SV.dtype))
 
 
-def _empty_weights(table_SV, slots_TK, outputs_TV):
+def _empty_weights(table_SV, slots_TK, outputs_TV, *_):
     return table_SV.new_empty(slots_TK.shape, dtype=wide_dtype(table_SV.dtype))
 
 
@@ -108,9 +108,10 @@ def _read_backward(ctx, grad_TV):
     return grad_SV, None, grad_TK, table_SV.new_zeros(1) if ctx.has_mark else None
 
 
-def _pack_row_mode(table_SV, slots_TK, weights_TK, mark_1, log):
-    renew_handle(log)
-    return table_SV, slots_TK, weights_TK
+def _pack(table_SV, slots_TK, given, mark_1=None, log=None):
+    if log is not None:
+        renew_handle(log)
+    return table_SV, slots_TK, given
 
 
 def _read_row_mode_backward(ctx, grad_TV):
@@ -127,7 +128,14 @@ def _dot_backward(ctx, grad_TK):
         grad_SV = sum_rows(slots_TK, grad_TK, outputs_TV, table_SV.shape[0]).to(table_SV.dtype)
     if ctx.needs_input_grad[2]:
         grad_TV = read(table_SV, slots_TK, grad_TK).to(outputs_TV.dtype)
-    return grad_SV, None, grad_TV
+    return grad_SV, None, grad_TV, table_SV.new_zeros(1) if ctx.has_mark else None
+
+
+def _dot_row_mode_backward(ctx, grad_TK):
+    table_SV, slots_TK, outputs_TV = ctx.saved_tensors
+    grad_TV = read(table_SV, slots_TK, grad_TK).to(outputs_TV.dtype) if ctx.needs_input_grad[2] else None
+    record_(ctx.log, slots_TK, grad_TK, outputs_TV)  # as of a read with these weights, whose gradient is the output
+    return None, None, grad_TV, table_SV.new_zeros(1), None
 
 
 def _save_sum(ctx, inputs, output):
@@ -151,7 +159,7 @@ read = operation(
     _empty_outputs,
     backward=_read_backward,
     save=_save_read,
-    pack=lambda table_SV, slots_TK, weights_TK, mark_1=None: (table_SV, slots_TK, weights_TK),
+    pack=_pack,
     flops=_flops,
 )
 # Backward records a row gradient in `log`, the handle of the table's `RowGradient` (`memlayers.ops.row_gradient`), and
@@ -162,7 +170,7 @@ read_row_mode = operation(
     _empty_outputs,
     backward=_read_row_mode_backward,
     save=_save_read,
-    pack=_pack_row_mode,
+    pack=_pack,
     flops=_flops,
 )
 dot = operation(
@@ -170,7 +178,18 @@ dot = operation(
     dot_reference,
     _empty_weights,
     backward=_dot_backward,
-    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    save=_save_read,
+    pack=_pack,
+    flops=_flops,
+)
+# To `dot` as `read_row_mode` is to `read`.
+dot_row_mode = operation(
+    "dot_row_mode",
+    dot_reference,
+    _empty_weights,
+    backward=_dot_row_mode_backward,
+    save=_save_read,
+    pack=_pack,
     flops=_flops,
 )
 sum_rows = operation(

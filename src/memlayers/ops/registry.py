@@ -64,7 +64,18 @@ OPERATIONS = {
         _TABLES,
         _TABLES,
     ),
-    "dot": Operation("(Tensor table_SV, Tensor slots_TK, Tensor outputs_TV) -> Tensor", "read.dot", _TABLES, _TABLES),
+    "dot": Operation(
+        "(Tensor table_SV, Tensor slots_TK, Tensor outputs_TV, Tensor? mark_1=None) -> Tensor",
+        "read.dot",
+        _TABLES,
+        _TABLES,
+    ),
+    "dot_row_mode": Operation(
+        "(Tensor table_SV, Tensor slots_TK, Tensor outputs_TV, Tensor mark_1, Tensor log) -> Tensor",
+        "read.dot",
+        _TABLES,
+        _TABLES,
+    ),
     "sum_rows": Operation(
         "(Tensor slots_TK, Tensor weights_TK, Tensor outputs_TV, int num_slots) -> Tensor", "rows.sum_rows", _16, _16
     ),

@@ -24,8 +24,8 @@ import numpy as np
 
 from memlayers.console import announce
 from memlayers.files import (
+    describe_files,
     find_damage,
-    hash_files,
     move_into_place,
     new_folder,
     read_if_whole,
@@ -150,7 +150,7 @@ def _make(aside: Path, entries: list[list[Source]], config: "DataConfig", progre
     asked = describe_request(config, entries, (made or held).get("asked"), progress)
     _refuse_other_request(aside, made, held, asked)
     if not made or not _are_whole(aside, described_files(made)):
-        if not held or not _are_whole(aside / TOKENIZER, held["tokenizer"]["files"]):
+        if not held or not _are_whole(aside / TOKENIZER, _described_tokenizer(held)):
             keep_only(aside, set())
             held = _first_pass(aside, entries, config, asked, progress)
         made = _second_pass(aside, entries, config, held, progress) | {"asked": asked}
@@ -185,7 +185,7 @@ def _first_pass(
         "eot_id": tokenizer.token_to_id(END_OF_TEXT),
         "dtype": token_dtype(vocab_size).str,
         "tokenizer": {
-            "files": hash_files(aside / TOKENIZER),
+            "files": {name: file["sha256"] for name, file in describe_files(aside / TOKENIZER).items()},
             "trained_on_bytes": 0 if config.tokenizer is not None else sum(map(len, survey.sample)),
         },
     }
@@ -322,8 +322,12 @@ def _refuse_other_request(aside: Path, made: dict[str, Any], held: dict[str, Any
         )
 
 
-def _are_whole(folder: Path, described: Mapping[str, Any]) -> bool:
+def _are_whole(folder: Path, described: dict[str, dict[str, Any]]) -> bool:
     return not list(find_damage(folder, described))
+
+
+def _described_tokenizer(held: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: {"sha256": digest} for name, digest in held["tokenizer"]["files"].items()}
 
 
 def _give_up(aside: Path, folder: Path, error: BaseException) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memlayers.files import file_aside, find_damage, hash_files, read_if_whole, write_sealed
+from memlayers.files import describe_files, file_aside, find_damage, read_if_whole, write_sealed
 from memlayers.lm.data.corpus import DOCUMENT, SPLITS
 
 HELD_OUT = SPLITS[1:]
@@ -96,7 +96,7 @@ class SpanWriter:
         for suffix, array_of in zip(("entries", "tokens"), ordered, strict=True):
             with file_aside(self._folder / f"{name}.{suffix}") as aside:
                 aside.write_bytes(array_of.view(np.uint8).data)
-        return hash_files(self._folder, (f"{name}.tokens", f"{name}.entries"))
+        return _hashes(self._folder, (f"{name}.tokens", f"{name}.entries"))
 
 
 def read_spans(folder: Path) -> list[Span]:
@@ -107,8 +107,8 @@ def read_spans(folder: Path) -> list[Span]:
         if not record:
             break
         spans.append(Span(**{**record, "end": Place(*record["end"])}))
-    hashes = {name: digest for span in spans for name, digest in span.file_hashes().items()}
-    damaged = dict(find_damage(folder, hashes))
+    described = {name: {"sha256": digest} for span in spans for name, digest in span.file_hashes().items()}
+    damaged = dict(find_damage(folder, described))
     whole = next((place for place, span in enumerate(spans) if damaged.keys() & span.file_hashes()), len(spans))
     return spans[:whole]
 
@@ -176,4 +176,8 @@ def write_shard(file: Path, pieces: Iterable[tuple[np.ndarray, np.ndarray]], cou
             tokens_file.write(tokens.view(np.uint8).data)
             documents_file.write(documents.view(np.uint8).data)
             offset += len(tokens)
-    return hash_files(file.parent, names)
+    return _hashes(file.parent, names)
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    return {name: file["sha256"] for name, file in describe_files(folder, names).items()}
