@@ -18,6 +18,7 @@ TOPICS = (
     "Gradients by hand",
     "Heads and classes",
     "Trainers",
+    "Several processes",
     "Checkpoints of PyTorch",
     "Quantised models",
     "Adapters",

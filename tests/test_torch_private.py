@@ -198,6 +198,18 @@ def test_row_gradients_are_clipped_in_one_list_with_others(monkeypatch):
     torch_private.take_in_lists(Opaque)
 
 
+def test_ddp_reads_the_list_of_what_it_leaves_alone(monkeypatch, tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert list(torch_private.left_alone_by_ddp(model)) == []
+    torch_private.leave_alone_in_ddp(model, ["1.bias"])
+    assert list(torch_private.left_alone_by_ddp(model)) == ["1.bias"]
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        assert nn.parallel.DistributedDataParallel(model).parameters_to_ignore == {"1.bias"}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class Asked:
     @property
     def flag(self):

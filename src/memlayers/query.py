@@ -48,8 +48,9 @@ class QueryNetwork(nn.Module):
         """Raises `ValueError` for a norm of PyTorch's, which `convert_sync_batchnorm` puts in place of the query's."""
         if isinstance(module, nn.SyncBatchNorm):
             raise ValueError(
-                "query_norm 'batch' cannot become a SyncBatchNorm, which would count padding: use query_norm 'rms', or "
-                "convert the model before add_memory"
+                "query_norm 'batch' cannot become a SyncBatchNorm, which would count padding: call "
+                "memlayers.distributed.sync_statistics(model), use query_norm 'rms', or convert the model before "
+                "add_memory"
             )
         super().add_module(name, module)
 

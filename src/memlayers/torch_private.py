@@ -109,6 +109,23 @@ def hooks_after_accumulation(parameter: Tensor) -> dict[Any, Any]:
     return getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
 
 
+def left_alone_by_ddp(model: nn.Module) -> Iterable[str]:
+    """The names of the parameters that a `DistributedDataParallel` around the model will not reduce.
+
+    Name: the attribute `_ddp_params_and_buffers_to_ignore` of the model. Without it: none.
+    """
+    return getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+
+
+def leave_alone_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Sets that list; DDP goes through it when it is built.
+
+    Name: the same; `DistributedDataParallel` has a private function that sets it, and marks the parameters, too, which
+    copies of a model would keep. Where DDP does not read it, the first step of a row optimizer says so.
+    """
+    model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+
+
 def is_asked_by_grad_scaler() -> bool:
     """Called in a property: whether `torch.amp.GradScaler`, or a class derived from it, reads it.
 

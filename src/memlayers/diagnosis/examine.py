@@ -18,6 +18,7 @@ from memlayers.diagnosis.subjects import Subject, find_subjects, has_lost_owner
 from memlayers.diagnosis.untouched import Undo, untouched
 from memlayers.diagnosis.watch import Watches
 from memlayers.diagnosis.written import take_step, unread, written
+from memlayers.distributed.agreement import alone
 from memlayers.torch_private import without_compiled_graphs
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -43,6 +44,8 @@ def doctor(
 ) -> Report:
     """Whether every memory of `model` is reached, trained and used; nothing is different afterwards.
 
+    In several processes call it on one rank, with the model inside of its wrapper, or on each: nothing is exchanged.
+
     Runs a forward and a backward pass in training mode, eagerly also where the model is compiled, and one step of the
     optimizers on the memories' parameters. Then everything is put back bit for bit: parameters, buffers, gradients
     (rows', too), optimizers, modes, random state, usage meters. A dense table and its optimizer state are copied for
@@ -62,7 +65,13 @@ def doctor(
     """
     training = Training(_as_optimizers(optimizer))
     subjects = find_subjects(model)
-    with untouched(model, subjects), without_compiled_graphs(), torch.inference_mode(False), torch.enable_grad():
+    with (
+        untouched(model, subjects),
+        without_compiled_graphs(),
+        alone(),  # what other ranks read could not be undone
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         _seed()
         model.train()
         watches = Watches(subjects)

@@ -180,20 +180,30 @@ class RowGradient:
         self._hooks[handle.id] = hook
         return handle
 
-    def consume(self) -> list[Part] | None:
-        """What is recorded, as hooks leave it, or None when nothing is; nothing stays.
+    def held(self) -> list[Part]:
+        """What is recorded; it stays.
 
         Of what somebody has set as the gradient of the table itself, such as the second derivatives of a penalty, each
         row that is not zero counts as one that was recorded.
 
         Raises:
-            RuntimeError: the gradient cannot be the one that was meant; nothing is changed.
+            RuntimeError: the gradient cannot be the one that was meant.
         """
         if (fault := self.fault()) is not None:
             raise RuntimeError(fault)
-        recorded = self._new(self._parts)
-        if (grad := self._weight.grad) is not None:
-            recorded.parts.append(_part_of(grad))
+        grad = self._weight.grad
+        return [*self._parts, *([] if grad is None else [_part_of(grad)])]
+
+    def consume(self, parts: list[Part] | None = None) -> list[Part] | None:
+        """What is recorded, as hooks leave it, or None when nothing is; nothing stays.
+
+        Args:
+            parts: to be used in place of what is `held`, as the sum over several processes.
+
+        Raises:
+            RuntimeError: as `held` does; nothing is changed.
+        """
+        recorded = self._new(self.held() if parts is None else parts)
         for hook in list(self._hooks.values()):
             if recorded.parts:
                 hook(RowHookArgument(recorded))
@@ -202,6 +212,11 @@ class RowGradient:
             self._recorded.clear()
         self._reached = self._missed = False
         return recorded.parts or None
+
+    @property
+    def passes(self) -> int:
+        """The backward passes that are recorded."""
+        return 0 if self._recorded is None else self._recorded.passes
 
     def fault(self) -> str | None:
         """What somebody did to the gradient that cannot be followed, and the remedy; None if all is well."""
@@ -247,7 +262,7 @@ class RowGradient:
         if self._mark.grad is not None and self._recorded is None and not self._mark.grad.any():
             self._mark.grad = None  # a loop that makes its gradients beforehand
         recorded = self._new()
-        recorded.has_graph = torch.is_grad_enabled()
+        recorded.has_graph, recorded.passes = torch.is_grad_enabled(), 1
         for part in self._passes.pop(current_backward(), []):
             recorded.add(self._new([part]))
             self._reached = True

@@ -57,6 +57,7 @@ class Recorded:
         self.num_slots = num_slots
         self._mark = weakref.ref(mark)
         self.parts = list(parts)
+        self.passes = 0  # backward passes whose sum it is
         self.is_merged = False  # whether the first of them is the sum of many, a dense gradient
         self.has_graph = False  # whether it was made with create_graph=True, for derivatives that it has not
         self.norm_was_asked = False  # then a product with a tensor is a clipping: see the module
@@ -77,18 +78,19 @@ class Recorded:
     def set(self, other: "Recorded") -> None:
         """Becomes the same sum as the other."""
         self.parts, self.is_merged, self.norm_was_asked = other.parts, other.is_merged, False
-        self.has_graph = other.has_graph
+        self.passes, self.has_graph = other.passes, other.has_graph
 
     def clear(self) -> None:
         """Becomes zero."""
         self.parts, self.is_merged, self.norm_was_asked = [], False, False
-        self.has_graph = False
+        self.passes, self.has_graph = 0, False
 
     def add(self, other: "Recorded") -> None:
         """Adds the other."""
         first = 0 if self.is_merged or not other.is_merged else len(other.parts)
         self.parts = [*other.parts[:first], *self.parts, *other.parts[first:]]  # what is merged comes first
         self.is_merged |= other.is_merged
+        self.passes += other.passes
         self.norm_was_asked = False
         factors = self.parts[1:] if self.is_merged else self.parts
         if factors and sum(part.size for part in factors) > self.num_slots * factors[0].grad_TV.shape[1]:
@@ -310,6 +312,11 @@ def _product(func: Any, grad: Any, factor: Any, **kwargs: Any) -> Tensor:
     in_place = func.overloadpacket.__name__.endswith("_")
     if not isinstance(grad, RowTensor) and not in_place and "mul" in func.overloadpacket.__name__:
         grad, factor = factor, grad
+    if "out" in kwargs:
+        raise _refused(
+            "a buffer (of DistributedDataParallel: build the optimizer before it, on the module that it then wraps) "
+            "cannot take"
+        )
     is_number = not torch.is_tensor(factor) or (not isinstance(factor, RowTensor) and factor.ndim == 0)
     if kwargs or not (isinstance(grad, RowTensor) and is_number):
         raise _refused("anything but a number (a mask, another gradient, rounding) cannot be multiplied with")

@@ -1,17 +1,22 @@
 """MemoryAdamW: one optimizer for a whole model, AdamW for its dense parameters and RowAdam for its value tables."""
 
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import nn
 
 from memlayers.checks import plain_number, require_betas, require_choice, require_number
+from memlayers.distributed.agreement import Ranks
+from memlayers.distributed.wrapping import keep_out_of_ddp
 from memlayers.layer import memory_layers
 from memlayers.optim.row_adam import Moments, RowAdam
 from memlayers.optim.row_optimizer import Rounding, require_row_settings
 from memlayers.optim.table_owner import TableOwner
 from memlayers.query import HeadRMSNorm, MaskedBatchNorm
 from memlayers.values import Companion, ValueTable, value_tables
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Norms whose gains and biases may have more than one dimension; they are not decayed either.
 _NORMS = (nn.LayerNorm, nn.RMSNorm, MaskedBatchNorm, HeadRMSNorm)
@@ -37,6 +42,8 @@ class MemoryAdamW(TableOwner):
         schedule_values: let schedulers move the rate of the tables, too.
         selector_lr: of the memories' query networks (norms too) and keys, which decide what is read; schedulers move
             it. 0 freezes them, though their gradients still count in a norm that the caller clips. None: `lr`.
+        process_group: as in `RowOptimizer`; dense gradients are reduced by `DistributedDataParallel`, or whoever trains
+            in several processes. Build the optimizer first, and on the module that DDP then wraps.
 
     Raises:
         ValueError: as `RowAdam` does; nothing is trainable.
@@ -61,6 +68,7 @@ class MemoryAdamW(TableOwner):
         value_moments: Moments = "float32",
         schedule_values: bool = False,
         selector_lr: float | None = None,
+        process_group: "ProcessGroup | None" = None,
     ):
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module (tables are found in it), got {type(model).__name__}")
@@ -73,6 +81,7 @@ class MemoryAdamW(TableOwner):
         # A rate in a tensor stays one, as in torch: who changes it in place changes the rate.
         lr, selector_lr = (rate if isinstance(rate, torch.Tensor) else plain_number(rate) for rate in (lr, selector_lr))
         betas, eps = tuple(map(plain_number, betas)), plain_number(eps)
+        self._process_group = process_group
         groups = dense_groups(model, plain_number(weight_decay), selector_lr)
         tables = [table for table in value_tables(model) if table.weight.requires_grad]
         require_row_settings(lr=value_lr, max_grad_norm=value_max_grad_norm, rounding=value_rounding, prefix="value_")
@@ -91,7 +100,13 @@ class MemoryAdamW(TableOwner):
                 rounding=value_rounding,
                 moments=value_moments,
                 schedule_values=schedule_values,
+                process_group=process_group,
             )
+            try:
+                keep_out_of_ddp(model)
+            except ValueError:
+                self._rows.release()
+                raise
         groups = [group for part in self._parts() for group in part.param_groups]
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self._share()
@@ -112,8 +127,11 @@ class MemoryAdamW(TableOwner):
 
     def _require_gradients(self) -> None:
         tables = [] if self._rows is None else self._rows.tables
-        gradients = (one.grad for group in self.param_groups for one in group["params"])
-        if any(grad is not None for grad in gradients) or any(table.row_mark.grad is not None for table in tables):
+        gradients = [one.grad for group in self.param_groups for one in group["params"]]
+        is_used = any(grad is not None for grad in [*gradients, *(table.row_mark.grad for table in tables)])
+        if self._rows is not None and (ranks := Ranks.of(self._process_group)) is not None:
+            is_used = ranks.any(is_used)
+        if is_used:
             self._idle_steps = None
         elif self._idle_steps == 1:  # the first may be made before training begins, for the sake of a scheduler
             raise RuntimeError(

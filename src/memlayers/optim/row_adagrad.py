@@ -1,6 +1,7 @@
 """RowAdagrad: Adagrad for value tables, with one number an element or one a row, fed by their row gradients."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,12 +12,16 @@ from memlayers.ops.row_step import row_adagrad_
 from memlayers.optim.row_optimizer import Rounding, RowOptimizer
 from memlayers.values import ValueTable
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class RowAdagrad(RowOptimizer):
     """Adagrad on the rows that were read (`memlayers.ops.row_step.adagrad`).
 
     Args:
-        tables: as in `RowOptimizer`, and so are ``lr``, ``max_grad_norm``, ``schedule_values`` and ``rounding``.
+        tables: as in `RowOptimizer`, and so are ``lr``, ``max_grad_norm``, ``schedule_values``, ``rounding`` and
+            ``process_group``.
         eps: added to the root of the sum of squares.
         per_row: keep one number a row, the sum of the means of its squared gradients, instead of one an element: a
             state of [S] beside a table of [S, V].
@@ -35,6 +40,7 @@ class RowAdagrad(RowOptimizer):
         max_grad_norm: float | None = None,
         schedule_values: bool = False,
         rounding: Rounding = "stochastic",
+        process_group: "ProcessGroup | None" = None,
     ):
         require_number("eps", eps, above=0.0)
         super().__init__(
@@ -43,6 +49,7 @@ class RowAdagrad(RowOptimizer):
             max_grad_norm=max_grad_norm,
             schedule_values=schedule_values,
             rounding=rounding,
+            process_group=process_group,
             eps=eps,
             per_row=per_row,
         )

@@ -1,7 +1,7 @@
 """RowAdam: Adam with lazy moments for value tables, fed by their row gradients."""
 
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from memlayers.ops.row_step import row_adam_
 from memlayers.optim.row_optimizer import Rounding, RowOptimizer
 from memlayers.values import ValueTable
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 Moments = Literal["float32", "bfloat16"]
 
 
@@ -19,7 +22,8 @@ class RowAdam(RowOptimizer):
     """Adam on the rows that were read (`memlayers.ops.row_step.adam`).
 
     Args:
-        tables: as in `RowOptimizer`, and so are ``lr``, ``max_grad_norm``, ``schedule_values`` and ``rounding``.
+        tables: as in `RowOptimizer`, and so are ``lr``, ``max_grad_norm``, ``schedule_values``, ``rounding`` and
+            ``process_group``.
         betas: decay rates of the two moments, at each read of a row.
         eps: added to the root of the second moment.
         moments: "float32" (float64 beside a float64 table), or "bfloat16", which takes 4 bytes an element of the table
@@ -42,6 +46,7 @@ class RowAdam(RowOptimizer):
         schedule_values: bool = False,
         rounding: Rounding = "stochastic",
         moments: Moments = "float32",
+        process_group: "ProcessGroup | None" = None,
     ):
         require_betas("betas", betas)
         require_number("eps", eps, above=0.0)
@@ -52,6 +57,7 @@ class RowAdam(RowOptimizer):
             max_grad_norm=max_grad_norm,
             schedule_values=schedule_values,
             rounding=rounding,
+            process_group=process_group,
             betas=tuple(map(plain_number, betas)),
             eps=eps,
             moments=moments,

@@ -1,0 +1,10 @@
+"""Several processes, on `torch.distributed` alone: replicas of tables that make the same step.
+
+`exchange` first: the row gradients of all ranks, gathered at the optimizer's step. Then `agreement`: how ranks do the
+same or nothing; `wrapping`: what `DistributedDataParallel` is told; `statistics`: the query's BatchNorm over all ranks.
+"""
+
+from memlayers.distributed.agreement import check_replicas
+from memlayers.distributed.statistics import merge_statistics, sync_statistics
+
+__all__ = ["check_replicas", "merge_statistics", "sync_statistics"]
