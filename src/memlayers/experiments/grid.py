@@ -20,6 +20,7 @@ from memlayers.experiments.work import run_work
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus
 
+COMMAND = [sys.executable, "-m", "memlayers.experiments.worker"]
 LOOK_EVERY = 0.2  # seconds
 SAY_EVERY = 30.0  # seconds
 ATTEMPTS = 3  # of a run whose process was killed
@@ -47,7 +48,7 @@ class Worker:
         some = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "memlayers.experiments.worker"],
+                COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
