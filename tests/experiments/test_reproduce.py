@@ -6,6 +6,7 @@ import re
 import pytest
 
 import memlayers.experiments.reproduce as module
+from memlayers.config import MemoryConfig
 from memlayers.experiments import scales
 from memlayers.experiments.depth import DEPTH, at_rate, best_rate
 from memlayers.experiments.equivalent import PowerLaw
@@ -191,7 +192,7 @@ def test_what_is_not_known_is_refused(settings, message, tmp_path):
 def test_every_experiment_has_runs_at_every_scale(name, size):
     asked, sizes = EXPERIMENTS[name], scale(size)
     runs = planned(asked, sizes)
-    assert runs
+    assert runs or asked.layers(sizes)
     # The runs of a point differ in their seeds alone.
     points = {(run.point, changed(run.config, {"training.seed": 0})) for run in runs}
     assert len(points) == len({run.point for run in runs})
@@ -260,3 +261,46 @@ def test_a_power_law_is_found_and_inverted():
     scattered = PowerLaw.through([1e5, 2e5, 4e5, 8e5], [6.0, 5.7, 5.2, 5.1], noise=0.001)
     assert scattered.scatter > 0.005
     assert scattered.inverse(5.4, error=0.0)[1] > 1.03
+
+
+def test_speeds_are_measured_and_reported(tiny, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("memlayers.experiments.speeds.REPEATS", 1)
+    content = reproduce("depth", tmp_path, corpus=corpus, report_only=True, measure_speed=True)
+    measured = content["speeds"]["models"]
+    assert list(measured) == ["1 layers", "2 layers", "1 layers + 1 memory", "2 layers + 1 memory"]
+    assert measured["1 layers"]["ratios"] == dict.fromkeys(measured["1 layers"]["ratios"], 1.0)
+    memory = measured["1 layers + 1 memory"]
+    for figure in ("prefill_words_per_s", "decode_tokens_per_s", "training_tokens_per_s"):
+        assert memory["ratios"][figure] == pytest.approx(memory[figure] / measured["1 layers"][figure])
+    assert content["speeds"]["hardware"]["threads"] >= 1
+    # They stay for reports to come.
+    assert reproduce("depth", tmp_path, corpus=corpus, report_only=True)["speeds"] == content["speeds"]
+    assert "| 1 layers + 1 memory | " in (tmp_path / "depth" / "report.md").read_text().partition("Speeds, medians")[2]
+
+
+def test_an_experiment_without_runs_measures_layers(tiny, corpus, tmp_path, monkeypatch):
+    layer = MemoryConfig(dim=16, value_dim=8, heads=2, topk=2, num_subkeys=4, query_dim=8)
+    small = dataclasses.replace(EXPERIMENTS["speed"], layers=lambda scale: {"one": layer}, speed_claims=lambda *_: [])
+    monkeypatch.setitem(EXPERIMENTS, "speed", small)
+    one = reproduce("speed", tmp_path, corpus=corpus)["speeds"]["layers"]["one"]
+    assert one["ratio"] == pytest.approx(one["memory"] / one["ffn"])
+    assert one["slots"] == 16
+    assert [path.name for path in (tmp_path / "speed").iterdir()] == ["report.json", "report.md"]
+
+
+def test_equal_time_is_reckoned_from_the_curve_and_the_speed(tiny):
+    def known(config):
+        memory, deep = bool(config.memory_layers), config.model.layers == 2
+        end = 4.0 if memory else 3.0 if deep else 5.0
+        place = {"tokens": config.training.tokens, "loss": end}
+        found = record(math.exp(end))
+        return {**found, "curve": [{"tokens": config.training.tokens / 2, "loss": 6.0}, place]}
+
+    figures = {"ratios": {"prefill_words_per_s": 0.95, "training_tokens_per_s": 0.85}, "training_tokens_per_s": 100.0}
+    names = ("1 layers", "1 layers + 1 memory", "2 layers + 1 memory")
+    measured = {**dict.fromkeys(names, figures), "2 layers": {**figures, "training_tokens_per_s": 75.0}}
+    read, train, *equal = DEPTH.speed_claims(tiny, known, {"models": measured})
+    assert (read.holds, train.holds) == (True, False)
+    # When the memory is done, at 4.0, the deeper model is at three quarters of its tokens, half-way from 6.0 to 3.0.
+    assert all("perplexity 54.60 against 90.02" in claim.sentence for claim in equal)
+    assert [claim.holds for claim in equal] == [True, True]

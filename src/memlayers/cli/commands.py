@@ -132,6 +132,7 @@ COMMANDS = {
             "dry_run": "write nothing: list the runs with their parameters, tokens, memory and hours",
             "keep_models": "keep the models of finished runs, which are removed otherwise",
             "report": "train nothing: report what is there",
+            "measure_speed": "measure the speeds of the models at the end, on a machine that does nothing else",
         },
         placed="name",
     ),

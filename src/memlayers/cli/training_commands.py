@@ -69,7 +69,7 @@ def run_reproduce(call: Call) -> None:
         corpus = None if options["corpus"] is None else open_corpus(options["corpus"], progress=True)
         print(plan(options["name"], scale=options["scale"], corpus=corpus, jobs=options["jobs"]))
         return
-    names = ("scale", "corpus", "jobs", "keep_models")
+    names = ("scale", "corpus", "jobs", "keep_models", "measure_speed")
     output = Path(options["output"])
     reproduce(
         options["name"], output, report_only=options["report"], say=tell, **{name: options[name] for name in names}

@@ -1,12 +1,12 @@
 """Run the models of a comparison on the same tokens, and put their figures side by side."""
 
-import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from memlayers.experiments.points import loss_at_time
 from memlayers.experiments.report import headline, markdown, plot
 from memlayers.files import write_json, write_text
 from memlayers.hardware import hardware, versions
@@ -158,20 +158,6 @@ def summarise(
             "decode_ratio": speeds[name].decode_tokens_per_s / speeds[baseline].decode_tokens_per_s,
         }
     return models
-
-
-def loss_at_time(curve: Sequence[Mapping[str, float]], seconds: float) -> float | None:
-    """Validation loss after `seconds` of training, on the line between the evaluations before and after.
-
-    None before the first evaluation; the last one's after the end.
-    """
-    if not curve or seconds < curve[0]["seconds"]:
-        return None
-    for before, after in itertools.pairwise(curve):
-        if seconds <= after["seconds"]:
-            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
-            return before["loss"] + share * (after["loss"] - before["loss"])
-    return curve[-1]["loss"]
 
 
 def describe(config: RunConfig) -> str:

@@ -4,11 +4,14 @@ Each model is tried at the same rates; at the best one it is run with other seed
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from memlayers.experiments.experiment import Claim, Experiment, Found, Run, Table
-from memlayers.experiments.points import Points, is_below, versus
+from memlayers.experiments.points import Points, is_below, loss_at_time, versus
+from memlayers.experiments.records import Record
 from memlayers.experiments.scales import Scale
+from memlayers.lm.config import RunConfig
 
 FIRST_SEED = 1  # of the runs that are reported: seed 0 chose the rate
 
@@ -44,7 +47,7 @@ def at_rate(scale: Scale, name: str, rate: float, *, seed: int = 0, tokens: int 
     layers, memories = models(scale)[name]
     config = scale.run(*memories, layers=layers, tokens=tokens, seed=seed, fields={"training.learning_rate": rate})
     series = f"{len(memories)} memories" if len(memories) != 1 else "1 memory"
-    return Run(name if tokens is None else final(name, scale), config, series, layers)
+    return Run(name if tokens in (None, scale.grid_tokens) else final(name, scale), config, series, layers)
 
 
 def best_rate(scale: Scale, found: Found, name: str) -> float | None:
@@ -117,6 +120,58 @@ def _claims(scale: Scale, points: Points) -> list[Claim]:
     return claims
 
 
+def _speeds(scale: Scale) -> list[dict[str, RunConfig]]:
+    return [{name: at_rate(scale, name, scale.rates[0]).config for name in models(scale)}]
+
+
+def _speed_claims(scale: Scale, found: Found, speeds: Mapping[str, Any]) -> list[Claim]:
+    n = scale.layers
+    measured = speeds["models"]
+    memory, deep = with_memories(n, 1), plain(2 * n)
+    most = with_memories(n, max(len(places) for layers, places in models(scale).values() if layers == n))
+    prefill = measured[memory]["ratios"]["prefill_words_per_s"]
+    training = measured[most]["ratios"]["training_tokens_per_s"]
+    claims = [
+        Claim(f"{memory} reads at 90 % or more of the speed of {n} layers ({100 * prefill:.0f} %).", prefill >= 0.9),
+        Claim(f"{most} trains at 90 % or more of the speed of {n} layers ({100 * training:.0f} %).", training >= 0.9),
+    ]
+    best = {name: best_rate(scale, found, name) for name in (memory, deep)}
+    rates = {name: rate for name, rate in best.items() if rate is not None}
+    if len(rates) < 2:
+        return claims
+    budgets = {scale.grid_tokens: range(FIRST_SEED, FIRST_SEED + scale.seeds)}
+    budgets.setdefault(scale.final_tokens, range(FIRST_SEED, FIRST_SEED + 1))
+    for tokens, seeds in budgets.items():
+        pairs = []
+        for seed in seeds:
+            runs = {
+                name: found(at_rate(scale, name, rate, seed=seed, tokens=tokens).config) for name, rate in rates.items()
+            }
+            pairs.append(_at_equal_time([(run, measured[name]["training_tokens_per_s"]) for name, run in runs.items()]))
+        known = [pair for pair in pairs if pair is not None]
+        shown = ", ".join(f"{one:.2f} against {other:.2f}" for one, other in known) or "not known yet"
+        claims.append(
+            Claim(
+                f"In every seed {memory} are below {deep} when the first of the two is done with {tokens / 1e6:,.0f} M "
+                f"tokens (perplexity {shown}; the learning rate of the other had not fallen to its end then).",
+                all(one < other for one, other in known) if len(known) == len(pairs) else None,
+            )
+        )
+    return claims
+
+
+def _at_equal_time(runs: Sequence[tuple[Record | None, float]]) -> tuple[float, float] | None:
+    """Perplexities of two runs when the first of them is done, each with its tokens a second; None if not known."""
+    curves = []
+    for record, rate in runs:
+        if record is None or record["failed"]:
+            return None
+        curves.append([{**place, "seconds": place["tokens"] / rate} for place in record["curve"]])
+    end = min(curve[-1]["seconds"] for curve in curves)
+    one, other = (loss_at_time(curve, end) for curve in curves)
+    return None if one is None or other is None else (math.exp(one), math.exp(other))
+
+
 DEPTH = Experiment(
     name="depth",
     question="Are N layers with a memory better than 2N layers without?",
@@ -133,4 +188,6 @@ DEPTH = Experiment(
     runs=_runs,
     claims=_claims,
     tables=_tables,
+    speeds=_speeds,
+    speed_claims=_speed_claims,
 )

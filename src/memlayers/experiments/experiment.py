@@ -1,9 +1,10 @@
 """What an experiment is: a question, the runs that answer it, and what is concluded from them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from memlayers.config import MemoryConfig
 from memlayers.experiments.points import Points
 from memlayers.experiments.records import Record
 from memlayers.experiments.scales import Scale
@@ -48,4 +49,9 @@ class Experiment:
     runs: Callable[[Scale, Found], list[Run]]
     claims: Callable[[Scale, Points], list[Claim]]
     log_x: bool = False
+    # What is measured by itself, on a quiet machine: models, in groups that take turns, or single layers.
+    speeds: Callable[[Scale], list[dict[str, RunConfig]]] = lambda scale: []
+    layers: Callable[[Scale], dict[str, MemoryConfig]] = lambda scale: {}
+    measures_training: bool = True
+    speed_claims: Callable[[Scale, Found, Mapping[str, Any]], list[Claim]] = lambda scale, found, speeds: []
     tables: Callable[[Scale, Found], list[Table]] = lambda scale, found: []  # beside that of the points

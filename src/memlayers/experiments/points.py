@@ -1,5 +1,6 @@
 """Runs become points: the mean over seeds with its standard error, and differences that are larger than it."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -102,3 +103,17 @@ def versus(one: Point | None, other: Point | None) -> str:
     if one.error is None or other.error is None:
         return text
     return f"{text} ± {100 * math.hypot(one.error, other.error) / other.perplexity:.1f}"
+
+
+def loss_at_time(curve: Sequence[Mapping[str, float]], seconds: float) -> float | None:
+    """Validation loss after `seconds` of training, on the line between the evaluations before and after.
+
+    None before the first evaluation; the last one's after the end.
+    """
+    if not curve or seconds < curve[0]["seconds"]:
+        return None
+    for before, after in itertools.pairwise(curve):
+        if seconds <= after["seconds"]:
+            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
+            return before["loss"] + share * (after["loss"] - before["loss"])
+    return curve[-1]["loss"]

@@ -4,7 +4,8 @@ FOLDER/grid.json             which text the runs of this folder read
 FOLDER/results/KEY.json      a finished run, sealed: its figures, without a model. KEY is the hash of what decides
                              the result, so that experiments share the runs that they have in common
 FOLDER/runs/KEY/             a run while it trains; removed once it is finished
-FOLDER/EXPERIMENT/           a report
+FOLDER/speeds/NAME.json      the speeds of an experiment's models, measured by themselves
+FOLDER/NAME/                 the report of an experiment
 """
 
 import hashlib
@@ -72,6 +73,7 @@ class GridFolder:
         self.mark = self.path / "grid.json"
         self.results = self.path / "results"
         self.runs = self.path / "runs"
+        self.speeds = self.path / "speeds"
 
     def check(self, report: str, identity: Identity) -> None:
         """Raises `ValueError` if the folder holds results on other text, or files that are none of a grid."""
@@ -106,6 +108,11 @@ class GridFolder:
     def result(self, key: str) -> Path:
         """The file of a finished run."""
         return self.results / f"{key}.json"
+
+    def read_speeds(self, name: str) -> dict[str, Any] | None:
+        """The speeds of an experiment, if they were measured."""
+        file = self.speeds / f"{name}.json"
+        return json.loads(file.read_bytes()) if file.is_file() else None
 
     def read(self, key: str) -> Record | None:
         """What is known of a finished run; None if it is not finished. Raises `ValueError` for a damaged file."""

@@ -8,11 +8,12 @@ from memlayers.experiments.heads_k import HEADS_K
 from memlayers.experiments.noise import NOISE
 from memlayers.experiments.position import POSITION
 from memlayers.experiments.size import SIZE
+from memlayers.experiments.speed import SPEED
 from memlayers.experiments.updates import UPDATES
 from memlayers.settings import instead
 
 EXPERIMENTS: dict[str, Experiment] = {
-    one.name: one for one in (NOISE, DEPTH, SIZE, POSITION, HEADS_K, FLAT, UPDATES, EQUIVALENT)
+    one.name: one for one in (NOISE, DEPTH, SIZE, POSITION, HEADS_K, FLAT, UPDATES, EQUIVALENT, SPEED)
 }
 
 

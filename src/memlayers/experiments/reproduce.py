@@ -13,9 +13,10 @@ from memlayers.experiments.records import GridFolder, Identity, Record
 from memlayers.experiments.registry import experiment as experiment_named
 from memlayers.experiments.scales import Scale, changed
 from memlayers.experiments.scales import scale as scale_named
+from memlayers.experiments.speeds import measure_layers, measure_models
 from memlayers.experiments.work import run_work
 from memlayers.experiments.write_up import write_report
-from memlayers.files import sole_user
+from memlayers.files import sole_user, write_json
 from memlayers.hardware import hardware
 from memlayers.lm.build import build_model, pick_device, resolve_precision
 from memlayers.lm.config import RunConfig
@@ -36,6 +37,7 @@ def reproduce(
     jobs: int | None = None,
     keep_models: bool = False,
     report_only: bool = False,
+    measure_speed: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run what is left of an experiment, and report. Returns what its `report.json` says.
@@ -52,6 +54,8 @@ def reproduce(
         jobs: Runs at a time. None is one on a GPU, else as many as there are cores for.
         keep_models: Keep the models of finished runs, which are removed otherwise.
         report_only: Train nothing: report what is there.
+        measure_speed: Measure the speeds of the models when all is trained, on a machine that does nothing else. What
+            only measures does so anyway.
         say: Receives lines of progress.
 
     Raises:
@@ -91,7 +95,23 @@ def reproduce(
                 keep_models=keep_models,
                 say=lambda line: say(f"{name}: {line}"),
             )
-        return write_report(asked, size, found, folder.path / name)
+        only_measures = not asked.runs(size, found)
+        if measure_speed or (only_measures and not report_only):
+            measured = _measure(asked, size, text, device, precision, say)
+            folder.speeds.mkdir(exist_ok=True)
+            write_json(folder.speeds / f"{name}.json", measured)
+        return write_report(asked, size, found, folder.path / name, speeds=folder.read_speeds(name))
+
+
+def _measure(
+    asked: Experiment, size: Scale, text: Corpus, device: torch.device, precision: Any, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The speeds of what an experiment names. Raises `ValueError` if it names nothing."""
+    if layers := asked.layers(size):
+        return measure_layers(layers, device, say=say)
+    if groups := asked.speeds(size):
+        return measure_models(groups, text, device, precision, train=asked.measures_training, say=say)
+    raise ValueError(f"measure_speed must be False for an experiment without speeds, got True for {asked.name!r}")
 
 
 def open_text(corpus: Corpus | str | Path | None, output: Path, scale: str) -> Corpus:

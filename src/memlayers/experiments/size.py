@@ -1,11 +1,13 @@
 """size: more slots, with and without BatchNorm of the query (the paper's Table 2)."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from memlayers.experiments.experiment import Claim, Experiment, Found, Run, Table
 from memlayers.experiments.points import Points, is_below, versus
 from memlayers.experiments.scales import Scale
+from memlayers.lm.config import RunConfig
 
 NORMS = {"batch": "BatchNorm", "none": "no BatchNorm"}
 PLAIN = "no memory"
@@ -57,6 +59,22 @@ def _all(results: list[bool | None]) -> bool | None:
     return False if False in results else None if None in results else True
 
 
+def _speeds(scale: Scale) -> list[dict[str, RunConfig]]:
+    sizes = {
+        _name(subkeys, "batch", ""): scale.run(
+            scale.layer, fields={**scale.paper_recipe, "memory.num_subkeys": subkeys}
+        )
+        for subkeys in scale.subkeys
+    }
+    return [{PLAIN: scale.run(), **sizes}]
+
+
+def _speed_claims(scale: Scale, found: Found, speeds: Mapping[str, Any]) -> list[Claim]:
+    rates = [speeds["models"][_name(subkeys, "batch", "")]["prefill_words_per_s"] for subkeys in scale.subkeys]
+    within = min(rates) >= 0.9 * max(rates)
+    return [Claim(f"Inference speed stays within 10 % at all sizes ({min(rates) / max(rates):.2f}).", within)]
+
+
 SIZE = Experiment(
     name="size",
     question="Does perplexity fall as the memory grows, and what does BatchNorm of the query do for its usage?",
@@ -76,4 +94,6 @@ SIZE = Experiment(
     log_x=True,
     runs=_runs,
     claims=_claims,
+    speeds=_speeds,
+    speed_claims=_speed_claims,
 )

@@ -3,6 +3,7 @@
 from memlayers.experiments.experiment import Claim, Experiment, Found, Run, Table
 from memlayers.experiments.points import Points, is_below, versus
 from memlayers.experiments.scales import Scale
+from memlayers.lm.config import RunConfig
 
 RULES = {"rows": "row Adam", "dense": "dense Adam", "sparse": "SparseAdam"}
 
@@ -46,6 +47,10 @@ def _claims(scale: Scale, points: Points) -> list[Claim]:
     return claims
 
 
+def _speeds(scale: Scale) -> list[dict[str, RunConfig]]:
+    return [{label: scale.run(scale.layer, fields={"training.value_optimizer": rule}) for rule, label in RULES.items()}]
+
+
 UPDATES = Experiment(
     name="updates",
     question="Does it matter whether rows that were not read are updated, and how fast values are trained?",
@@ -54,4 +59,5 @@ UPDATES = Experiment(
     log_x=True,
     runs=_runs,
     claims=_claims,
+    speeds=_speeds,
 )

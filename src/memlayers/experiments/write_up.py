@@ -15,10 +15,12 @@ from memlayers.presentation import COLOURS, markdown_table, save_figure
 HOLDS = {True: "carries over", False: "does not carry over", None: "open"}
 
 
-def write_report(experiment: Experiment, scale: Scale, found: Found, folder: Path) -> dict[str, Any]:
+def write_report(
+    experiment: Experiment, scale: Scale, found: Found, folder: Path, *, speeds: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Write `report.json`, `report.md` and the plot; returns what `report.json` says. Missing runs are shown as such.
 
-    Equal runs give equal reports: there is no time in one.
+    Equal runs give equal reports: the only times in one are `speeds`.
     """
     runs = experiment.runs(scale, found)
     noise = noise_of(scale, found)
@@ -28,7 +30,10 @@ def write_report(experiment: Experiment, scale: Scale, found: Found, folder: Pat
         for name in dict.fromkeys(run.point for run in runs)
     }
     claims = experiment.claims(scale, points)
-    tables = [_points_table(runs, points), *experiment.tables(scale, found)]
+    tables = [*([_points_table(runs, points)] if runs else []), *experiment.tables(scale, found)]
+    if speeds is not None:
+        claims += experiment.speed_claims(scale, found, speeds)
+        tables.append(_speed_table(speeds))
     content = {
         "experiment": experiment.name,
         "question": experiment.question,
@@ -39,11 +44,13 @@ def write_report(experiment: Experiment, scale: Scale, found: Found, folder: Pat
         "points": {name: one.to_dict() for name, one in points.items()},
         "claims": [claim._asdict() for claim in claims],
         "made_on": _made_on(records.values()),
+        "speeds": speeds,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", content)
     write_text(folder / "report.md", _markdown(content, claims, tables, experiment.paper))
-    _plot(experiment, runs, points, folder / f"{experiment.name}.png")
+    if runs:
+        _plot(experiment, runs, points, folder / f"{experiment.name}.png")
     return content
 
 
@@ -57,6 +64,8 @@ def _markdown(content: Mapping[str, Any], claims: Sequence[Claim], tables: Seque
     if paper.rows:
         parts += [f"{paper.title}:", markdown_table(paper.head, paper.rows)]
     noise = content["noise"]
+    if not content["runs"]:
+        return "\n\n".join(parts) + "\n"
     parts.append(
         "± is the standard error of a mean over seeds"
         + (
@@ -95,6 +104,33 @@ def _row(name: str, one: Point) -> list[str]:
         *("-" if figure is None else f"{figure:.1f}" for figure in usage),
         "-" if one.kl is None else f"{one.kl:.2f}",
     ]
+
+
+def _speed_table(speeds: Mapping[str, Any]) -> Table:
+    machine = speeds["hardware"]
+    place = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    where = f"{place}, PyTorch {speeds['versions']['torch']}"
+    if "layers" in speeds:
+        rows = [
+            [name, f"{1e3 * one['memory']:.2f}", f"{1e3 * one['ffn']:.2f}", f"{one['ratio']:.2f}"]
+            for name, one in speeds["layers"].items()
+        ]
+        head = ["layer", "ms", "ms of the FFN", "ratio"]
+        return Table(f"A forward pass over {speeds['tokens']:,} tokens, medians, on {where}", head, rows)
+    columns = {
+        "prefill_words_per_s": "prefill words/s",
+        "decode_tokens_per_s": "decode tokens/s",
+        "training_tokens_per_s": "training tokens/s",
+    }
+    known = {key: head for key, head in columns.items() if all(key in one for one in speeds["models"].values())}
+    rows = [
+        [name, *(cell for key in known for cell in (f"{one[key]:,.0f}", f"{one['ratios'][key]:.2f}"))]
+        for name, one in speeds["models"].items()
+    ]
+    head = ["model", *(cell for text in known.values() for cell in (text, "ratio"))]
+    return Table(
+        f"Speeds, medians of models that took turns, ratios to the first of each group, on {where}", head, rows
+    )
 
 
 def _millions(number: int | None) -> str:

@@ -102,7 +102,7 @@ def dry_run(config: RunConfig, *, corpus: Corpus | None, say: Callable[[str], No
     device = pick_device()
     precision = resolve_precision(config.training.precision, device)
     vocab_size = config.data.vocab_size if corpus is None else corpus.vocab_size
-    batch_BT = _batch(config, corpus, vocab_size)
+    batch_BT = first_batch(config, corpus, vocab_size)
     available = available_memory(device)
     need = require_memory(config, vocab_size=vocab_size, precision=precision, device=device)
     if corpus is None:
@@ -115,7 +115,7 @@ def dry_run(config: RunConfig, *, corpus: Corpus | None, say: Callable[[str], No
         before = peak_bytes(device)
         model = build_model(config, vocab_size=vocab_size, eot_id=0 if corpus is None else corpus.eot_id)
         parameters = count_parameters(model)
-        steps = _steps(config, model, batch_BT, device, precision)
+        steps = training_steps(config, model, batch_BT, device, precision)
         say("two steps: one to warm up, one to measure")
         next(steps)
         start = time.perf_counter()
@@ -148,7 +148,7 @@ def dry_run(config: RunConfig, *, corpus: Corpus | None, say: Callable[[str], No
     )
 
 
-def _batch(config: RunConfig, corpus: Corpus | None, vocab_size: int) -> Tensor:
+def first_batch(config: RunConfig, corpus: Corpus | None, vocab_size: int) -> Tensor:
     """The tokens of a step [B, T + 1]: the first windows of the corpus, or random ones."""
     length, count = config.model.context + 1, config.batch_windows
     if corpus is None:
@@ -158,7 +158,7 @@ def _batch(config: RunConfig, corpus: Corpus | None, vocab_size: int) -> Tensor:
     return torch.stack([windows[number % len(windows)]["input_ids"] for number in range(count)])
 
 
-def _steps(
+def training_steps(
     config: RunConfig, model: "PreTrainedModel", batch_BT: Tensor, device: torch.device, precision: ComputePrecision
 ) -> Iterator[float]:
     """The loss of one step after the other, each on the same batch, done when it is given."""
