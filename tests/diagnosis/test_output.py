@@ -25,11 +25,40 @@ def test_output_that_is_wrong(make_block, batch, found):
             assert (finding.state, finding.message) == ("fail", "its output is not finite")
 
 
-def test_compared_with_other_blocks(batch, found):
-    model = causal_lm("gpt2", vocab_size=40, layers=3, dim=16, heads=2, context=32)
+def sizes_seen(modules):
+    """What forward hooks put in: the root mean square of what each of these modules returned last."""
+    sizes = {}
+
+    def note(name, output):
+        sizes[name] = float(output.detach().double().square().mean().sqrt())
+
+    for name, module in modules.items():
+        module.register_forward_hook(lambda module, args, output, name=name: note(name, output))
+    return sizes
+
+
+def test_sizes_are_root_mean_squares(make_block, batch, found):
+    block = make_block(parallel=True)
+    sizes = sizes_seen({"own": block.memory, "beside": block.mlp.base, "input": block.norm})
+    said = found(doctor(block, batch), "output").message
+    own = sizes["own"]
+    assert said == (
+        f"root mean square {own:.3g}, {own / sizes['input']:.3g} times that of its input, "
+        f"{own / sizes['beside']:.3g} times that of the network beside it"
+    )
+
+
+def test_compared_with_the_middle_one_of_other_blocks(found):
+    model = causal_lm("gpt2", vocab_size=40, layers=4, dim=16, heads=2, context=32)
     add_memory(model, MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=8, query_dim=8), [2])
-    report = doctor(model, {"input_ids": torch.randint(0, 40, (8, 32))})
-    assert "other blocks' networks" in found(report, "output").message
+    with torch.no_grad():
+        for number, block in enumerate(model.transformer.h):
+            if number != 1:
+                block.mlp.c_proj.weight.mul_(10**number)
+    sizes = sizes_seen(dict(enumerate(block.mlp for block in model.transformer.h)))
+    said = found(doctor(model, {"input_ids": torch.randint(0, 40, (8, 32))}), "output").message
+    middle = sorted(sizes[number] for number in (0, 2, 3))[1]
+    assert said.endswith(f", {sizes[1] / middle:.3g} times that of other blocks' networks")
 
 
 @pytest.mark.parametrize(
