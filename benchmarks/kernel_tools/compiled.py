@@ -59,6 +59,10 @@ class Jump(NamedTuple):
     to: int
 
 
+def _counted(nvidia: str, amd: str) -> property:
+    return property(lambda self: self.count(nvidia, amd))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
     """A kernel for one GPU."""
@@ -78,40 +82,13 @@ class Compiled:
         """Instructions that are repeated: what is jumped back over."""
         return sorted((range(to, place + 1) for place, to in self.jumps if to < place), key=lambda loop: loop.start)
 
-    @property
-    def loads_of_16_bytes(self) -> int:
-        """From global memory."""
-        return self.count(r"LDG.*\.128", r"(global|buffer|flat)_load_dwordx4")
-
-    @property
-    def stores_of_16_bytes(self) -> int:
-        """To global memory."""
-        return self.count(r"STG.*\.128", r"(global|buffer|flat)_store_dwordx4")
-
-    @property
-    def loads(self) -> int:
-        """From global memory, of any width."""
-        return self.count(r"LDG", r"(global|buffer|flat)_load_")
-
-    @property
-    def stores(self) -> int:
-        """To global memory, of any width."""
-        return self.count(r"STG", r"(global|buffer|flat)_store_")
-
-    @property
-    def barriers(self) -> int:
-        """Of a program's warps."""
-        return self.count(r"BAR\.", r"s_barrier")
-
-    @property
-    def shuffles(self) -> int:
-        """Between the threads of a warp."""
-        return self.count(r"SHFL", r"(ds_b?permute|ds_swizzle|v_permlane)|.*_dpp")
-
-    @property
-    def local_accesses(self) -> int:
-        """Of a thread's memory: spills, and arrays that did not fit registers."""
-        return self.count(r"(LDL|STL)", r"scratch_(load|store)")
+    loads_of_16_bytes = _counted(r"LDG.*\.128", r"(global|buffer|flat)_load_dwordx4")  # from global memory
+    stores_of_16_bytes = _counted(r"STG.*\.128", r"(global|buffer|flat)_store_dwordx4")  # to global memory
+    loads = _counted(r"LDG", r"(global|buffer|flat)_load_")  # from global memory, of any width
+    stores = _counted(r"STG", r"(global|buffer|flat)_store_")  # to global memory, of any width
+    barriers = _counted(r"BAR\.", r"s_barrier")  # of a program's warps
+    shuffles = _counted(r"SHFL", r"(ds_b?permute|ds_swizzle|v_permlane)|.*_dpp")  # between the threads of a warp
+    local_accesses = _counted(r"(LDL|STL)", r"scratch_(load|store)")  # of a thread's memory: spills, arrays
 
     def count(self, nvidia: str, amd: str) -> int:
         """Instructions whose name begins with a pattern."""

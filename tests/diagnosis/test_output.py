@@ -5,6 +5,7 @@ import torch
 
 from memlayers import MemoryConfig, doctor
 from memlayers.diagnosis.output import far_off
+from memlayers.diagnosis.watch import Squares
 from memlayers.models import add_memory, causal_lm
 
 
@@ -46,6 +47,14 @@ def test_sizes_are_root_mean_squares(make_block, batch, found):
         f"root mean square {own:.3g}, {own / sizes['input']:.3g} times that of its input, "
         f"{own / sizes['beside']:.3g} times that of the network beside it"
     )
+
+
+def test_a_root_mean_square_is_over_all_parts():
+    squares = Squares()
+    assert squares.rms == 0
+    squares.add(torch.tensor([[3.0]]))
+    squares.add(torch.tensor([[4.0, 5.0]]))
+    assert squares.rms == pytest.approx((50 / 3) ** 0.5)
 
 
 def test_compared_with_the_middle_one_of_other_blocks(found):

@@ -180,14 +180,9 @@ def train(bench: Bench, shape: Shape) -> Iterator[Result]:
 
 def memory(bench: Bench, shape: Shape) -> Iterator[Result]:
     """Peak memory of a training step, each contender in a process of its own."""
-    samples, notes = {}, []
-    for name in TRAINED:
-        if not takes_part(name, shape):
-            continue
-        lack = bench.lacks(contender_bytes(name, shape))
-        if lack:
-            notes.append(f"{name}: {lack}")
-            continue
+    samples = {}
+    able, notes = _able(bench, shape, TRAINED)
+    for name in able:
         peak, note = measure_peak(name, shape, bench.device)
         if note:
             notes.append(note)
@@ -251,18 +246,21 @@ def machine(bench: Bench, shape: Shape) -> Iterator[Result]:
 
 def time_training(bench: Bench, case: str, shape: Shape, names: tuple[str, ...], part: str = "") -> Result:
     """Training steps of those contenders that take part and fit."""
-    notes: list[str] = []
-    able: list[str] = []
-    for name in names:
-        if takes_part(name, shape):
-            lack = bench.lacks(contender_bytes(name, shape))
-            (notes if lack else able).append(f"{name}: {lack}" if lack else name)
+    able, notes = _able(bench, shape, names)
     if not able:
         return Result(case=case, part=part, shape=shape, notes=tuple(notes))
     if REFERENCE in able and bench.device.type == "cuda":
         notes.append(REFERENCE_ON_GPU)
     steps, more = make_steps(tuple(able), shape, bench.device)
     return Result(case=case, part=part, shape=shape, samples=bench.watch.rounds(steps), notes=(*notes, *more))
+
+
+def _able(bench: Bench, shape: Shape, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The contenders that take part at a shape and fit, and a line for each that does not fit."""
+    lacks = {name: bench.lacks(contender_bytes(name, shape)) for name in names if takes_part(name, shape)}
+    return [name for name, lack in lacks.items() if not lack], [
+        f"{name}: {lack}" for name, lack in lacks.items() if lack
+    ]
 
 
 def _modules(bench: Bench, shape: Shape) -> tuple[dict[str, nn.Module], Tensor, list[str]]:

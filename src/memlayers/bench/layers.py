@@ -60,19 +60,9 @@ def make_layer(textbook: TextbookMemory, shape: Shape) -> MemoryLayer:
     """Our layer with the weights of the textbook layer, on the same table."""
     values_SV = textbook.values.data
     layer = MemoryLayer(shape.config(), values=table_of(values_SV), device=values_SV.device)
-    weights = {}
-    for name, value in textbook.state_dict().items():
-        part, _, rest = name.partition(".")
-        if part == "query":
-            weights[f"query.projections.0.{rest}"] = value
-        elif part == "norm" and rest != "num_batches_tracked":
-            weights[f"query.norm.{rest}"] = value.view(shape.heads, shape.query_dim)
-        elif part == "keys":
-            weights["keys.weight"] = value
-        elif part == "output":
-            weights[name] = value
-    missing = layer.load_state_dict(weights, strict=False)
-    assert missing == (["values.weight"], []), missing
+    given, own = textbook.state_dict(), layer.state_dict()
+    del own["values.weight"]  # the same tensor already
+    layer.load_state_dict({name: given[_textbook_name(name)].view_as(own[name]) for name in own}, strict=False)
     return layer
 
 
@@ -88,13 +78,18 @@ def make_minimal(textbook: TextbookMemory, shape: Shape) -> MinimalMemory:
 
 def layer_gradients(layer: MemoryLayer) -> dict[str, Tensor | None]:
     """The gradients of our layer under the names and in the shapes of the textbook's parameters."""
-    renamed = {"query.projections.0": "query", "query.norm": "norm", "keys.weight": "keys", "values.weight": "values"}
     gradients: dict[str, Tensor | None] = {}
     for name, parameter in layer.named_parameters():
         if parameter is layer.values.row_mark:  # no weight
             continue
-        for own, textbook in renamed.items():
-            name = name.replace(own, textbook)
-        grad = parameter.grad
+        name, grad = _textbook_name(name), parameter.grad
         gradients[name] = grad.flatten() if grad is not None and name.startswith("norm.") else grad
     return gradients
+
+
+def _textbook_name(name: str) -> str:
+    """What a parameter or buffer of our layer is called in the textbook layer."""
+    renamed = {"query.projections.0": "query", "query.norm": "norm", "keys.weight": "keys", "values.weight": "values"}
+    for own, textbook in renamed.items():
+        name = name.replace(own, textbook)
+    return name

@@ -41,11 +41,9 @@ def run_eval(call: Call) -> None:
         return
     result, config = folder.read_result(), folder.read_config()
     data = _entry(result, "data", folder.result)
-    corpus = open_corpus(options["corpus"] or _entry(data, "folder", folder.result))
-    if corpus.tokenizer_sha256 != _entry(data, "tokenizer_sha256", folder.result):
-        raise ValueError(
-            f"corpus must have the tokenizer of the run, got {str(corpus.folder)!r}, which has another one"
-        )
+    corpus = _open_corpus(
+        options["corpus"] or _entry(data, "folder", folder.result), _entry(data, "tokenizer_sha256", folder.result)
+    )
     device = pick_device()
     evaluation = evaluate(
         folder.load_model(device),
@@ -78,7 +76,7 @@ def run_doctor(call: Call) -> None:
     """memlayers doctor"""
     saved = open_saved(Path(call.options["checkpoint"]))
     folder = call.options["corpus"] or (saved.corpus if saved.corpus and Path(saved.corpus).is_dir() else None)
-    corpus = None if folder is None else _open_corpus(folder, saved)
+    corpus = None if folder is None else _open_corpus(folder, saved.tokenizer_sha256)
     model, device = saved.load(), pick_device()
     ids_BT = _random_ids(model) if corpus is None else _validation_ids(corpus, model)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that loses its signature
@@ -131,9 +129,9 @@ def open_saved(folder: Path) -> Saved:
     return Saved(lambda: load_model(folder))
 
 
-def _open_corpus(folder: str, saved: Saved) -> Corpus:
+def _open_corpus(folder: str, tokenizer_sha256: str | None) -> Corpus:
     corpus = open_corpus(folder)
-    if saved.tokenizer_sha256 not in (None, corpus.tokenizer_sha256):
+    if tokenizer_sha256 not in (None, corpus.tokenizer_sha256):
         raise ValueError(f"corpus must have the tokenizer of the run, got {folder!r}, which has another one")
     return corpus
 
