@@ -304,6 +304,14 @@ def test_a_table_that_lost_its_owner_stays_as_it_is(block, batch):
     compare(before, everything(block, []))
 
 
+def test_a_model_in_evaluation_is_examined_in_training_mode(block, batch):
+    modes = []
+    block.mlp.register_forward_hook(lambda memory, args, output: modes.append(memory.training))
+    assert doctor(block.eval(), batch).ok
+    assert modes == [True]
+    assert not any(module.training for module in block.modules())
+
+
 def test_without_gradients_around(block, batch):
     with torch.no_grad():
         assert doctor(block, batch).ok

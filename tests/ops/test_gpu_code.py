@@ -4,6 +4,7 @@ Tensors are on "meta", so tables have their full size. The interpreter shows tha
 shows that they are typed, that nothing is spilled, and that rows are loaded 16 bytes a thread.
 """
 
+import importlib
 import importlib.util
 import os
 from functools import partial
@@ -25,6 +26,7 @@ from memlayers.ops import gpu
 from memlayers.ops.gpu.launch import launch
 from memlayers.ops.registry import run
 
+importlib.import_module("memlayers.ops.row_step")  # says how the arguments of a step are packed
 on_gpu = partial(run, "cuda")  # the name of an operation, and its arguments
 
 # T tokens, H heads, K neighbours, N sub-keys, V width, C half of a head's query.
