@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import Distribution, PackagePath, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, PackagePath, distribution
 from typing import Any
 
 from memlayers.lm.data.sources.base import Document, Read, Skip, nobody
@@ -15,7 +15,15 @@ MOST_BYTES = 200_000  # of a file: longer ones are tables for the most part, and
 FEWEST_LINES = 20  # of a file, different ones: shorter ones are package markers and lists of imports
 # The only file that differs between the wheels of a version, and what programs have written.
 _BUILT = re.compile(r"torch/version\.py|(.*/)?generated/.*")
+_UNLISTED = "is not installed as a package that lists its files (one that is built in place is not); name other sources"
 _GENERATED = re.compile(r"^# *(This|These)\b.*generated", re.MULTILINE)
+
+
+def _installed() -> Distribution:
+    try:
+        return distribution("torch")
+    except PackageNotFoundError:
+        raise ValueError(f"sources: empty, but PyTorch {_UNLISTED}") from None
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class PyTorchSources:
     all of them land in one split.
     """
 
-    package: Distribution = field(default_factory=lambda: distribution("torch"))
+    package: Distribution = field(default_factory=_installed)
 
     @property
     def name(self) -> str:
@@ -59,10 +67,7 @@ class PyTorchSources:
         """The keys of the files that are taken."""
         listed = [file for file in self.package.files or () if file.suffix == ".py" and ".." not in file.parts]
         if not listed:
-            raise ValueError(
-                "sources: empty, but the installed PyTorch does not list its Python sources (nor does one that is "
-                "built in place); name other sources"
-            )
+            raise ValueError(f"sources: empty, but PyTorch {_UNLISTED}")
         files = sorted((file for file in listed if not _BUILT.fullmatch(file.as_posix())), key=PackagePath.as_posix)
         texts = {file: text for file in files if _is_taken(text := _read(file))}
         taken = list(texts)
