@@ -13,7 +13,7 @@ from memlayers.available import available_memory, left_in_groups
 from memlayers.config import MemoryConfig
 from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
 from memlayers.lm.footprint import _ENTRY, Footprint, explain_out_of_memory, footprint, require_memory
-from memlayers.ops import gpu
+from memlayers.ops import cpu, gpu
 from memlayers.sizes import size_text
 from memlayers.values import value_tables
 
@@ -247,6 +247,19 @@ def test_the_kernels_of_a_gpu_need_less_than_the_references(monkeypatch):
         found.append(footprint(config, vocab_size=300, device="cuda").activations)
     footprint.cache_clear()
     assert found[0] < found[1]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_it_is_counted_where_there_are_no_kernels(monkeypatch, dense):
+    config = run_config(memory=(2,), subkeys=64, batch=512)
+    with_kernels = footprint(config, vocab_size=300, dense=dense)
+    monkeypatch.setattr(cpu, "why_not", lambda: "switched off")
+    footprint.cache_clear()
+    without = footprint(config, vocab_size=300, dense=dense)
+    footprint.cache_clear()
+    assert without.parameters == with_kernels.parameters
+    assert without.optimizer_state == with_kernels.optimizer_state
+    assert without.activations > 0
 
 
 def test_half_precision_lowers_the_activations_of_blocks():

@@ -364,8 +364,11 @@ class InsideOperations:
         }
 
     def _entries(self, weight_SV: Tensor) -> int:
+        return sum(part.slots_TK.numel() for part in self._parts_of(weight_SV))
+
+    def _parts_of(self, weight_SV: Tensor) -> list[Part]:
         (parts,) = (parts for table, parts in self._parts.items() if table.weight is weight_SV)
-        return sum(part.slots_TK.numel() for part in parts)
+        return parts
 
     # The references.
 
@@ -383,13 +386,11 @@ class InsideOperations:
         }
 
     def _row_adam_reference(self, weight_SV: Tensor, *args: Any, **kwargs: Any) -> None:
-        (parts,) = (parts for table, parts in self._parts.items() if table.weight is weight_SV)
-
         def step(weight_SV: Tensor, states: list[Tensor], factors: Any) -> None:
             settings = {"lr": 1.0, "beta1": 0.0, "beta2": 0.0, "eps": 1.0}
             step_(Step(adam, weight_SV, tuple(states), [Part(*part) for part in factors], None, -1, settings))
 
-        self.live.without_data(step, weight_SV, list(args[:3]), [list(part) for part in parts])
+        self.live.without_data(step, weight_SV, list(args[:3]), [list(part) for part in self._parts_of(weight_SV)])
 
 
 def _scratch(size: int) -> None:

@@ -41,15 +41,11 @@ class MemorySummary:
     @property
     def total(self) -> PartSummary:
         """All parts together."""
-        parts = self.parts.values()
-        states = [part.optimizer_bytes for part in parts]
-        return PartSummary(
-            parameters=sum(part.parameters for part in parts),
-            trainable=sum(part.trainable for part in parts),
-            weight_bytes=sum(part.weight_bytes for part in parts),
-            gradient_bytes=sum(part.gradient_bytes for part in parts),
-            optimizer_bytes=None if None in states else sum(state for state in states if state is not None),
-        )
+        total: dict[str, Any] = {}
+        for name in PartSummary.__annotations__:
+            figures = [vars(part)[name] for part in self.parts.values()]
+            total[name] = None if None in figures else sum(figures)
+        return PartSummary(**total)
 
     def __str__(self) -> str:
         rows = [_COLUMNS, *(_row(name, part) for name, part in [*self.parts.items(), ("total", self.total)])]
