@@ -304,3 +304,14 @@ def test_equal_time_is_reckoned_from_the_curve_and_the_speed(tiny):
     # When the memory is done, at 4.0, the deeper model is at three quarters of its tokens, half-way from 6.0 to 3.0.
     assert all("perplexity 54.60 against 90.02" in claim.sentence for claim in equal)
     assert [claim.holds for claim in equal] == [True, True]
+
+
+@pytest.mark.slow
+def test_depth_goes_from_rates_to_seeds_to_the_large_budget(tiny, trained, corpus, tmp_path):
+    content = reproduce("depth", tmp_path, corpus=corpus)
+    assert (content["runs"], content["finished"]) == (4 * (3 + 1 + 1), 20)
+    assert len(trained) == 20
+    report = (tmp_path / "depth" / "report.md").read_text()
+    assert "(at the edge)" in report or "| best |" in report
+    assert {one["perplexity"] is None for one in content["points"].values()} == {False}
+    assert "1 layers + 1 memory, 0 M tokens" in content["points"]

@@ -81,7 +81,7 @@ def end_with_parent() -> None:
     """Have this process asked to end, as by a signal, once nobody holds the other end of its standard input."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        os.read(sys.stdin.fileno(), 1)  # not of the buffer, whose lock the end of the process would wait for
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
