@@ -433,7 +433,9 @@ def test_a_copy_hands_masks_to_its_own_memories(with_memory, enable_checkpointin
     assert_same(observe(copied(with_memory).train(), other_ids, mask), expected)
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [("gpt2", None), ("llama", False), ("gpt2", True)])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"), [("gpt2", None), ("llama", False), pytest.param("gpt2", True, marks=pytest.mark.slow)]
+)
 def test_compiled_in_one_graph(name, checkpointing, enable_checkpointing):
     model = causal_lm(name, vocab_size=40, layers=2, dim=16, heads=2, context=32).train()
     add_memory(model, MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=6, query_dim=8), [1, 2], share_values=True)
