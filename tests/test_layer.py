@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memlayers import MemoryConfig, MemoryLayer, RowAdam, ValueTable
+from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, RowAdam, ValueTable
 from memlayers.minimal import MinimalMemory
 
 
@@ -288,3 +288,20 @@ def test_initialisation_is_the_paper_s():
     assert layer.values.weight.std().item() == pytest.approx(1 / 8, rel=0.02)
     assert layer.keys.weight.abs().max() <= 1 / 4
     assert layer.query.projections[0].weight.abs().max() <= 1 / 16
+
+
+@pytest.mark.parametrize("kind", [MemoryLayer, MemoryPlus, Experts])
+def test_values_that_say_nothing_at_first_are_written_where_they_are_read(kind):
+    torch.manual_seed(0)
+    layer = kind(MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=8, query_dim=8, value_std=0.0))
+    x_TD = torch.randn(20, 16)
+    assert not layer(x_TD).any()
+    optimizer = RowAdam([layer.values], lr=0.1)
+    layer(x_TD).sum().backward()
+    optimizer.step()
+    written = layer.values.weight.any(1)
+    assert written.any()
+    assert not written.all()
+    assert layer(x_TD).any()
+    layer.reset_parameters()
+    assert not layer.values.weight.any()

@@ -322,6 +322,14 @@ def test_values_start_with_the_paper_s_deviation():
     assert ValueTable(1000, 64).weight.std().item() == pytest.approx(1 / 8, rel=0.02)
 
 
+def test_fresh_rows_have_the_standard_deviation_that_is_asked_for():
+    table = ValueTable(1000, 64, std=0.5)
+    assert table.weight.std().item() == pytest.approx(0.5, rel=0.02)
+    assert not ValueTable(10, 4, std=0).weight.any()
+    with pytest.raises(ValueError, match="std must be .* at least 0, got -1"):
+        ValueTable(10, 4, std=-1)
+
+
 @pytest.mark.slow
 def test_inductor_does_not_reuse_the_memory_of_what_is_recorded():
     """The gradient of `x` is as large as that of what is read, so its memory would be taken for it."""

@@ -33,6 +33,11 @@ class MemoryConfig:
     input_dropout: float = setting(0.0, "on the input of the query network", least=0, below=1)
     query_dropout: float = setting(0.0, "on the query, after its norm", least=0, below=1)
     value_dropout: float = setting(0.0, "on what was read from the table", least=0, below=1)
+    value_std: float | None = setting(
+        None,
+        "standard deviation of fresh values; None: 1/sqrt(V), as in the paper; 0: they say nothing at first",
+        least=0,
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

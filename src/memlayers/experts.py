@@ -55,7 +55,8 @@ class Experts(MemoryLayer):
         super().__init__(config, values=values, device=device, dtype=dtype)
 
     def make_values(self, **where: Any) -> "ExpertTable":
-        return ExpertTable(self.config.slots, self.config.width, self.config.dim, **where)
+        config = self.config
+        return ExpertTable(config.slots, config.width, config.dim, std=config.value_std, **where)
 
     def activate(self, products_TM: Tensor) -> Tensor:
         """What neurons make of their products <u, x>; a subclass may override it."""
@@ -76,6 +77,7 @@ class ExpertTable(ValueTable):
         input_dim: D, the width of what it listens to.
         device: of the rows.
         dtype: of the rows.
+        std: as in `ValueTable`, of what experts say.
     """
 
     def __init__(
@@ -86,12 +88,13 @@ class ExpertTable(ValueTable):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        std: float | None = None,
     ):
-        super().__init__(slots, dim, device=device, dtype=dtype)
+        super().__init__(slots, dim, device=device, dtype=dtype, std=std)
         self.inputs = InputTable(slots, input_dim, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Each normal, with a standard deviation of one over the root of its width."""
+        """Each normal: what experts listen to with a standard deviation of one over the root of its width."""
         super().reset_parameters()
         if "inputs" in self._modules:  # not yet, when the constructor of ValueTable calls
             self.inputs.reset_parameters()

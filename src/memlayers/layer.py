@@ -103,7 +103,7 @@ class MemoryLayer(nn.Module):
 
     def make_values(self, **where: Any) -> ValueTable:
         """The table, where none is passed in."""
-        return ValueTable(self.config.slots, self.config.width, **where)
+        return ValueTable(self.config.slots, self.config.width, std=self.config.value_std, **where)
 
     def make_output(self, **where: Any) -> nn.Module:
         """The projection V -> D of `combine`; the identity where values are as wide as the model."""

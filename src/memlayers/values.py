@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from memlayers.checks import require_int
+from memlayers.checks import plain_number, require_int, require_number
 from memlayers.ops import exported
 from memlayers.ops.read import read, read_row_mode
 from memlayers.ops.row_gradient import HOOKS, RowGradient, RowHookArgument
@@ -61,20 +61,30 @@ class ValueTable(nn.Module):
         dim: V, the width of a row.
         device: of the rows.
         dtype: of the rows; sums of them are accumulated in at least float32.
+        std: standard deviation of fresh rows. None: 1/sqrt(V). With 0 a row that was never trained adds nothing.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1; a standard deviation below 0.
     """
 
     # In exported programs, with dense gradients, in row mode.
     _operations: ClassVar[tuple[Callable[..., Tensor], ...]] = (exported.read, read, read_row_mode)
 
     def __init__(
-        self, slots: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        slots: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        std: float | None = None,
     ):
         super().__init__()
         require_int("slots", slots, least=1)
         require_int("dim", dim, least=1)
+        if std is not None:
+            require_number("std", std, least=0.0)
+        self.std = 1 / math.sqrt(dim) if std is None else float(plain_number(std))
         self.weight = nn.Parameter(torch.empty(slots, dim, device=device, dtype=dtype))
         self.companion = Companion(self.weight.device, self.weight.dtype)
         self.row_gradient: RowGradient | None = None
@@ -86,8 +96,8 @@ class ValueTable(nn.Module):
         return self.companion.row_mark
 
     def reset_parameters(self) -> None:
-        """Normal with standard deviation 1/sqrt(V)."""
-        nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight.shape[1]))
+        """Normal with standard deviation `std`."""
+        nn.init.normal_(self.weight, std=self.std)
 
     def read(self, slots: Tensor, weights: Tensor) -> Tensor:
         """The weighted sums [..., V] of rows: of slots [..., M] (int64), by weights [..., M].

@@ -77,6 +77,7 @@ def test_every_memory_option_survives():
     config = MemoryConfig(
         dim=16, value_dim=8, heads=3, topk=5, num_subkeys=7, query_dim=6, query_hidden=(9, 10), query_norm="rms",
         query_bias=False, keys="flat", input_dropout=0.1, query_dropout=0.2, value_dropout=0.3,
+        value_std=0.4,
     )  # fmt: skip
     default = MemoryConfig(dim=1)
     for field in dataclasses.fields(MemoryConfig):
