@@ -5,13 +5,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Listener
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 WORKER = Path(__file__).with_name("worker.py")
+
+
+def answer(connection: Connection) -> tuple[bool, Any]:
+    try:
+        return pickle.loads(connection.recv_bytes())
+    except (EOFError, ConnectionResetError):  # the process is gone
+        return True, "gone"
 
 
 @contextmanager
@@ -32,7 +39,7 @@ def ranks(folder: Path, size: int) -> Iterator[Callable[..., list[Any]]]:
                 connection.send_bytes(order)
             for connection in connections:
                 assert connection.poll(500), "a rank does not answer"
-            answers = [pickle.loads(connection.recv_bytes()) for connection in connections]
+            answers = [answer(connection) for connection in connections]
             if failed := [text for is_good, text in answers if not is_good]:
                 pytest.fail("\n".join(failed), pytrace=False)
             return [result for _, result in answers]
