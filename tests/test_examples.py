@@ -46,14 +46,13 @@ def test_several_processes_in_one(capsys):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["torch.distributed.run", "--nproc-per-node", "2"],
-        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
     ],
     ids=["torchrun", "accelerate launch"],
 )
 def test_several_processes(launcher):
-    port = [f"--{'master-port' if 'torch' in launcher[0] else 'main_process_port'}", "0"]
-    command = [sys.executable, "-m", *launcher, *port, str(EXAMPLES / "several_processes.py")]
+    command = [sys.executable, "-m", *launcher, str(EXAMPLES / "several_processes.py")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     losses = [float(line.split("loss ")[1].split()[0]) for line in run.stdout.splitlines() if "2 process" in line]
