@@ -207,6 +207,7 @@ def test_a_plan_counts_without_building(tiny):
     text = plan("noise")
     assert "| 1 layers + memory, seed 0 | " in text
     assert "4 runs; about" in text
+    assert plan("speed") == "nothing is trained: 22 layers are measured"
 
 
 def test_the_best_rate_is_known_when_all_were_tried(tiny):

@@ -148,6 +148,8 @@ def plan(name: str, *, scale: str = "laptop", corpus: Corpus | None = None, jobs
                 f"{takes:.2f}",
             ]
         )
+    if not rows:
+        return f"nothing is trained: {len(asked.layers(size))} layers are measured"
     at_once = jobs or (2 if scale == "laptop" else 1)
     total = (
         f"{len(rows)} runs; about {duration(3600 * hours / at_once)} with {at_once} at a time "

@@ -35,7 +35,7 @@ class Scale:
     paper_recipe: Mapping[str, Any]  # the paper's rates and memory, at a size where its usage is below 100 %
     rates: tuple[float, ...]  # that each model of `depth` is tried at
     value_rates: tuple[float, ...]  # of `updates`
-    deep_rate: float  # of 2N layers, elsewhere
+    deep_rate: float  # of more than N layers, elsewhere
     subkeys: tuple[int, ...]  # of `size`
     flat_subkeys: tuple[int, ...]  # of `flat`, as far as flat keys can be trained
     position_layers: int  # of `position`
@@ -69,7 +69,7 @@ class Scale:
             {
                 "memory_layers": memory_layers,
                 "model.layers": self.layers if layers is None else layers,
-                **({"training.learning_rate": self.deep_rate} if layers == 2 * self.layers else {}),
+                **({"training.learning_rate": self.deep_rate} if layers and layers > self.layers else {}),
                 "training.tokens": tokens,
                 "training.eval_every_tokens": -(-tokens // EVALUATIONS),
                 "training.seed": seed,
