@@ -110,6 +110,24 @@ def test_states_are_those_of_rank_0_as_well(pair, loads, least):
     assert (steps > 1) == (least > 1)
 
 
+def with_another_state(rank, kind):
+    """Goes on in the same optimizer from a state that differs between ranks."""
+    model = net()
+    optimizer = RowAdam(model) if kind == "RowAdam" else MemoryAdamW(model, lr=0.0)
+    train(model, optimizer, rank)
+    state = optimizer.state_dict()
+    for one in state["state"].values():
+        one["exp_avg"] = one["exp_avg"] + rank
+    optimizer.load_state_dict(state)
+    train(model, optimizer, rank)
+    return tables(model, optimizer)
+
+
+@pytest.mark.parametrize("kind", ["RowAdam", "MemoryAdamW"])
+def test_what_was_loaded_is_compared_at_the_next_step(pair, kind):
+    same(*pair(with_another_state, kind))
+
+
 def with_a_fault(rank, kind):
     model = net()
     optimizer = RowAdam(model)

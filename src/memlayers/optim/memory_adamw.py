@@ -155,6 +155,8 @@ class MemoryAdamW(TableOwner):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._share()
+        if self._rows is not None:
+            self._rows.compare_replicas()
 
     def _parts(self) -> list[torch.optim.Optimizer]:
         return [part for part in (self._dense, self._rows) if part is not None]

@@ -223,6 +223,10 @@ class RowOptimizer(TableOwner):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self.compare_replicas()
+
+    def compare_replicas(self) -> None:
+        """Has the next step compare tables and states between processes, and take rank 0's where they differ."""
         self._may_differ = True
 
     def release(self) -> None:
