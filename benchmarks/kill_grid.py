@@ -92,35 +92,38 @@ def main(kills: int = 10, seed: int = 0) -> None:
         started = time.perf_counter()
         assert start(folder, "whole").wait() == 0, (folder / "whole.log").read_text()
         usual = time.perf_counter() - started
-        grid = None
+        whole, differing, grids, left = outcome(folder / "whole"), set[str](), 0, list[int]()
         while done.total() < kills:
-            grid = start(folder, "killed") if grid is None else grid
-            try:
-                status = grid.wait(draw.uniform(0.1, 0.6) * usual)
-                assert status == 0, (folder / "killed.log").read_text()[-2000:]
-                print(f"finished after {done.total()} kills: the rest are of a grid that begins again")
-                break
-            except subprocess.TimeoutExpired:
-                pass
-            running = workers(folder / "killed")
-            what = draw.choice(["grid by SIGKILL", "grid by SIGTERM", "run by SIGKILL"])
-            if what.startswith("run"):
-                if running:
-                    os.kill(draw.choice(running), signal.SIGKILL)
-                    done[what] += 1
-                continue
-            grid.send_signal(signal.SIGKILL if what.endswith("KILL") else signal.SIGTERM)
-            status = grid.wait()
-            assert status == (-signal.SIGKILL if what.endswith("KILL") else 128 + signal.SIGTERM), status
-            grid, done[what] = None, done[what] + 1
-        grid = start(folder, "killed") if grid is None else grid
-        assert grid.wait() == 0, (folder / "killed.log").read_text()[-2000:]
-        time.sleep(1)
-        left, one, other = workers(folder), outcome(folder / "whole"), outcome(folder / "killed")
-        differing = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+            output, grid = f"killed-{grids}", None
+            while True:
+                grid = start(folder, output) if grid is None else grid
+                try:
+                    is_last = done.total() >= kills
+                    status = grid.wait(None if is_last else draw.uniform(0.1, 0.6) * usual)
+                    assert status == 0, (folder / f"{output}.log").read_text()[-2000:]
+                    break
+                except subprocess.TimeoutExpired:
+                    pass
+                running = workers(folder / output)
+                what = draw.choice(["grid by SIGKILL", "grid by SIGTERM", "run by SIGKILL"])
+                if what.startswith("run"):
+                    if running:
+                        os.kill(draw.choice(running), signal.SIGKILL)
+                        done[what] += 1
+                    continue
+                number = signal.SIGKILL if what.endswith("KILL") else signal.SIGTERM
+                grid.send_signal(number)
+                status = grid.wait()
+                assert status in (-number, 128 + number), f"{what}: status {status}"
+                grid, done[what] = None, done[what] + 1
+            killed = outcome(folder / output)
+            differing |= {name for name in whole.keys() | killed.keys() if whole.get(name) != killed.get(name)}
+            grids += 1
+            time.sleep(1)
+            left += workers(folder)
     print(f"kills: {dict(done)}")
-    print(f"files that differ: {differing or 'none'} of {len(one)}; processes left: {left or 'none'}")
-    sys.exit(bool(differing or left or done.total() < kills))
+    print(f"grids: {grids}; files that differ: {sorted(differing) or 'none'} of {len(whole)}; left: {left or 'none'}")
+    sys.exit(bool(differing or left))
 
 
 if __name__ == "__main__":
