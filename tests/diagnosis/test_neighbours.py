@@ -68,7 +68,7 @@ def test_k_is_ignored(make_block, batch, layer, says, found, fails):
     fails(report, "neighbours", says)
 
 
-class Experts(MemoryLayer):
+class Neurons(MemoryLayer):
     """A weight is a score that a relu may set to zero."""
 
     def read(self, x_TD, slots_THK, weights_THK):
@@ -76,7 +76,7 @@ class Experts(MemoryLayer):
 
 
 def test_weights_that_are_zero_by_design_are_a_warning(make_block, batch, found):
-    block = make_block(layer=Experts)
+    block = make_block(layer=Neurons)
     report = doctor(block, batch, optimizer=MemoryAdamW(block))
     assert report.ok, report
     assert found(report, "neighbours").state == "warn"
