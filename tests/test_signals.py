@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from memlayers.signals import Stopped, on_ending_signal, stop, stop_request
+from memlayers.signals import Stopped, obey_missed, on_ending_signal, stop, stop_request
 
 
 def send(number):
@@ -19,6 +19,37 @@ def test_a_signal_ends_with_its_status_and_says_its_name(number, status, name):
         send(number)
     assert stopped.value.code == status
     assert isinstance(stopped.value, SystemExit)  # what `except Exception` does not take
+
+
+def goes_unheard(number):
+    """A signal during code that catches everything, as finalizers and some imports do."""
+    try:
+        send(number)
+    except BaseException:
+        pass
+    else:
+        raise AssertionError("the signal did not come")
+
+
+def test_a_signal_that_went_unheard_ends_the_block():
+    with pytest.raises(Stopped) as stopped, on_ending_signal(stop):
+        goes_unheard(signal.SIGTERM)
+    assert stopped.value.code == 143
+    obey_missed()  # it is over
+
+
+def test_a_signal_that_went_unheard_ends_work_before_it_begins():
+    begun = []
+
+    def work():
+        obey_missed()  # nothing yet
+        goes_unheard(signal.SIGHUP)
+        with stop_request():
+            begun.append(True)
+
+    with pytest.raises(Stopped), on_ending_signal(stop):
+        work()
+    assert not begun
 
 
 def test_the_second_signal_finds_the_system_s_own_way_to_end():

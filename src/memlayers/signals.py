@@ -25,14 +25,28 @@ class Stopped(SystemExit):
 class _Handler:
     def __init__(self, act: Callable[[int], None]) -> None:
         self._act = act
-        self.called = False
+        self.number: int | None = None  # of the signal that came
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.called = True
+        self.number = number
         for other in ENDING:
             if signal.getsignal(other) is self:
                 signal.signal(other, signal.SIG_DFL)
         self._act(number)
+
+    def obey(self) -> None:
+        """Raise what `stop` raised, for where it went unheard: in a finalizer, or in code that catches everything."""
+        if self.number is not None and self._act is stop:
+            raise Stopped(self.number)
+
+
+_handlers: list[_Handler] = []  # of the blocks that stand now
+
+
+def obey_missed() -> None:
+    """Raise `Stopped` if a signal came whose `stop` went unheard. For work that begins, and for loops."""
+    for handler in _handlers:
+        handler.obey()
 
 
 @contextmanager
@@ -40,7 +54,7 @@ def on_ending_signal(act: Callable[[int], None]) -> Iterator[None]:
     """Have `act` called with the first signal that asks the process to end; a second one ends it at once.
 
     A signal that is ignored (`nohup`) or that somebody else handles stays so. Python delivers signals to the main
-    thread: in another one this does nothing.
+    thread: in another one this does nothing. What `stop` raised and nobody heard is raised at the end of the block.
     """
     handler = _Handler(act)
     taken = {}
@@ -50,10 +64,13 @@ def on_ending_signal(act: Callable[[int], None]) -> Iterator[None]:
             if before is signal.SIG_DFL or isinstance(before, _Handler):
                 taken[number] = before
                 signal.signal(number, handler)
+    _handlers.append(handler)
     try:
         yield
+        handler.obey()
     finally:
-        if not handler.called:
+        _handlers.remove(handler)
+        if handler.number is None:
             for number, before in taken.items():
                 signal.signal(number, before)
 
@@ -80,6 +97,7 @@ class StopRequest:
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
     """Give a `StopRequest`; one that nobody obeyed by the end is obeyed there."""
+    obey_missed()
     request = StopRequest()
     with on_ending_signal(lambda number: setattr(request, "number", number)):
         yield request

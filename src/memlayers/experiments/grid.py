@@ -19,6 +19,7 @@ from memlayers.experiments.records import GridFolder
 from memlayers.experiments.work import run_work
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus
+from memlayers.signals import obey_missed
 
 COMMAND = [sys.executable, "-m", "memlayers.experiments.worker"]
 LOOK_EVERY = 0.2  # seconds
@@ -125,6 +126,7 @@ def run_grid(
                 attempts[key] += 1
                 working.append(Worker(key, runs[key], folder, corpus, threads, keep_models))
             time.sleep(LOOK_EVERY)
+            obey_missed()
             for worker in [one for one in working if one.process.poll() is not None]:
                 working.remove(worker)
                 worker.close()
