@@ -72,18 +72,21 @@ def _demo() -> Comparison:
     return Comparison(
         data=DataConfig(vocab_size=4096),
         model=ModelConfig(layers=4, dim=128, heads=4, context=256),
-        memory=MemoryConfig(dim=128, heads=2, topk=16, num_subkeys=128, query_dim=128),
+        memory=MemoryConfig(dim=128, heads=4, topk=8, num_subkeys=128, query_dim=128, value_std=0.0),
         memory_layers=(3,),
         training=TrainingConfig(
             tokens=700_000,
             batch_tokens=1024,
             learning_rate=2.8e-3,
-            value_learning_rate=6e-2,
+            value_learning_rate=5e-2,
+            value_schedule="same",
+            selector_learning_rate=3e-4,
+            warmup=0.3,  # a short one keeps the first blocks' outputs in a few dimensions, and queries with them
             eval_every_tokens=140_000,
             eval_tokens=100_000,  # the first 14 files; 60,000 tokens have 7 of them
         ),
-        base_learning_rate=1.4e-3,
-        deep_learning_rate=1.4e-3,
+        base_learning_rate=4e-3,
+        deep_learning_rate=4e-3,
     )
 
 
