@@ -31,9 +31,13 @@ def goes_unheard(number):
         raise AssertionError("the signal did not come")
 
 
-def test_a_signal_that_went_unheard_ends_the_block():
-    with pytest.raises(Stopped) as stopped, on_ending_signal(stop):
+def test_a_signal_that_went_unheard_is_obeyed_later():
+    def work():
         goes_unheard(signal.SIGTERM)
+        obey_missed()
+
+    with pytest.raises(Stopped) as stopped, on_ending_signal(stop):
+        work()
     assert stopped.value.code == 143
     obey_missed()  # it is over
 

@@ -24,7 +24,7 @@ class Stopped(SystemExit):
 
 class _Handler:
     def __init__(self, act: Callable[[int], None]) -> None:
-        self._act = act
+        self.act = act
         self.number: int | None = None  # of the signal that came
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -32,21 +32,20 @@ class _Handler:
         for other in ENDING:
             if signal.getsignal(other) is self:
                 signal.signal(other, signal.SIG_DFL)
-        self._act(number)
-
-    def obey(self) -> None:
-        """Raise what `stop` raised, for where it went unheard: in a finalizer, or in code that catches everything."""
-        if self.number is not None and self._act is stop:
-            raise Stopped(self.number)
+        self.act(number)
 
 
 _handlers: list[_Handler] = []  # of the blocks that stand now
 
 
 def obey_missed() -> None:
-    """Raise `Stopped` if a signal came whose `stop` went unheard. For work that begins, and for loops."""
+    """Raise `Stopped` if a signal came whose `stop` went unheard: in a finalizer, or in code that catches everything.
+
+    For work that begins, for loops, and at the end.
+    """
     for handler in _handlers:
-        handler.obey()
+        if handler.number is not None and handler.act is stop:
+            raise Stopped(handler.number)
 
 
 @contextmanager
@@ -54,7 +53,7 @@ def on_ending_signal(act: Callable[[int], None]) -> Iterator[None]:
     """Have `act` called with the first signal that asks the process to end; a second one ends it at once.
 
     A signal that is ignored (`nohup`) or that somebody else handles stays so. Python delivers signals to the main
-    thread: in another one this does nothing. What `stop` raised and nobody heard is raised at the end of the block.
+    thread: in another one this does nothing.
     """
     handler = _Handler(act)
     taken = {}
@@ -67,7 +66,6 @@ def on_ending_signal(act: Callable[[int], None]) -> Iterator[None]:
     _handlers.append(handler)
     try:
         yield
-        handler.obey()
     finally:
         _handlers.remove(handler)
         if handler.number is None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from memlayers.checks import CommandFailed
 from memlayers.console import discard_output, messages, open_standard_streams, tell
-from memlayers.signals import Stopped, on_ending_signal, stop
+from memlayers.signals import Stopped, obey_missed, on_ending_signal, stop
 from memlayers.version import __version__
 
 FAILED = 1
@@ -57,6 +57,7 @@ def _status_of(arguments: Sequence[str]) -> int:
             from memlayers.cli.commands import run_command  # needs PyYAML
 
             run_command(arguments)
+            obey_missed()
         if sys.stdout is not None:  # it was closed at the start
             sys.stdout.flush()  # what is still to be written must not fail after the end
     except BrokenPipeError:
