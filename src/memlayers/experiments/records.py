@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memlayers.files import read_sealed, write_json
-from memlayers.lm.config import RunConfig, flat_fields
+from memlayers.lm.config import OF_MEMORIES, RunConfig, flat_fields
 from memlayers.lm.data import Corpus
 from memlayers.lm.run import check_output
 
@@ -24,7 +24,6 @@ Record = dict[str, Any]
 # When, where and in how many parts a run is computed and kept does not make it another one; its text and precision
 # are in its identity as what they come to.
 _LEFT_OUT = ("data.", "training.save_every_tokens", "training.keep_checkpoints", "training.precision")
-_OF_MEMORIES = ("memory", "training.value_", "training.selector_")  # without effect where there are none
 # Fields that came later, with the value by which a run is what it was without them: its name stays. None, False and
 # an empty list mean that for every field.
 _NEUTRAL = {
@@ -55,7 +54,7 @@ class Identity(NamedTuple):
 
 def deciding_fields(config: RunConfig) -> dict[str, Any]:
     """The fields of a configuration that decide its result."""
-    left_out = _LEFT_OUT if config.memory_layers else (*_LEFT_OUT, *_OF_MEMORIES)
+    left_out = _LEFT_OUT if config.memory_layers else (*_LEFT_OUT, *OF_MEMORIES)
     flat = flat_fields(RunConfig, config.to_dict())
     names = ["data.weights", *(name for name in flat if not name.startswith(left_out))]
     return {name: flat[name] for name in names if not _is_neutral(name, flat[name])}

@@ -20,7 +20,7 @@ MemoryKind = Literal["memory", "memory_plus", "experts"]
 MemoryMode = Literal["replace", "parallel"]
 
 _WITHOUT_EFFECT = ("training.save_every_tokens", "training.keep_checkpoints")  # on the result of a run
-_OF_MEMORIES = ("memory", "training.value_", "training.selector_")  # without effect where there are none
+OF_MEMORIES = ("memory", "training.value_", "training.selector_")  # without effect where there are none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +264,7 @@ def differences(one: RunConfig, other: RunConfig) -> list[str]:
     left, right = (flat_fields(type(config), config.to_dict()) for config in (one, other))
     names = [name for name in left if left[name] != right[name] and name not in _WITHOUT_EFFECT]
     if not one.memory_layers and not other.memory_layers:
-        names = [name for name in names if not name.startswith(_OF_MEMORIES)]
+        names = [name for name in names if not name.startswith(OF_MEMORIES)]
     return [f"{name}: {left[name]!r}, {right[name]!r}" for name in names]
 
 
