@@ -15,7 +15,8 @@ from memlayers.lm.data.prepare import copies_text, is_occupied, strange_text
 from memlayers.lm.data.sources import open_sources
 from memlayers.lm.dry_run import dry_run
 from memlayers.lm.run import check_output
-from memlayers.lm.train import train, training_windows
+from memlayers.lm.start import training_windows
+from memlayers.lm.train import train
 from memlayers.presentation import two_columns
 from memlayers.settings import settings_of
 

@@ -17,7 +17,8 @@ from memlayers.lm.evaluate import Speed, evaluate, measure_speed
 from memlayers.lm.footprint import require_memory
 from memlayers.lm.presets import Comparison
 from memlayers.lm.run import RunFolder, check_output
-from memlayers.lm.train import train, training_windows
+from memlayers.lm.start import training_windows
+from memlayers.lm.train import train
 
 REPORT = ("results.json", "table.md", "loss.png")
 

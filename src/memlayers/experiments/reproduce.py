@@ -22,7 +22,7 @@ from memlayers.lm.build import build_model, pick_device, resolve_precision
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus, DataConfig, open_corpus, prepare
 from memlayers.lm.footprint import footprint, require_memory
-from memlayers.lm.train import training_windows
+from memlayers.lm.start import training_windows
 from memlayers.parameters import count_parameters
 from memlayers.presentation import markdown_table
 from memlayers.sizes import size_text

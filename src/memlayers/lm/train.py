@@ -1,8 +1,8 @@
 """train: one run, from its configuration to a finished run folder. Read it from top to bottom.
 
-`train` checks and builds, `Loop.run` makes the steps; what it uses lies in build.py (model, optimizer, loss),
-checkpoint.py (what is on disk while it runs), metrics.py (where figures go), faults.py (what stops it), evaluate.py
-and run.py (the folder).
+`train` checks and builds, `Loop.run` makes the steps; what it uses lies in start.py (what it must have), build.py
+(model, optimizer, loss), checkpoint.py (what is on disk while it runs), metrics.py (where figures go), faults.py (what
+stops it), evaluate.py and run.py (the folder).
 
 The loop stands on PyTorch alone. `transformers.Trainer` trains memories, too, but what a run promises (its order of
 data, its figures, its checkpoints) would be spread over the private methods of a `Trainer`; and the precision of an
@@ -13,7 +13,6 @@ Shapes: B windows, T tokens of a window.
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -21,23 +20,21 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import set_seed
 
-from memlayers.available import available_memory
 from memlayers.console import announce
 from memlayers.files import sole_user
 from memlayers.hardware import hardware, versions
 from memlayers.layer import memory_layers
 from memlayers.lm.build import batch_loss, build_model, build_optimizer, build_scheduler, pick_device, resolve_precision
 from memlayers.lm.checkpoint import Checkpoint, Checkpoints, TrainingState, load_weights
-from memlayers.lm.config import RunConfig, differences
-from memlayers.lm.data import Corpus, Windows, prepare, training_order
+from memlayers.lm.config import RunConfig
+from memlayers.lm.data import Corpus, prepare
 from memlayers.lm.evaluate import ComputePrecision, Evaluation, autocast, device_name, evaluate
 from memlayers.lm.faults import (
     Diverged,
@@ -48,9 +45,18 @@ from memlayers.lm.faults import (
     bad_state,
     rows_are_finite,
 )
-from memlayers.lm.footprint import explain_out_of_memory, require_memory, size_text
+from memlayers.lm.footprint import explain_out_of_memory, require_memory
 from memlayers.lm.metrics import MetricsFile, Progress, TensorBoard, TrainingClock, usage_figures
 from memlayers.lm.run import RunFolder
+from memlayers.lm.start import (
+    Text,
+    checkpoint_to_go_on,
+    first_run,
+    require_same_config,
+    require_space,
+    same_tokens,
+    text_of,
+)
 from memlayers.ops import cpu
 from memlayers.parameters import count_parameters
 from memlayers.signals import Stopped, StopRequest, stop_request
@@ -108,14 +114,14 @@ def train(
     _require_one_process()
     folder.check(overwrite=overwrite, resume=resume)
     if resume and folder.begun:
-        _require_same_config(folder.read_config(), config, folder)
+        require_same_config(folder.read_config(), config, folder)
         if folder.finished:
             with sole_user(folder.path):
                 return _leave(folder, say)
-    first = None if config.training.begin_with is None else _first_run(config)
+    first = None if config.training.begin_with is None else first_run(config)
     if not isinstance(corpus, Corpus):
         corpus = prepare(config.data, folder.path.parent / "corpus" if corpus is None else corpus, progress=progress)
-    text = _text(config, corpus)
+    text = text_of(config, corpus)
     if (passes := len(text.order) / len(text.windows)) > 1:
         say(f"training.tokens are {passes:.1f} times the training text of {str(corpus.folder)!r}: text is seen again")
     identity: dict[str, Any] = {
@@ -128,11 +134,11 @@ def train(
         "precision": precision,
     }
     if first is not None:
-        identity["data"]["begin_with_sha256"] = _same_tokens(first, corpus)
+        identity["data"]["begin_with_sha256"] = same_tokens(first, corpus)
     need = require_memory(config, vocab_size=corpus.vocab_size, precision=precision, device=device)
     checkpoint_bytes = need.parameters + need.optimizer_state
     checkpoints = min(config.training.keep_checkpoints + 1, config.training.checkpoints)
-    _require_space(folder, checkpoints * checkpoint_bytes + need.parameters)
+    require_space(folder, checkpoints * checkpoint_bytes + need.parameters)
 
     set_seed(config.training.seed)
     model = build_model(config, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
@@ -147,7 +153,7 @@ def train(
     with sole_user(folder.path), stop_request() as stop:
         if resume and folder.finished:  # by another process, meanwhile
             return _leave(folder, say)
-        checkpoint = _checkpoint(folder, identity, say) if resume else None
+        checkpoint = checkpoint_to_go_on(folder, identity, say) if resume else None
         if checkpoint is None:
             folder.start(config, overwrite=overwrite or resume)
             if first is not None:
@@ -167,14 +173,6 @@ def train(
         with loop.writing("the result"):
             folder.finish({**_result(loop, parameters), "curve": loop.curve, "validation": validation.to_dict()})
     return folder.read_result()
-
-
-class Text(NamedTuple):
-    """What a run reads: the windows of its corpus, and in which order."""
-
-    corpus: Corpus
-    windows: Windows
-    order: np.ndarray
 
 
 class Loop:
@@ -477,115 +475,6 @@ def _leave(folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"{folder.path} holds a finished run, which is left as it is")
     folder.tidy()
     return folder.read_result()
-
-
-def _first_run(config: RunConfig) -> RunFolder:
-    """The run that another one begins with, verified. Raises `ValueError` if it has no such model."""
-    first = RunFolder(str(config.training.begin_with))
-    if not first.finished:
-        raise ValueError(f"training.begin_with must be the folder of a finished run, got {str(first.path)!r}")
-    parts = ("model.", "memory")
-    others = [line for line in differences(first.read_config(), config) if line.startswith(parts)]
-    if others := [line for line in others if "dropout" not in line.partition(":")[0]]:
-        raise ValueError(
-            f"training.begin_with must be a run of the same model; {str(first.path)!r} differs in (there, asked for): "
-            f"{'; '.join(others)}"
-        )
-    first.verify_model()
-    return first
-
-
-def _same_tokens(first: RunFolder, corpus: Corpus) -> str:
-    """The hash of the model that a run begins with. Raises `ValueError` if the corpus has other tokens than that."""
-    result = first.read_result()
-    if result["data"].get("tokenizer_sha256") != corpus.tokenizer_sha256:
-        raise ValueError(
-            f"corpus must have the tokenizer of the run in training.begin_with, got {str(corpus.folder)!r} with "
-            f"another one: prepare the text with --data.tokenizer {first.path}"
-        )
-    return hashlib.sha256(json.dumps(result["model_files"], sort_keys=True).encode()).hexdigest()
-
-
-def _checkpoint(folder: RunFolder, identity: dict[str, Any], say: Callable[[str], None]) -> Checkpoint | None:
-    """From where a run goes on, if its folder holds one and the checkpoint is of this very run."""
-    checkpoints = Checkpoints(folder.checkpoints)
-    for name in checkpoints.remove_incomplete():
-        say(f"the checkpoint {name} was not complete and is skipped")
-    checkpoint = checkpoints.newest()
-    if checkpoint is None:
-        if folder.begun:
-            made, due = MetricsFile(folder.metrics).lines(), folder.read_config().training.save_every_steps
-            if made > due:  # a line is written before the checkpoint of its step
-                raise ValueError(
-                    f"output must hold the checkpoints of a run to be resumed, but {folder.checkpoints} has none, and "
-                    f"{folder.metrics.name} has {made} steps, of which step {due} left one: bring them back (is a disk "
-                    f"not mounted?), or have the run replaced (--overwrite, overwrite=True)"
-                )
-            say(f"{folder.path} has no checkpoint yet: the run begins again")
-        return None
-    _require_same_config(
-        RunConfig.from_dict(checkpoint.content["config"]), RunConfig.from_dict(identity["config"]), folder
-    )
-    for what, expected in checkpoint.content["data"].items():
-        if identity["data"].get(what) != expected:
-            raise ValueError(
-                f"output must hold a run on the same text to be resumed, but {str(folder.path)!r} was trained with "
-                f"another {what.removesuffix('_sha256')}"
-            )
-    if checkpoint.content["precision"] != identity["precision"]:
-        raise ValueError(
-            f"training.precision must be that of the run to be resumed: {str(folder.path)!r} was trained in "
-            f"{checkpoint.content['precision']}, which means {identity['precision']} on this machine"
-        )
-    MetricsFile(folder.metrics).cut(checkpoint.content["metrics_bytes"])
-    say(f"going on from the checkpoint of step {checkpoint.step}")
-    return checkpoint
-
-
-def _require_same_config(held: RunConfig, asked: RunConfig, folder: RunFolder) -> None:
-    if others := differences(held, asked):
-        raise ValueError(
-            f"output must hold a run of the same configuration to be resumed; {str(folder.path)!r} differs in (there, "
-            f"asked for): {'; '.join(others)}. Its own configuration is {folder.config.name}; to train a finished run "
-            f"on, begin a new one with its model (training.begin_with)"
-        )
-
-
-def _text(config: RunConfig, corpus: Corpus) -> Text:
-    """The windows of a run in their order. Raises `ValueError` if the corpus or the memory is too small for them."""
-    windows = training_windows(config, corpus)
-    count = config.training.steps * config.batch_windows
-    if 4 * count > available_memory("cpu"):
-        raise ValueError(
-            f"training.tokens must be fewer: the order of {count:,} windows alone does not fit into memory, "
-            f"got {config.training.tokens:,}"
-        )
-    return Text(corpus, windows, training_order(windows, count, config.training.seed, config.data.weights))
-
-
-def training_windows(config: RunConfig, corpus: Corpus) -> Windows:
-    """The windows that a run reads. Raises `ValueError` for a corpus that is too small for `config`."""
-    needed, longest = config.model.context + 1, max(shard.num_tokens for shard in corpus.train.shards)
-    if longest < needed:
-        raise ValueError(
-            f"model.context must be below the {longest} tokens of the training text (its longest shard), "
-            f"got {config.model.context}"
-        )
-    if corpus.validation.num_tokens < 2:
-        raise ValueError(f"data must leave at least 2 validation tokens, got {corpus.validation.num_tokens}")
-    return Windows(corpus.train, needed)
-
-
-def _require_space(folder: RunFolder, needed: int) -> None:
-    """Room for the checkpoints that are kept, one more that is being written, and the model."""
-    held = sum(path.stat().st_size for path in folder.checkpoints.rglob("*") if path.is_file())
-    place = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free + held
-    if needed > free:
-        raise ValueError(
-            f"output must have {size_text(needed)} free for checkpoints and the model, {str(folder.path)!r} has "
-            f"{size_text(free)}: lower training.keep_checkpoints or the size of the model, or choose another disk"
-        )
 
 
 def _require_one_process() -> None:
