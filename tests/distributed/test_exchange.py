@@ -50,4 +50,4 @@ def test_a_token_takes_5120_bytes_of_which_few_are_not_factors():
 )
 def test_the_order_is_that_of_micro_batches_where_ranks_have_as_many(passes, order):
     by_rank = [Held([(rank, number) for number in range(4)], passes[rank]) for rank in range(2)]
-    assert list(exchange._in_order([by_rank[0], Held([], 0), by_rank[1]])) == order
+    assert list(exchange.in_order([by_rank[0], Held([], 0), by_rank[1]])) == order

@@ -161,6 +161,21 @@ def test_bfloat16_rows_are_float32_ones_rounded_once(rule, width, seed):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("rule", ["adam", "adagrad", "sgd"])
+@pytest.mark.parametrize("first", [16, 48])
+def test_a_step_of_some_columns_is_that_of_the_whole_rows(rule, first, path):
+    """The same random bits, clipped by the norm over all columns, bit for bit."""
+    step, tensors = operation(rule, 60, 64, torch.bfloat16)
+    slots, weights, grads = factors(60, [(9, 3), (4, 2)], 64)
+    norm = row_norm(slots, weights, grads, 60)
+    some = [one[:, first:].clone() if one.ndim == 2 else one.clone() for one in tensors]
+    how = {"max_norm": 0.3 * norm.item(), "seed": 5}
+    step(*some, slots, weights, [grad[:, first:] for grad in grads], **how, first_column=first, norm=norm)
+    step(*tensors, slots, weights, grads, **how)
+    for one, of_all in zip(some, tensors, strict=True):
+        assert torch.equal(one, of_all[:, first:] if of_all.ndim == 2 else of_all)
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_the_reference_rounds_as_the_kernel_does(static, no_kernels, monkeypatch):
     monkeypatch.setattr("memlayers.ops.row_sum._CHUNK_ELEMENTS", 35)  # a piece's slots count, not their order in it

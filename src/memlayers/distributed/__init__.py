@@ -1,12 +1,13 @@
-"""Several processes, on `torch.distributed` alone: replicas of tables that make the same step.
+"""Several processes, on `torch.distributed` alone: replicas of tables that make the same step, or tables in columns.
 
 `exchange` first: the row gradients of all ranks, gathered at the optimizer's step. Then `agreement`: how ranks do the
 same or nothing; `wrapping`: what `DistributedDataParallel` is told; `statistics`: the query's BatchNorm over all ranks;
-`wire`: the bytes of a step, calculated.
+`columns`: tables of which each rank owns some columns; `wire`: the bytes of a step, calculated.
 """
 
 from memlayers.distributed.agreement import check_replicas
+from memlayers.distributed.columns import shard_tables
 from memlayers.distributed.statistics import merge_statistics, sync_statistics
 from memlayers.distributed.wire import Traffic, traffic
 
-__all__ = ["Traffic", "check_replicas", "merge_statistics", "sync_statistics", "traffic"]
+__all__ = ["Traffic", "check_replicas", "merge_statistics", "shard_tables", "sync_statistics", "traffic"]

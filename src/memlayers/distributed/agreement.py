@@ -3,6 +3,7 @@
 Nothing here is called in a run of one process.
 """
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,21 @@ def alone() -> Iterator[None]:
         _is_alone.reset(token)
 
 
+def is_alone() -> bool:
+    """Whether this is in `alone`."""
+    return _is_alone.get()
+
+
+def own_part(tensor: Any) -> Tensor:
+    """What this process holds of a tensor: of a `DTensor` its part, the storage itself, else all of it."""
+    if not hasattr(tensor, "placements"):  # of a DTensor, whose class takes long to import
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
 class Ranks:
-    """The processes of a group, each of which holds a replica.
+    """The processes of a group, each of which holds a replica, or a part, of tables.
 
     Args:
         group: of `torch.distributed`; None is that of all processes.
@@ -70,6 +84,15 @@ class Ranks:
         filled = tensor.new_zeros(max(lengths))
         filled[: len(tensor)] = tensor
         return [one[:length] for one, length in zip(self.gather(filled), lengths, strict=True)]
+
+    def exchange(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Sends each rank its piece; returns what each has sent to this one, whose shapes are known."""
+        sent = torch.cat([piece.reshape(-1) for piece in pieces])
+        sent_on = sent.to(self.place(sent.device))
+        sizes = [math.prod(shape) for shape in shapes]
+        received = sent_on.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent_on, sizes, [piece.numel() for piece in pieces], group=self.group)
+        return [one.view(*shape) for one, shape in zip(received.to(sent.device).split(sizes), shapes, strict=True)]
 
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """As many whole numbers of each rank."""
@@ -144,8 +167,8 @@ def check_replicas(
 ) -> list[str]:
     """The names of parameters, and of states of an optimizer, that are not the same on all ranks: none should be.
 
-    All ranks call it together. Buffers are left out: running statistics are each rank's own by default. In one process
-    it returns an empty list.
+    All ranks call it together. Buffers are left out: running statistics are each rank's own by default. What is sharded
+    is left out unless `group` says who holds the same part. In one process it returns an empty list.
 
     Args:
         model: the same on all ranks.
@@ -160,6 +183,7 @@ def check_replicas(
         tensors[name] = parameter
         states = {} if optimizer is None else optimizer.state.get(parameter, {})
         tensors |= {f"{state} of {name}": value for state, value in states.items() if torch.is_tensor(value)}
+    tensors = {name: own_part(one) for name, one in tensors.items() if group is not None or own_part(one) is one}
     marks = [
         fingerprint(tensor if rows is None or not tensor.ndim else tensor[:: max(1, -(-len(tensor) // rows))])
         for tensor in tensors.values()

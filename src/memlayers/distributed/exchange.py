@@ -52,7 +52,7 @@ def exchange(
     if (ranks.size - 1) * max(lengths) > sum(map(dense_bytes, tables)) * 2 * (ranks.size - 1) / ranks.size:
         return [_reduced(ranks, one.parts, table) for one, table in zip(held, tables, strict=True)]
     received = [unpacked(data, tables) for data in ranks.gather_uneven(sent, lengths)]
-    return [[_scaled(part, ranks.size) for part in _in_order(by_rank)] for by_rank in zip(*received, strict=True)]
+    return [[scaled(part, ranks.size) for part in in_order(by_rank)] for by_rank in zip(*received, strict=True)]
 
 
 def packed(held: Sequence[Held], tables: Sequence[Tensor]) -> Tensor:
@@ -63,24 +63,28 @@ def packed(held: Sequence[Held], tables: Sequence[Tensor]) -> Tensor:
     for one, table in zip(held, tables, strict=True):
         for part in one.parts:
             numbers += [*part.slots_TK.shape, part.grad_TV.shape[1], *map(_code, part[1:])]
-            pieces += [_bytes(part.slots_TK.to(_index_dtype(table))), _bytes(part.weights_TK), _bytes(part.grad_TV)]
-    return torch.cat([piece.to(device) for piece in (_bytes(torch.tensor(numbers, dtype=torch.int64)), *pieces)])
+            pieces += [
+                as_bytes(part.slots_TK.to(index_dtype(table))),
+                as_bytes(part.weights_TK),
+                as_bytes(part.grad_TV),
+            ]
+    return torch.cat([piece.to(device) for piece in (as_bytes(torch.tensor(numbers, dtype=torch.int64)), *pieces)])
 
 
 def unpacked(data: Tensor, tables: Sequence[Tensor]) -> list[Held]:
     """The opposite of `packed`."""
-    numbers, data = _cut(data, len(tables) * 2, torch.int64)
+    numbers, data = cut(data, len(tables) * 2, torch.int64)
     counts = numbers.view(-1, 2).tolist()
-    numbers, data = _cut(data, sum(count for count, _ in counts) * 5, torch.int64)
+    numbers, data = cut(data, sum(count for count, _ in counts) * 5, torch.int64)
     sizes = iter(numbers.view(-1, 5).tolist())
     held: list[Held] = []
     for table, (count, passes) in zip(tables, counts, strict=True):
         parts: list[Part] = []
         for _ in range(count):
             tokens, topk, width, weight_code, grad_code = next(sizes)
-            slots, data = _cut(data, tokens * topk, _index_dtype(table))
-            weights, data = _cut(data, tokens * topk, _DTYPES[weight_code])
-            grads, data = _cut(data, tokens * width, _DTYPES[grad_code])
+            slots, data = cut(data, tokens * topk, index_dtype(table))
+            weights, data = cut(data, tokens * topk, _DTYPES[weight_code])
+            grads, data = cut(data, tokens * width, _DTYPES[grad_code])
             factors = slots.long().view(tokens, topk), weights.view(tokens, topk), grads.view(tokens, width)
             parts.append(Part(*(factor.to(table.device) for factor in factors)))
         held.append(Held(parts, passes))
@@ -92,7 +96,8 @@ def dense_bytes(table_SV: Tensor) -> int:
     return table_SV.numel() * wide_dtype(table_SV.dtype).itemsize + 4 * len(table_SV)
 
 
-def _in_order(by_rank: Sequence[Held]) -> Iterator[Part]:
+def in_order(by_rank: Sequence[Held]) -> Iterator[Part]:
+    """The parts of all ranks, by micro-batch and then by rank where all have as many."""
     some = [held for held in by_rank if held.parts]
     passes = some[0].passes if some else 0
     if not all(held.passes == passes and passes and len(held.parts) % passes == 0 for held in some):
@@ -103,7 +108,8 @@ def _in_order(by_rank: Sequence[Held]) -> Iterator[Part]:
             yield from held.parts[number * count : (number + 1) * count]
 
 
-def _scaled(part: Part, size: int) -> Part:
+def scaled(part: Part, size: int) -> Part:
+    """Its share in the mean over as many ranks."""
     return part._replace(weights_TK=part.weights_TK.to(wide_dtype(part.weights_TK.dtype)) * (1 / size))
 
 
@@ -118,10 +124,11 @@ def _reduced(ranks: Ranks, parts: list[Part], table_SV: Tensor) -> list[Part]:
         grad_SV, live_S = sums_SV.to(dtype), mine_S.to(torch.int32)
     ranks.reduce_(grad_SV)
     ranks.reduce_(live_S, maximum=True)
-    return [_scaled(dense_part(grad_SV, live_S != 0), ranks.size)] if bool(live_S.any()) else []
+    return [scaled(dense_part(grad_SV, live_S != 0), ranks.size)] if bool(live_S.any()) else []
 
 
-def _index_dtype(table_SV: Tensor) -> torch.dtype:
+def index_dtype(table_SV: Tensor) -> torch.dtype:
+    """That of slots on the wire."""
     return torch.int64 if len(table_SV) > 2**31 else torch.int32
 
 
@@ -129,12 +136,13 @@ def _code(factor: Tensor) -> int:
     return _DTYPES.index(factor.dtype)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """Filled up to a multiple of 8, so that each tensor begins where any dtype may."""
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Its bytes, filled up to a multiple of 8, so that each tensor begins where any dtype may."""
     flat = tensor.contiguous().view(-1).view(torch.uint8)
     return torch.nn.functional.pad(flat, (0, -len(flat) % 8))
 
 
-def _cut(data: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cut(data: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The first elements of such bytes, and what is behind them."""
     size = count * dtype.itemsize
     return data[:size].view(dtype), data[size + -size % 8 :]

@@ -15,6 +15,7 @@ class Traffic(NamedTuple):
     dense: float  # a ring's all-reduce of the gradient of all rows, as DDP makes of a plain parameter's
     sparse: float  # torch's sparse gradients, gathered: the sums of the rows that were read
     rows: float  # what row optimizers exchange: the factors, or the sums of all rows where those are less
+    columns: float  # of a table in columns: slots and weights, what was read of them, and the gradients of both
 
 
 def traffic(*, slots: int, width: int, rows: int, tokens: int, ranks: int, itemsize: int = 4) -> Traffic:
@@ -38,4 +39,10 @@ def traffic(*, slots: int, width: int, rows: int, tokens: int, ranks: int, items
     dense = 2 * (ranks - 1) / ranks * slots * width * itemsize
     read = slots * -math.expm1(-tokens * rows / slots)  # distinct rows, were they drawn at random
     factors = tokens * (rows * (4 + itemsize) + width * itemsize)
-    return Traffic(dense, (ranks - 1) * read * (width * itemsize + 8), min((ranks - 1) * factors, dense))
+    in_columns = tokens * (rows * (4 + 2 * itemsize) + 2 * width / ranks * itemsize)
+    return Traffic(
+        dense,
+        (ranks - 1) * read * (width * itemsize + 8),
+        min((ranks - 1) * factors, dense),
+        (ranks - 1) * in_columns,
+    )

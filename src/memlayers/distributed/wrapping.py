@@ -1,7 +1,8 @@
 """wrapping: what PyTorch's wrappers of models must know of tables in row mode, and are told.
 
 `DistributedDataParallel` reduces the gradient of each parameter that is not in the list of those it leaves alone. A
-table in row mode has none, nor has its companion: both are put into that list, which DDP reads when it is built.
+table in row mode, or in columns, has none, nor has its companion: both are put into that list, which DDP reads when
+it is built.
 """
 
 import weakref
@@ -33,7 +34,7 @@ def keep_out_of_ddp(model: nn.Module) -> None:
 
 
 class _InRowMode:
-    """The names of the parameters of a model's tables that are in row mode when somebody asks, and some others.
+    """The names of the parameters of tables that are in row mode, or in columns, when somebody asks, and some others.
 
     A copy of the model has tables without an owner, and so a plain list of the others.
     """
@@ -55,7 +56,8 @@ class _InRowMode:
 
 def _in_row_mode(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, ValueTable) and module.row_gradient is not None:
+        # Also columns that nobody trains: DDP would broadcast those of rank 0 to all.
+        if isinstance(module, ValueTable) and (module.row_gradient is not None or hasattr(module.weight, "placements")):
             for parameter in ("weight", "companion.row_mark"):
                 yield f"{name}.{parameter}"
                 yield f"_orig_mod.{name}.{parameter}"  # of a model that is compiled before it is wrapped

@@ -21,7 +21,7 @@ class DenseRule(RowAdam):
     def new_state(self, weight_SV, group):
         return {"exp_avg": torch.zeros_like(weight_SV), "exp_avg_sq": torch.zeros_like(weight_SV)}
 
-    def update(self, weight_SV, state, factors, group, *, lr, max_norm, seed):
+    def update(self, weight_SV, state, factors, group, *, lr, **how):
         parts = parts_of(*factors)
         weight_SV.grad = self.gradient(weight_SV, parts)
         rule = self.rule(weight_SV, lr=lr, betas=group["betas"], eps=group["eps"])

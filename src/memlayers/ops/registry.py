@@ -37,6 +37,7 @@ _16 = "float32, bfloat16, float16"
 _TABLES = f"tables in {_16}"
 _STEPS = {"kernels": "rows.step_", "cpu": "tables in float32, bfloat16", "gpu": _TABLES}
 _FACTORS = "Tensor[] slots, Tensor[] weights, Tensor[] grads"
+_HOW = "float? max_norm=None, int seed=-1, int first_column=0, Tensor? norm=None"
 
 OPERATIONS = {
     # From queries to the best slots.
@@ -84,17 +85,14 @@ OPERATIONS = {
     "row_norm": Operation(f"({_FACTORS}, int num_slots) -> Tensor", "rows.row_norm", _16, _16),
     "row_adam_": Operation(
         f"(Tensor(a!) table_SV, Tensor(b!) exp_avg_SV, Tensor(c!) exp_avg_sq_SV, Tensor(d!) steps_S, {_FACTORS}, "
-        "float lr, float beta1, float beta2, float eps, float? max_norm=None, int seed=-1) -> ()",
+        f"float lr, float beta1, float beta2, float eps, {_HOW}) -> ()",
         **_STEPS,
     ),
     "row_adagrad_": Operation(
-        f"(Tensor(a!) table_SV, Tensor(b!) square_sum, {_FACTORS}, float lr, float eps, float? max_norm=None, "
-        "int seed=-1) -> ()",
+        f"(Tensor(a!) table_SV, Tensor(b!) square_sum, {_FACTORS}, float lr, float eps, {_HOW}) -> ()",
         **_STEPS,
     ),
-    "row_sgd_": Operation(
-        f"(Tensor(a!) table_SV, {_FACTORS}, float lr, float? max_norm=None, int seed=-1) -> ()", **_STEPS
-    ),
+    "row_sgd_": Operation(f"(Tensor(a!) table_SV, {_FACTORS}, float lr, {_HOW}) -> ()", **_STEPS),
     # A whole layer.
     "infer": Operation(
         "(Tensor x_TD, Tensor projection_FD, Tensor? bias_F, Tensor mean_HQ, Tensor var_HQ, Tensor gain_HQ, "

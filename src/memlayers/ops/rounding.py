@@ -15,16 +15,16 @@ from torch import Tensor
 _32_BITS = 0xFFFFFFFF
 
 
-def round_to_bfloat16(values_CV: Tensor, slots_C: Tensor, seed: int, stream: int = 0) -> Tensor:
+def round_to_bfloat16(values_CV: Tensor, slots_C: Tensor, seed: int, stream: int = 0, first_column: int = 0) -> Tensor:
     """bfloat16 [C, V] from float32; infinity stays infinity, and NaN NaN.
 
     slots_C: the slot of each row (int64). seed: at least 0; its lower 32 bits count. stream: 0 for the row itself, 1
-    for its first state, 2 for its second.
+    for its first state, 2 for its second. first_column: of the values, where the rows go on to either side.
     """
     row_C = hash32(slots_C + hash32(torch.full_like(slots_C[:1], seed & _32_BITS)))
     if stream:
         row_C = hash32(row_C + stream)
-    columns_V = torch.arange(values_CV.shape[1], device=values_CV.device)
+    columns_V = first_column + torch.arange(values_CV.shape[1], device=values_CV.device)
     random_CV = hash32(row_C[:, None] + columns_V) & 0xFFFF
     # The lower 16 bits of a float32 say how far it is from the bfloat16 below: it goes up where adding carries.
     bits_CV = values_CV.view(torch.int32).long() & _32_BITS

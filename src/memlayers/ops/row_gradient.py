@@ -105,6 +105,8 @@ class RowGradient:
         self._reached = False  # a pass has put something into the companion's gradient since the last step
         self._missed = False  # or has not
         self._hooks: OrderedDict[int, Callable[[RowHookArgument], None]] = OrderedDict()
+        # From the norm of what is recorded here: a table of which other processes have columns adds theirs.
+        self.whole_norm: Callable[[Tensor], Tensor] = lambda norm: norm
         mark.requires_grad_(True)
         mark.grad = None  # of dense mode, where it is zero
         # Weakly: torch keeps the hook where Python's collector cannot see the cycle.
@@ -141,9 +143,13 @@ class RowGradient:
 
     def norm(self) -> Tensor:
         """Euclidean norm of the summed rows, a scalar; zero when nothing is recorded."""
-        if not self._parts:
+        return self.norm_of(self._parts)
+
+    def norm_of(self, parts: list[Part]) -> Tensor:
+        """That of such a gradient."""
+        if not parts:
             return torch.zeros((), device=self._mark.device)
-        return row_norm(*_factors(self._parts), self._num_slots)
+        return self.whole_norm(row_norm(*_factors(parts), self._num_slots))
 
     def is_finite(self) -> Tensor:
         """Whether what is recorded, its products and their squares are: a scalar of bool on the table's device."""
@@ -206,12 +212,17 @@ class RowGradient:
         recorded = self._new(self.held() if parts is None else parts)
         for hook in list(self._hooks.values()):
             if recorded.parts:
-                hook(RowHookArgument(recorded))
+                hook(RowHookArgument(recorded, self))
         self._weight.grad = None
         if self._recorded is not None:
             self._recorded.clear()
         self._reached = self._missed = False
         return recorded.parts or None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether some of what is recorded was summed into one dense gradient."""
+        return self._recorded is not None and self._recorded.is_merged
 
     @property
     def passes(self) -> int:
@@ -275,8 +286,8 @@ class RowGradient:
 class RowHookArgument:
     """The row gradient of one step, in the hands of a hook of `ValueTable.register_row_hook`."""
 
-    def __init__(self, recorded: Recorded):
-        self._recorded = recorded
+    def __init__(self, recorded: Recorded, of: RowGradient):
+        self._recorded, self._of = recorded, of
 
     @property
     def slots(self) -> Tensor:
@@ -286,7 +297,7 @@ class RowHookArgument:
 
     def norm(self) -> Tensor:
         """Euclidean norm of the summed rows, a scalar."""
-        return row_norm(*_factors(self._recorded.parts), self._recorded.num_slots)
+        return self._of.norm_of(self._recorded.parts)
 
     def scale(self, factor: float | Tensor) -> None:
         """Multiplies the gradient by a number, or that of each row by its own: a tensor [S].

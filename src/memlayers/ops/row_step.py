@@ -88,14 +88,17 @@ class Step(NamedTuple):
     max_norm: float | None
     seed: int
     settings: dict[str, Any]  # of the rule
+    # Where the table holds some columns of wider rows, the number of the first of them and the norm over all.
+    first_column: int = 0
+    norm: Tensor | None = None
 
 
 def step_(step: Step) -> None:
     """The reference: sum, then apply the rule piece by piece."""
-    _, table_SV, states, parts, max_norm, seed, _ = step
+    _, table_SV, states, parts, max_norm, seed, _, first_column, norm = step
     dtype = wide_dtype(table_SV.dtype)
     rows = sum_parts(parts, len(table_SV))
-    scale = None if max_norm is None else clipping_scale(rows.norm(), max_norm).to(dtype)
+    scale = None if max_norm is None else clipping_scale(rows.norm() if norm is None else norm, max_norm).to(dtype)
     if table_SV.device.type == "cpu":  # where a shape that depends on the data costs nothing
         rows = rows.compact()
     for index, live_C, grad_CV in rows.chunks():
@@ -104,39 +107,43 @@ def step_(step: Step) -> None:
         step_CV, *new_states = step.rule(grad_CV, *wide, **step.settings)
         wholes, news = (table_SV, *states), (table_SV[index].to(dtype) - step_CV, *new_states)
         for stream, (whole, new) in enumerate(zip(wholes, news, strict=True)):
-            new = _rounded(new, whole.dtype, index, seed, stream)
+            new = _rounded(new, whole.dtype, index, seed, stream, first_column)
             if live_C is not None:
                 new = torch.where(live_C.view(-1, *[1] * (new.ndim - 1)), new, whole[index])
             whole[index] = new
 
 
-def _rounded(new: Tensor, dtype: torch.dtype, index: Tensor | slice, seed: int, stream: int) -> Tensor:
+def _rounded(
+    new: Tensor, dtype: torch.dtype, index: Tensor | slice, seed: int, stream: int, first_column: int
+) -> Tensor:
     if seed < 0 or dtype != torch.bfloat16:
         return new.to(dtype)
     if isinstance(index, slice):
         index = torch.arange(index.start, index.stop, device=new.device)
-    return round_to_bfloat16(new.reshape(len(new), -1), index, seed, stream).view(new.shape)
+    return round_to_bfloat16(new.reshape(len(new), -1), index, seed, stream, first_column).view(new.shape)
 
 
 def _adam_step(
-    table_SV, exp_avg_SV, exp_avg_sq_SV, steps_S, slots, weights, grads, lr, beta1, beta2, eps, max_norm=None, seed=-1
+    table_SV, exp_avg_SV, exp_avg_sq_SV, steps_S, slots, weights, grads, lr, beta1, beta2, eps, *how, **named
 ):
     settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
     states = exp_avg_SV, exp_avg_sq_SV, steps_S
-    return _checked(adam, table_SV, states, (slots, weights, grads), max_norm, seed, settings)
+    return _checked(adam, table_SV, states, (slots, weights, grads), settings, *how, **named)
 
 
-def _adagrad_step(table_SV, square_sum, slots, weights, grads, lr, eps, max_norm=None, seed=-1):
+def _adagrad_step(table_SV, square_sum, slots, weights, grads, lr, eps, *how, **named):
     rule = row_adagrad if square_sum.ndim == 1 else adagrad
     settings = {"lr": lr, "eps": eps}
-    return _checked(rule, table_SV, (square_sum,), (slots, weights, grads), max_norm, seed, settings)
+    return _checked(rule, table_SV, (square_sum,), (slots, weights, grads), settings, *how, **named)
 
 
-def _sgd_step(table_SV, slots, weights, grads, lr, max_norm=None, seed=-1):
-    return _checked(sgd, table_SV, (), (slots, weights, grads), max_norm, seed, {"lr": lr})
+def _sgd_step(table_SV, slots, weights, grads, lr, *how, **named):
+    return _checked(sgd, table_SV, (), (slots, weights, grads), {"lr": lr}, *how, **named)
 
 
-def _checked(rule, table_SV, states, factors, max_norm, seed, settings) -> tuple[Step]:
+def _checked(
+    rule, table_SV, states, factors, settings, max_norm=None, seed=-1, first_column=0, norm=None
+) -> tuple[Step]:
     """Raises `ValueError` where a kernel would write beside the rows, or would not know how to round."""
     if seed >= 0 and all(whole.dtype != torch.bfloat16 for whole in (table_SV, *states)):
         raise ValueError(
@@ -153,7 +160,7 @@ def _checked(rule, table_SV, states, factors, max_norm, seed, settings) -> tuple
     if not parts:
         new = table_SV.new_empty
         parts = [Part(new(0, 1, dtype=torch.int64), new(0, 1, dtype=torch.float32), new(0, table_SV.shape[1]))]
-    return (Step(rule, table_SV, states, parts, max_norm, seed, settings),)
+    return (Step(rule, table_SV, states, parts, max_norm, seed, settings, first_column, norm),)
 
 
 # `adam` with moments [S, V] and counts of reads [S] (int32).

@@ -59,5 +59,5 @@ class RowAdagrad(RowOptimizer):
         shape = weight_SV.shape[:1] if group["per_row"] else weight_SV.shape
         return {"square_sum": torch.zeros(shape, dtype=wide_dtype(weight_SV.dtype), device=weight_SV.device)}
 
-    def update(self, weight_SV, state, factors, group, *, lr, max_norm, seed):
-        row_adagrad_(weight_SV, state["square_sum"], *factors, lr=lr, eps=group["eps"], max_norm=max_norm, seed=seed)
+    def update(self, weight_SV, state, factors, group, *, lr, **how):
+        row_adagrad_(weight_SV, state["square_sum"], *factors, lr=lr, eps=group["eps"], **how)

@@ -72,7 +72,7 @@ class RowAdam(RowOptimizer):
             "steps": torch.zeros(len(weight_SV), dtype=torch.int32, device=weight_SV.device),
         }
 
-    def update(self, weight_SV, state, factors, group, *, lr, max_norm, seed):
+    def update(self, weight_SV, state, factors, group, *, lr, **how):
         moments = state["exp_avg"], state["exp_avg_sq"]
         beta1, beta2 = group["betas"]
         row_adam_(
@@ -84,6 +84,5 @@ class RowAdam(RowOptimizer):
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
-            max_norm=max_norm,
-            seed=seed,
+            **how,
         )

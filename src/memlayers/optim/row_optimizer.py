@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.checks import plain_number, require_choice, require_number
-from memlayers.distributed.agreement import Ranks, agreed, take_from_first
-from memlayers.distributed.exchange import Held, exchange, packed
+from memlayers.distributed.agreement import Ranks, agreed, fingerprint, own_part, take_from_first
+from memlayers.distributed.columns import ColumnTable
+from memlayers.distributed.exchange import Held, exchange, packed, scaled
 from memlayers.distributed.wrapping import keep_out_of_ddp
 from memlayers.ops.row_gradient_tensor import RowTensor
 from memlayers.ops.row_sum import Part
@@ -42,7 +43,7 @@ class RowOptimizer(TableOwner):
             most of the training at small rates (docs/log.md).
         process_group: of `torch.distributed`, the processes that hold replicas of the tables (the data-parallel ones):
             each takes part in each step, whatever it has recorded, and all make the same one, on the mean of their row
-            gradients (`memlayers.distributed`). None is all processes.
+            gradients (`memlayers.distributed`). None is all processes. Of tables in columns their mesh says it.
         settings: of the subclass, which has checked them.
 
     Raises:
@@ -72,11 +73,13 @@ class RowOptimizer(TableOwner):
         for table in tables:
             if not isinstance(table, ValueTable):
                 raise ValueError(f"tables must be ValueTable modules, got {type(table).__name__}")
-            if hasattr(table.weight, "placements"):  # a DTensor, whose class takes long to import
+            if hasattr(table.weight, "placements") and not isinstance(table, ColumnTable):  # a DTensor
                 raise ValueError(
                     "the weight of a value table must be whole, got a DTensor: keep FSDP from sharding it "
                     "(fully_shard(..., ignored_params={table.weight, table.row_mark}))"
                 )
+        if any(isinstance(table, ColumnTable) for table in tables):
+            _check_columns(tables, process_group, per_row=settings.get("per_row", False))
         require_row_settings(lr=lr, max_grad_norm=max_grad_norm, rounding=rounding)
         lr, max_grad_norm = plain_number(lr), plain_number(max_grad_norm)
         settings = {name: plain_number(value) for name, value in settings.items()}
@@ -122,27 +125,32 @@ class RowOptimizer(TableOwner):
         group: dict[str, Any],
         *,
         lr: float,
-        max_norm: float | None,
-        seed: int,
+        **how: Any,
     ) -> None:
-        """One step of a table and its state, in place (see `memlayers.ops.row_step`)."""
+        """One step of a table and its state, in place.
+
+        How to clip and to round, and of which columns, is for the operations of `memlayers.ops.row_step`.
+        """
 
     def _update(self) -> None:
         (group,) = self.param_groups
-        ranks = Ranks.of(self._process_group)
-        fault = self._fault(ranks)
+        replicas, columns = self._ranks()
+        are_several = not replicas is columns is None
+        fault = self._fault(are_several)
         for table in self._tables:  # a gradient somebody has set asks for a state, as torch's checkpoints do
             if table.weight.grad is not None:
                 self._state_of(table, group)
-        if ranks is None:
-            if fault is not None:
-                raise RuntimeError(fault)
-            held = [self._held(table).parts for table in self._tables]
+        if are_several:
+            held = self._held_by_all(replicas, columns, fault, group)
+        elif fault is not None:
+            raise RuntimeError(fault)
         else:
-            held = self._held_by_all(ranks, fault, group)
+            held = [self._held(table).parts for table in self._tables]
         lr = float(group["lr"] if group["schedule_values"] else group["value_lr"])
         for number, table in enumerate(self._tables):
-            parts = None if table.row_gradient is None else table.row_gradient.consume(held[number])
+            if table.row_gradient is None:
+                continue
+            parts = table.row_gradient.consume(held[number])
             held[number] = []
             if parts is None:
                 continue
@@ -153,20 +161,33 @@ class RowOptimizer(TableOwner):
             # Another for each step and table, and the same when a run is resumed.
             seed = group["updates"] * len(self._tables) + number if is_stochastic else -1
             factors = slots, weights, grads
-            self.update(table.weight, state, factors, group, lr=lr, max_norm=group["max_grad_norm"], seed=seed)
+            how = {"max_norm": group["max_grad_norm"], "seed": seed}
+            if isinstance(table, ColumnTable):
+                how["first_column"] = table.own_bounds[0]
+                if how["max_norm"] is not None:
+                    how["norm"] = table.row_gradient.norm_of(parts)
+            own = {name: own_part(one) for name, one in state.items()}
+            self.update(own_part(table.weight), own, factors, group, lr=lr, **how)
         group["updates"] += 1
 
     def _state_of(self, table: ValueTable, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[table.weight]
         if not state:
-            state.update(self.new_state(table.weight, group))
+            state.update(self.new_state(own_part(table.weight), group))
+            if isinstance(table, ColumnTable):
+                state.update({name: table.like_weight(one) for name, one in state.items() if one.ndim == 2})
         return state
 
     def _held(self, table: ValueTable) -> Held:
         gradient = table.row_gradient
-        return Held([], 0) if gradient is None else Held(gradient.held(), gradient.passes)
+        if gradient is None:
+            return Held([], 0)
+        if not isinstance(table, ColumnTable):
+            return Held(gradient.held(), gradient.passes)
+        table.weight.grad = None  # zeros, of torch's checkpoints
+        return table.in_order(Held(gradient.held(), gradient.passes))
 
-    def _fault(self, ranks: Ranks | None) -> str | None:
+    def _fault(self, are_several: bool) -> str | None:
         """Why no step can be made."""
         for table in self._tables:
             if table.row_gradient is None:
@@ -175,29 +196,62 @@ class RowOptimizer(TableOwner):
                 return _REPLACED
             mark = table.row_mark.grad
             is_plain = mark is not None and (table.weight.grad is not None or not isinstance(mark, RowTensor))
-            if ranks is not None and is_plain:
+            if are_several and is_plain:
                 return _DENSE_TOO
+            grad = table.weight.grad
+            if isinstance(table, ColumnTable) and grad is not None and bool(own_part(grad).any()):
+                return _DENSE_IN_COLUMNS
             if (fault := table.row_gradient.fault()) is not None:
                 return fault
         return None
 
     # Several processes.
 
-    def _held_by_all(self, ranks: Ranks, fault: str | None, group: dict[str, Any]) -> list[list[Part]]:
+    def _ranks(self) -> tuple[Ranks | None, Ranks | None]:
+        """The processes that hold replicas of what this one holds, and those that hold the other columns."""
+        first = next(iter(self._tables), None)
+        return (
+            (first.replicas, first.ranks) if isinstance(first, ColumnTable) else (Ranks.of(self._process_group), None)
+        )
+
+    def _held_by_all(
+        self, replicas: Ranks | None, columns: Ranks | None, fault: str | None, group: dict[str, Any]
+    ) -> list[list[Part]]:
         """The mean over ranks of what they recorded; raises on all of them what makes one of them raise."""
-        weights = [table.weight for table in self._tables]
+        weights = [own_part(table.weight) for table in self._tables]
         held = [Held([], 0) if fault is not None else self._held(table) for table in self._tables]
-        sent = packed(held, weights)
         settings = {
             "optimizer": type(self).__name__,
-            "tables": [(*weight.shape, str(weight.dtype)) for weight in weights],
+            "tables": [(*table.weight.shape, str(table.weight.dtype)) for table in self._tables],
             **{name: float(value) if torch.is_tensor(value) else value for name, value in group.items()},
         }
         del settings["params"]
-        said = agreed(ranks, fault, settings, [int(self._may_differ), len(sent)])
-        if any(may_differ for may_differ, _ in said):
-            self._take_from_first(ranks, group)
-        return exchange(ranks, held, weights, sent, [length for _, length in said])
+        error: Exception | None = None
+        if columns is not None:
+            try:
+                said = agreed(columns, fault, settings, self._checksum(held))
+                if not any(is_merged for is_merged, _ in said) and any(one != said[0] for one in said):
+                    raise RuntimeError(_NOT_ALIKE)
+            except (RuntimeError, ValueError) as found:  # replicas are told first
+                error, fault = found, str(found)
+        if replicas is not None:
+            sent = packed(held, weights)
+            said = agreed(replicas, fault, settings, [int(self._may_differ), len(sent)])
+            if any(may_differ for may_differ, _ in said):
+                self._take_from_first(replicas, group)
+            parts = exchange(replicas, held, weights, sent, [length for _, length in said])
+        else:
+            parts = [one.parts for one in held]
+        if error is not None:
+            raise error
+        return parts if columns is None else [[scaled(part, columns.size) for part in one] for one in parts]
+
+    def _checksum(self, held: list[Held]) -> list[int]:
+        """Whether parts were merged, and a number of what is recorded, which is the same for all columns."""
+        gradients = [table.row_gradient for table in self._tables]
+        is_merged = any(gradient is not None and gradient.is_merged for gradient in gradients)
+        weights = [part.weights_TK.flatten() for one in held for part in one.parts]
+        return [int(is_merged), fingerprint(torch.cat(weights)) if weights and not is_merged else 0]
 
     def _take_from_first(self, ranks: Ranks, group: dict[str, Any]) -> None:
         """Makes tables and states those of rank 0, as `DistributedDataParallel` does with what it knows of."""
@@ -208,8 +262,10 @@ class RowOptimizer(TableOwner):
                 self.state.pop(table.weight, None)
             elif any(not one[number] for one in with_state):
                 self._state_of(table, group)
-            tensors[f"the weight of table {number}"] = table.weight
-            tensors |= {f"{name} of table {number}": state for name, state in self.state.get(table.weight, {}).items()}
+            tensors[f"the weight of table {number}"] = own_part(table.weight)
+            tensors |= {
+                f"{name} of table {number}": own_part(state) for name, state in self.state.get(table.weight, {}).items()
+            }
         if differing := take_from_first(ranks, tensors):
             _LOG.warning("replicas differed and are as rank 0's from here on: %s", ", ".join(differing))
         self._may_differ = False
@@ -244,6 +300,18 @@ def require_row_settings(*, lr: float, max_grad_norm: float | None, rounding: st
     require_choice(f"{prefix}rounding", rounding, get_args(Rounding))
 
 
+def _check_columns(tables: list[ValueTable], process_group: Any, *, per_row: bool) -> None:
+    if len({getattr(table.weight, "device_mesh", None) for table in tables}) > 1:
+        raise ValueError("tables must all be in columns of one mesh, or none: build an optimizer for each kind")
+    if process_group is not None:
+        raise ValueError("process_group must be None for tables in columns, whose mesh says who takes part")
+    if per_row:
+        raise ValueError(
+            "per_row must be False for tables in columns, of whose rows no process has all: use RowAdagrad without it, "
+            "or RowAdam, or keep replicas of the tables"
+        )
+
+
 _REPLACED = (
     "the weight of a value table was replaced after its row optimizer was built, as by load_state_dict(assign=True), "
     "so the optimizer would not train it: build the optimizer afterwards, or load without assign"
@@ -252,4 +320,12 @@ _DENSE_TOO = (
     "a value table in row mode has a dense gradient beside its row gradient, or in its place: DistributedDataParallel "
     "reduces a gradient of zeros where it does not know of the row optimizer. Build the optimizer first, on the module "
     "that is then wrapped: optimizer = MemoryAdamW(model); model = DistributedDataParallel(model)"
+)
+_DENSE_IN_COLUMNS = (
+    "a value table in columns has a dense gradient, which nobody has reduced over the ranks: it is trained by the row "
+    "gradients that backward records; call zero_grad() and leave weight.grad alone"
+)
+_NOT_ALIKE = (
+    "the row gradient of a table in columns was not scaled alike on all ranks. Each rank holds its columns of the "
+    "gradient of all ranks' tokens: scale the loss before backward, not the gradient, by what differs between ranks"
 )

@@ -39,5 +39,5 @@ class RowSGD(RowOptimizer):
         """None."""
         return {}
 
-    def update(self, weight_SV, state, factors, group, *, lr, max_norm, seed):
-        row_sgd_(weight_SV, *factors, lr=lr, max_norm=max_norm, seed=seed)
+    def update(self, weight_SV, state, factors, group, *, lr, **how):
+        row_sgd_(weight_SV, *factors, lr=lr, **how)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from memlayers.distributed.columns import columns_of
 from memlayers.torch_private import is_asked_by_grad_scaler
 
 
@@ -64,7 +65,9 @@ class TableOwner(torch.optim.Optimizer, ABC):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, except that states of tables keep their own dtype: torch would cast them to a 16-bit table's.
+        """As in torch, except that states of tables keep their own dtype, which torch would cast to a 16-bit table's.
+
+        Of the states of a whole table, one in columns takes its columns.
 
         Raises `ValueError` for a state with other groups, or one that version 0.1.0 saved.
         """
@@ -86,6 +89,7 @@ class TableOwner(torch.optim.Optimizer, ABC):
             for weight, number in zip(group["params"], numbers, strict=True):
                 if "value_lr" in group and number in state_dict["state"]:
                     saved = state_dict["state"][number]
+                    saved = {name: columns_of(value, weight) for name, value in saved.items()}
                     self.state[weight] = {name: value.to(weight.device, copy=True) for name, value in saved.items()}
 
     def __getstate__(self) -> dict[str, Any]:

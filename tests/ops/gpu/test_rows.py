@@ -223,6 +223,20 @@ def test_the_random_bits_are_the_reference_s(seed, device):
     assert same_bits(second[slots], round_to_bfloat16(grads * grads, slots, seed, 2))
 
 
+def test_some_columns_have_the_random_bits_of_whole_rows_and_their_norm(device):
+    slots, grads = torch.arange(8, device=device), torch.randn(8, 12).to(device)
+    gradient = [slots[:, None]], [torch.ones(8, 1, device=device)], [grads]
+    table, norm = torch.zeros(8, 12, dtype=torch.bfloat16, device=device), torch.tensor(4.0, device=device)
+    row_sgd_(table, *gradient, lr=1.0, max_norm=1.0, seed=9, first_column=40, norm=norm)
+    scale = 1.0 / (norm + 1e-6)
+    assert same_bits(table, round_to_bfloat16(0.0 - grads * scale, slots, 9, first_column=40))
+    first, second = torch.zeros(2, 8, 12, dtype=torch.bfloat16, device=device)
+    steps = torch.zeros(8, dtype=torch.int32, device=device)
+    how = {"lr": 1.0, "beta1": 0.0, "beta2": 0.0, "eps": 1.0, "seed": 9, "first_column": 40}
+    row_adam_(table.float(), first, second, steps, *gradient, **how)
+    assert same_bits(first, round_to_bfloat16(grads, slots, 9, 1, first_column=40))
+
+
 @pytest.mark.parametrize("seed", [-1, 3])
 @pytest.mark.parametrize(
     ("rule", "dtypes"),

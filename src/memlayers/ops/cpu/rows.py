@@ -111,8 +111,20 @@ def step_(step: Step) -> None:
     if not (are_known and all(whole.is_contiguous() for whole in wholes)):
         return NotImplemented
     entries = SortedEntries(step.parts, len(step.table_SV))
-    scale = 1.0 if step.max_norm is None else float(clipping_scale(_norm(entries), step.max_norm))
-    _launch_step(RULES.index(step.rule), entries, *wholes, scale=scale, seed=step.seed, **step.settings)
+    scale = (
+        1.0
+        if step.max_norm is None
+        else float(clipping_scale(_norm(entries) if step.norm is None else step.norm, step.max_norm))
+    )
+    _launch_step(
+        RULES.index(step.rule),
+        entries,
+        *wholes,
+        scale=scale,
+        seed=step.seed,
+        first_column=step.first_column,
+        **step.settings,
+    )
     return None
 
 
@@ -129,7 +141,7 @@ def sum_rows(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots
         return NotImplemented
     g_SV = torch.zeros(num_slots, outputs_TV.shape[1], dtype=torch.float32)
     entries = SortedEntries(parts_of([slots_TK], [weights_TK], [outputs_TV]), num_slots)
-    _launch_step(SGD, entries, g_SV, scale=1.0, seed=-1, lr=-1.0)  # one step up from zero
+    _launch_step(SGD, entries, g_SV, scale=1.0, seed=-1, first_column=0, lr=-1.0)  # one step up from zero
     return g_SV
 
 
@@ -349,7 +361,7 @@ def _ask_for(row):
 @kernel
 def _step(
     counters, entries, weights, gradients, count, width, buffer, rule, kind, table, firsts, seconds, steps, seed,
-    scale: float, lr: float, beta1: float, beta2: float, eps: float,
+    first_column, scale: float, lr: float, beta1: float, beta2: float, eps: float,
 ):  # fmt: skip
     entry, weight, gradient = i64(entries), f32(weights), i64(gradients)
     total = buffer + this_thread(counters) * (width + 4 * LANES) * 4
@@ -389,7 +401,7 @@ def _step(
                 f32(firsts)[slot] += _mean_square(total, width)
                 length = np.float32(lr / (math.sqrt(np.float64(f32(firsts)[slot])) + eps))
             if seed >= 0:
-                random = np.int64(_hash(np.uint32(slot) + _hash(np.uint32(seed))))
+                random = np.int64(_hash(np.uint32(slot) + _hash(np.uint32(seed)))) + first_column
             for v in range(0, whole, LANES):
                 noise = random + v if seed >= 0 else np.int64(-1)
                 _apply(

@@ -103,9 +103,20 @@ def step_(step: Step) -> None:
     if not _takes(step):
         return NotImplemented
     entries = SortedEntries(step.parts, len(step.table_SV))
-    scale = None if step.max_norm is None else clipping_scale(_norm(entries), step.max_norm)
+    scale = (
+        None
+        if step.max_norm is None
+        else clipping_scale(_norm(entries) if step.norm is None else step.norm, step.max_norm)
+    )
     _launch_step(
-        RULES.index(step.rule), entries, step.table_SV, *step.states, scale=scale, seed=step.seed, **step.settings
+        RULES.index(step.rule),
+        entries,
+        step.table_SV,
+        *step.states,
+        scale=scale,
+        seed=step.seed,
+        first_column=step.first_column,
+        **step.settings,
     )
     return None
 
@@ -140,7 +151,7 @@ def sum_rows(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots
         return NotImplemented
     g_SV = outputs_TV.new_zeros(num_slots, outputs_TV.shape[1], dtype=torch.float32)
     entries = SortedEntries(parts_of([slots_TK], [weights_TK], [outputs_TV]), num_slots)
-    _launch_step(SGD.value, entries, g_SV, scale=None, seed=-1, lr=-1.0)  # one step up from zero
+    _launch_step(SGD.value, entries, g_SV, scale=None, seed=-1, first_column=0, lr=-1.0)  # one step up from zero
     return g_SV
 
 
@@ -150,7 +161,7 @@ def _norm(entries: SortedEntries) -> Tensor:
     columns, _ = blocks(entries.width, SQUARES.value, are_mixed=False)
     places = triton.cdiv(entries.count, length) * triton.cdiv(entries.width, columns)
     squares_2P = entries.grad_RV.new_zeros(2, places, dtype=torch.float32)
-    _walk_and_finish(SQUARES.value, entries, squares_2P, None, None, None, None, -1, (0.0,) * 7)
+    _walk_and_finish(SQUARES.value, entries, squares_2P, None, None, None, None, -1, 0, (0.0,) * 7)
     return squares_2P.sum(dtype=torch.float64).float().sqrt()
 
 
@@ -164,6 +175,7 @@ def _launch_step(
     *,
     scale: Tensor | None,
     seed: int,
+    first_column: int,
     lr: float,
     beta1: float = 0.0,
     beta2: float = 0.0,
@@ -182,10 +194,12 @@ def _launch_step(
             num_warps=8,
         )
     numbers = lr, 1 - beta1, beta2, 1 - beta2, log_of(beta1), log_of(beta2), eps
-    _walk_and_finish(rule, entries, table_SV, first, second, steps_S, scale, seed, numbers)
+    _walk_and_finish(rule, entries, table_SV, first, second, steps_S, scale, seed, first_column, numbers)
 
 
-def _walk_and_finish(rule: int, entries, target, first, second, steps_S, scale, seed: int, numbers) -> None:
+def _walk_and_finish(
+    rule: int, entries, target, first, second, steps_S, scale, seed: int, first_column: int, numbers
+) -> None:
     """target: the table, or for SQUARES the sums [2, programs] of the squares of each program of either kernel."""
     length = block_length(entries.count)
     num_blocks = triton.cdiv(entries.count, length)
@@ -201,14 +215,14 @@ def _walk_and_finish(rule: int, entries, target, first, second, steps_S, scale, 
     constants = {"RULE": rule, "IS_STOCHASTIC": seed >= 0, "COLUMNS": columns, "num_warps": num_warps}
     seed = signed32(seed)
     launch(
-        _walk, (num_blocks, column_blocks), *sums, *wholes, *sizes, entries.grad_RV.stride(0), seed, *numbers,
-        **constants,
+        _walk, (num_blocks, column_blocks), *sums, *wholes, *sizes, entries.grad_RV.stride(0), seed, first_column,
+        *numbers, **constants,
     )  # fmt: skip
     tile = max(1, min(8, 4096 // columns))
     constants["num_warps"] = max(4, num_warps)
     launch(
-        _finish, (max(0, num_blocks - 1), column_blocks), entries.key_M, aside_B2V, *wholes, *sizes, seed, *numbers,
-        TILE=tile, **constants,
+        _finish, (max(0, num_blocks - 1), column_blocks), entries.key_M, aside_B2V, *wholes, *sizes, seed, first_column,
+        *numbers, TILE=tile, **constants,
     )  # fmt: skip
 
 
@@ -269,10 +283,10 @@ def _load_row(whole, key, at, column, width, is_wanted, IS_NUMBER: tl.constexpr)
         return tl.load(whole + at, mask=column < tl.where(is_wanted, width, 0), other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["count", "length", "seed"])
+@triton.jit(do_not_specialize=["count", "length", "seed", "first_column"])
 def _walk(
     key_M, token_M, weight_M, grad_RV, aside_B2V, target, first, second, steps_S, scale_1,
-    count, length, num_slots, width, grad_stride, seed, lr, keep1, beta2, keep2, log1, log2, eps,
+    count, length, num_slots, width, grad_stride, seed, first_column, lr, keep1, beta2, keep2, log1, log2, eps,
     RULE: tl.constexpr, IS_STOCHASTIC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One block of entries, some of the columns: apply the rule where a run lies in the block, else put its sum aside.
@@ -333,7 +347,7 @@ def _walk(
             else:
                 apply_rule(
                     total * scale, target, first, second, row, first_row, second_row, times, key, column, inside,
-                    width, seed, lr, keep1, beta2, keep2, log1, log2, eps, RULE, IS_STOCHASTIC,
+                    width, seed, first_column, lr, keep1, beta2, keep2, log1, log2, eps, RULE, IS_STOCHASTIC,
                 )  # fmt: skip
         goes_on = (key == next_key) & is_read
         total = tl.where(key == next_key, total, 0.0)
@@ -347,10 +361,10 @@ def _walk(
         tl.store(target + block * tl.num_programs(1) + tl.program_id(1), tl.sum(squares))
 
 
-@triton.jit(do_not_specialize=["count", "length", "seed"])
+@triton.jit(do_not_specialize=["count", "length", "seed", "first_column"])
 def _finish(
     key_M, aside_B2V, target, first, second, steps_S, scale_1,
-    count, length, num_slots, width, seed, lr, keep1, beta2, keep2, log1, log2, eps,
+    count, length, num_slots, width, seed, first_column, lr, keep1, beta2, keep2, log1, log2, eps,
     TILE: tl.constexpr, RULE: tl.constexpr, IS_STOCHASTIC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The run that begins in a block and goes on in the next, if there is one: add its sums and apply the rule."""
@@ -391,7 +405,7 @@ def _finish(
                 times = tl.load(steps_S + key)
             apply_rule(
                 total, target, first, second, row, first_row, second_row, times, key, column, inside,
-                width, seed, lr, keep1, beta2, keep2, log1, log2, eps, RULE, IS_STOCHASTIC,
+                width, seed, first_column, lr, keep1, beta2, keep2, log1, log2, eps, RULE, IS_STOCHASTIC,
             )  # fmt: skip
     if RULE == SQUARES:
         place = (tl.num_programs(0) + 1 + block) * tl.num_programs(1) + tl.program_id(1)

@@ -22,7 +22,8 @@ def signed32(seed: int) -> int:
 @triton.jit
 def apply_rule(
     grad, target, first, second, row, first_row, second_row, times, key, column, inside,
-    width, seed, lr, keep1, beta2, keep2, log1, log2, eps, RULE: tl.constexpr, IS_STOCHASTIC: tl.constexpr,
+    width, seed, first_column, lr, keep1, beta2, keep2, log1, log2, eps,
+    RULE: tl.constexpr, IS_STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Store what the rule makes of a row and of its states.
 
@@ -43,15 +44,16 @@ def apply_rule(
     else:
         row -= lr * grad
     random = key.to(tl.uint32)
+    number = column + first_column
     if IS_STOCHASTIC:
         random = hash32(random + hash32(seed.to(tl.uint32)))
-    _store_rounded(target + at, row, inside, random, column, IS_STOCHASTIC)
+    _store_rounded(target + at, row, inside, random, number, IS_STOCHASTIC)
     if RULE == ROW_ADAGRAD:
         tl.store(first + key, first_row)
     elif RULE != SGD:
-        _store_rounded(first + at, first_row, inside, _stream(random, 1), column, IS_STOCHASTIC)
+        _store_rounded(first + at, first_row, inside, _stream(random, 1), number, IS_STOCHASTIC)
         if RULE == ADAM:
-            _store_rounded(second + at, second_row, inside, _stream(random, 2), column, IS_STOCHASTIC)
+            _store_rounded(second + at, second_row, inside, _stream(random, 2), number, IS_STOCHASTIC)
 
 
 @triton.jit
@@ -70,10 +72,10 @@ def _correction(log, times):
 
 
 @triton.jit
-def _store_rounded(place, values, mask, random, column, IS_STOCHASTIC: tl.constexpr):
+def _store_rounded(place, values, mask, random, number, IS_STOCHASTIC: tl.constexpr):
     """Store to the nearest, or, where it is bfloat16 and asked for, stochastically (`memlayers.ops.rounding`)."""
     if IS_STOCHASTIC and place.dtype.element_ty == tl.bfloat16:
-        noise = hash32(random + column.to(tl.uint32)) & 0xFFFF
+        noise = hash32(random + number.to(tl.uint32)) & 0xFFFF
         bits = values.to(tl.uint32, bitcast=True)
         is_special = (bits & 0x7F800000) == 0x7F800000  # nothing may be carried into or out of them
         quiet = tl.where((bits & 0x7FFFFF) == 0, bits, bits | 0x400000)
