@@ -51,7 +51,7 @@ def test_it_says_what_runs(monkeypatch):
     said = registry.describe()
     assert NAMES - said.keys() == {"record_"}
     assert said["search"] == "Numba on a CPU (float32), PyTorch on a GPU (Triton is not installed)"
-    assert said["row_adam_"].startswith("Numba on a CPU (tables in float32, bfloat16), ")
+    assert said["row_adam_"].startswith("Numba on a CPU (tables in float32, bfloat16, float16), ")
 
 
 def test_it_says_when_kernels_do_not_share_pytorch_s_threads(monkeypatch):

@@ -19,16 +19,19 @@ def test_the_hash_is_murmur_s_finaliser_on_the_lower_32_bits():
     assert plain_hash(1) == 0x514E28B7  # as published
 
 
-def test_each_element_adds_16_bits_of_its_own_hash():
+@pytest.mark.parametrize(("stream", "step"), [(0, 0x9E3779B1), (1, 0x85EBCA6B), (2, 0xC2B2AE35)])
+def test_each_element_adds_16_bits_of_its_row_s_sequence(stream, step):
     slots, seed = torch.tensor([3, 4_000_000_000]), 5
-    values = torch.randn(2, 9)
-    rounded = round_to_bfloat16(values, slots, seed)
+    values = torch.randn(2, 70)
+    rounded = round_to_bfloat16(values, slots, seed, stream)
     for row, slot in enumerate(slots.tolist()):
         of_row = plain_hash((slot + plain_hash(seed)) % 2**32)
-        for v in range(9):
+        if stream:
+            of_row = plain_hash((of_row + stream) % 2**32)
+        for v in range(70):
             bits = values[row, v].view(torch.int32).item() % 2**32
-            expected = (bits + (plain_hash((of_row + v) % 2**32) & 0xFFFF)) >> 16
-            assert rounded[row, v].view(torch.int16).item() % 2**16 == expected
+            random = ((of_row + v) * step % 2**32) >> 16
+            assert rounded[row, v].view(torch.int16).item() % 2**16 == (bits + random) >> 16
 
 
 def test_it_goes_to_one_of_the_two_neighbours_and_leaves_what_is_one():
@@ -74,7 +77,7 @@ def test_streams_of_one_seed_round_independently_of_each_other():
         assert abs(both - 0.25) < 5 * (0.25 * 0.75 / value.numel()) ** 0.5
     rounded = round_to_bfloat16(torch.full((1, 1), 0.3), torch.tensor([3]), 5, 2)
     row = plain_hash((plain_hash((3 + plain_hash(5)) % 2**32) + 2) % 2**32)
-    bits = torch.tensor(0.3).view(torch.int32).item() + (plain_hash(row) & 0xFFFF)
+    bits = torch.tensor(0.3).view(torch.int32).item() + (row * 0xC2B2AE35 % 2**32 >> 16)
     assert rounded.view(torch.int16).item() == bits >> 16
 
 

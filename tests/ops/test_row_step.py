@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from memlayers.ops import cpu, row_step
+from memlayers.ops import cpu, registry, row_step
 from memlayers.ops.read import dot
 from memlayers.ops.rounding import round_to_bfloat16
 from memlayers.ops.row_step import row_adagrad_, row_adam_, row_sgd_
@@ -144,25 +144,75 @@ def test_without_a_read_nothing_changes(rule, kind, path):
     assert all(torch.equal(one, before) for one, before in zip(result, tensors, strict=True))
 
 
+# The dtypes of a table and of its states that people can ask for; the states of a row are float32 or counts.
+TABLES, STATES = [torch.float32, torch.bfloat16, torch.float16], [torch.float32, torch.bfloat16]
+PAIRS = [pytest.param(table, states, id=f"{table} {states}") for table in TABLES for states in STATES]
+
+
+def narrowed(tensors, table_dtype, state_dtype):
+    return [tensors[0].to(table_dtype)] + [one.to(state_dtype) if one.ndim == 2 else one.clone() for one in tensors[1:]]
+
+
 @needs_kernels
-@pytest.mark.parametrize("width", [1, 7, 16, 67, 131])
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("seed", [-1, 0, 7, 2**40 + 3])
-def test_bfloat16_rows_are_float32_ones_rounded_once(rule, width, seed):
-    step, tensors = operation(rule, 60, width, torch.bfloat16)
-    gradient = factors(60, [(9, 3), (4, 2)], width)
-    narrow, wide = copies(tensors), copies(tensors, torch.float32)
-    step(*narrow, *gradient, seed=seed)
-    step(*wide, *gradient)
-    read = read_slots(*gradient)
-    new = wide[0][read]
-    assert torch.equal(narrow[0][read], new.bfloat16() if seed < 0 else round_to_bfloat16(new, read, seed))
-    for one, other in zip(narrow[1:], wide[1:], strict=True):
+@pytest.mark.parametrize(("table_dtype", "state_dtype"), PAIRS)
+@pytest.mark.parametrize("rule", RULES)
+def test_16_bits_are_the_float32_step_rounded_once(rule, table_dtype, state_dtype, seed, monkeypatch):
+    def missing(*_):
+        raise AssertionError("no kernel takes these dtypes")
+
+    for name in ("row_adam_", "row_adagrad_", "row_sgd_"):
+        monkeypatch.setitem(registry.references, name, missing)
+    for width in (1, 7, 16, 31, 67, 131):
+        step, tensors = operation(rule, 60, width)
+        narrow = narrowed(tensors, table_dtype, state_dtype)
+        wide = copies(narrow, torch.float32)
+        gradient = factors(60, [(9, 3), (4, 2)], width)
+        is_rounded = any(one.dtype == torch.bfloat16 for one in narrow)
+        step(*narrow, *gradient, seed=seed if is_rounded else -1, max_norm=0.5)
+        step(*wide, *gradient, max_norm=0.5)
+        read = read_slots(*gradient)
+        for stream, (one, other) in enumerate(zip(narrow, wide, strict=True)):
+            new = other[read].to(one.dtype)
+            if one.dtype == torch.bfloat16 and seed >= 0:
+                new = round_to_bfloat16(other[read], read, seed, stream)
+            assert torch.equal(one[read], new)
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", [-1, 7])
+@pytest.mark.parametrize(("table_dtype", "state_dtype"), PAIRS)
+@pytest.mark.parametrize("rule", ["adam", "adagrad", "sgd"])
+def test_kernel_and_reference_give_the_same_bits_where_float32_is_exact(
+    rule, table_dtype, state_dtype, seed, monkeypatch
+):
+    """On integers, whose moments and rows need more bits than 16-bit numbers have."""
+    num_slots, width = 40, 71
+    table, first, second = torch.randint(1, 2000, (3, num_slots, width)).float()
+    states = {
+        "adam": [first, second, torch.zeros(num_slots, dtype=torch.int32)],
+        "adagrad": [torch.zeros_like(first)],
+        "sgd": [],
+    }[rule]
+    step = {
+        "adam": partial(row_adam_, lr=64.0, beta1=0.0, beta2=0.0, eps=0.0),
+        "adagrad": partial(row_adagrad_, lr=64.0, eps=0.0),
+        "sgd": partial(row_sgd_, lr=0.5),
+    }[rule]
+    result = narrowed([table, *states], table_dtype, state_dtype)
+    seed = seed if any(one.dtype == torch.bfloat16 for one in result) else -1
+    expected = copies(result)
+    slots, grads = torch.randperm(num_slots)[:30].view(15, 2), torch.randint(1, 2000, (15, width)).float()
+    gradient = [slots, slots], [torch.ones(15, 2), torch.full((15, 2), 2.0)], [grads, grads]
+    step(*result, *gradient, seed=seed)
+    monkeypatch.setattr(cpu, "kernels", lambda operation: None)
+    step(*expected, *gradient, seed=seed)
+    for one, other in zip(result, expected, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("rule", ["adam", "adagrad", "sgd"])
-@pytest.mark.parametrize("first", [16, 48])
+@pytest.mark.parametrize("first", [5, 16, 48])
 def test_a_step_of_some_columns_is_that_of_the_whole_rows(rule, first, path):
     """The same random bits, clipped by the norm over all columns, bit for bit."""
     step, tensors = operation(rule, 60, 64, torch.bfloat16)
@@ -174,6 +224,22 @@ def test_a_step_of_some_columns_is_that_of_the_whole_rows(rule, first, path):
     step(*tensors, slots, weights, grads, **how)
     for one, of_all in zip(some, tensors, strict=True):
         assert torch.equal(one, of_all[:, first:] if of_all.ndim == 2 else of_all)
+
+
+@needs_kernels
+def test_float16_rows_are_rounded_as_pytorch_rounds_them():
+    """Subnormal numbers, ties, what is too large, infinity and NaN: each row is its own gradient, 0 - 1 * g."""
+    bits = torch.arange(-(2**31), 2**31, 65_521)[: 64 * 1024].to(torch.int32)
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).float()
+    ties = halves + torch.where(halves.abs() < 2.0**-14, 2.0**-25, halves.abs() * 2.0**-12)
+    edges = torch.tensor([65504.0, 65519.99, 65520.0, 1e38, torch.inf, 2.0**-25, 2.0**-25 * 1.001, 1e-45]).repeat(128)
+    grads = torch.cat([bits.view(torch.float32), halves, ties, edges, -edges]).view(-1, 512)
+    table = torch.zeros(len(grads), 512, dtype=torch.float16)
+    row_sgd_(table, [torch.arange(len(grads))[:, None]], [torch.ones(len(grads), 1)], [grads], lr=1.0)
+    expected = (0.0 - grads).half()
+    assert torch.equal(table.isnan(), expected.isnan())
+    same = table.view(torch.int16) == expected.view(torch.int16)
+    assert (same | expected.isnan()).all()
 
 
 @pytest.mark.parametrize("static", [False, True])

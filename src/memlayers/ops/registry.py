@@ -35,7 +35,7 @@ class Operation(NamedTuple):
 
 _16 = "float32, bfloat16, float16"
 _TABLES = f"tables in {_16}"
-_STEPS = {"kernels": "rows.step_", "cpu": "tables in float32, bfloat16", "gpu": _TABLES}
+_STEPS = {"kernels": "rows.step_", "cpu": _TABLES, "gpu": _TABLES}
 _FACTORS = "Tensor[] slots, Tensor[] weights, Tensor[] grads"
 _HOW = "float? max_norm=None, int seed=-1, int first_column=0, Tensor? norm=None"
 

@@ -1,10 +1,15 @@
 """Stochastic rounding to bfloat16: up or down at random, so that the mean over many roundings is the value itself.
 
 A row's update below half a unit in its last place (1/256 of a number) is lost when it is rounded to the nearest, each
-time; rounded stochastically, it arrives on average. The random bits are a hash of (seed, slot, column), so a step gives
+time; rounded stochastically, it arrives on average. The random bits are made from (seed, slot, column), so a step gives
 the same rows however it is divided among threads. The kernels (`memlayers.ops.cpu.rows`, `memlayers.ops.gpu.rules`)
-give the same bits. What is rounded beside a row in the same step, such as its moments, has a stream of its own: the
-row's hash is hashed once more with the stream's number, so that errors in one say nothing of those in another.
+give the same bits.
+
+A row has one random number, a hash of seed and slot. From it the columns go on in equal steps modulo 2**32, as in a
+Weyl sequence, and take the upper 16 bits: each element's are uniform over seeds and over slots, and those of a row are
+spread evenly. For a kernel on a CPU a hash of each element would cost as much as the step itself. What is rounded
+beside a row in the same step, such as its moments, has a stream of its own, with another number (the row's, hashed once
+more with the stream's) and another step.
 
 Letters: C rows, V width.
 """
@@ -13,6 +18,7 @@ import torch
 from torch import Tensor
 
 _32_BITS = 0xFFFFFFFF
+FACTORS = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35  # the steps, by stream
 
 
 def round_to_bfloat16(values_CV: Tensor, slots_C: Tensor, seed: int, stream: int = 0, first_column: int = 0) -> Tensor:
@@ -25,7 +31,7 @@ def round_to_bfloat16(values_CV: Tensor, slots_C: Tensor, seed: int, stream: int
     if stream:
         row_C = hash32(row_C + stream)
     columns_V = first_column + torch.arange(values_CV.shape[1], device=values_CV.device)
-    random_CV = hash32(row_C[:, None] + columns_V) & 0xFFFF
+    random_CV = (((row_C[:, None] + columns_V) * FACTORS[stream]) & _32_BITS) >> 16
     # The lower 16 bits of a float32 say how far it is from the bfloat16 below: it goes up where adding carries.
     bits_CV = values_CV.view(torch.int32).long() & _32_BITS
     is_special_CV = (bits_CV & 0x7F800000) == 0x7F800000  # nothing may be carried into or out of them

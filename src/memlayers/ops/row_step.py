@@ -6,8 +6,8 @@ what is bfloat16, be it the rows or a state, to the nearest (`seed` < 0) or stoc
 each step and table). A rule is a pure function of the summed gradient of some rows and of their states, and gives what
 to subtract from the rows and their new states, in float32 (float64 for float64).
 
-The reference here runs anywhere and never waits for a device; the kernels (`memlayers.ops.cpu.rows`, which takes no
-bfloat16 states, and `memlayers.ops.gpu.rows`) neither store summed rows nor pass over a row twice.
+The reference here runs anywhere and never waits for a device; the kernels (`memlayers.ops.cpu.rows` and
+`memlayers.ops.gpu.rows`) neither store summed rows nor pass over a row twice.
 
 Letters: T tokens, K rows a token, S slots, V width, C rows of one piece.
 """

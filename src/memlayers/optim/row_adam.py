@@ -29,7 +29,7 @@ class RowAdam(RowOptimizer):
         moments: "float32" (float64 beside a float64 table), or "bfloat16", which takes 4 bytes an element of the table
             instead of 8: of a float32 row of width 1,024 and its moments, 8 KB instead of 12. They are rounded as
             ``rounding`` says: to the "nearest", a second moment would never decay, since 0.1 % of it is below half a
-            unit in its last place. The kernels for a CPU do not know them; the slower reference runs there.
+            unit in its last place.
 
     Raises:
         ValueError: as `RowOptimizer` does.

@@ -9,12 +9,14 @@ import ctypes
 import functools
 import hashlib
 import inspect
+import platform
 from pathlib import Path
 
-from llvmlite import ir
-from numba import njit, types
+from llvmlite import binding, ir
+from numba import config, njit, types
 from numba.extending import intrinsic, models, register_model
 
+from memlayers.ops import rounding
 from memlayers.ops.cpu.cache import compile_kept
 from memlayers.ops.cpu.launch import Counters
 
@@ -56,8 +58,8 @@ def _entry(function, record, kinds):
 
 @functools.cache
 def _sources() -> str:
-    """A hash of all files of kernels."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """A hash of all files of kernels, and of the one whose constants they have."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(rounding.__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -196,7 +198,8 @@ def _declared(builder, name, result, arguments):
 
 def _load(builder, address, lane_type):
     pointer = builder.inttoptr(address, ir.PointerType(ir.VectorType(lane_type, LANES)))
-    return builder.load(pointer, align=lane_type.width // 8 if isinstance(lane_type, ir.IntType) else 4)
+    size = {ir.HalfType(): 2, _FLOAT: 4}.get(lane_type) or lane_type.width // 8
+    return builder.load(pointer, align=size)
 
 
 @lowered(FLOATS(types.int64))
@@ -208,13 +211,24 @@ def load(builder, address):
 @lowered(FLOATS(types.int64))
 def load_bfloat16(builder, address):
     """16 bfloat16, widened."""
-    bits = builder.zext(_load(builder, address, ir.IntType(16)), ir.VectorType(_INT32, LANES))
-    return builder.bitcast(builder.shl(bits, all_lanes(_INT32, 16)), _VECTOR)
+    words = _load(builder, address, ir.IntType(16))
+    upper = ir.Constant(ir.VectorType(_INT32, 2 * LANES), [at for i in range(LANES) for at in (LANES, i)])
+    return builder.bitcast(builder.shuffle_vector(words, all_lanes(ir.IntType(16), 0), upper), _VECTOR)
+
+
+def converts_halves() -> bool:
+    """Whether the processor that is compiled for has instructions for float16; else integers do."""
+    features = config.CPU_FEATURES
+    if features is None:
+        features = binding.get_host_cpu_features().flatten()
+    return platform.machine().lower() in ("aarch64", "arm64") or "+f16c" in features
 
 
 @lowered(FLOATS(types.int64))
 def load_float16(builder, address):
-    """16 float16, widened; in integers, since not every processor has an instruction for it."""
+    """16 float16, widened."""
+    if converts_halves():
+        return builder.fpext(_load(builder, address, ir.HalfType()), _VECTOR)
     bits = builder.zext(_load(builder, address, ir.IntType(16)), ir.VectorType(_INT32, LANES))
     sign = builder.shl(builder.and_(bits, all_lanes(_INT32, 0x8000)), all_lanes(_INT32, 16))
     magnitude = builder.shl(builder.and_(bits, all_lanes(_INT32, 0x7FFF)), all_lanes(_INT32, 13))
@@ -235,6 +249,12 @@ def store(builder, address, values):
 def add_scaled(builder, total, factor, values):
     """total + factor * values, factor a number."""
     return builder.fadd(total, builder.fmul(broadcast(builder, factor), values, flags=_FLAGS), flags=_FLAGS)
+
+
+@lowered(FLOATS(FLOATS, types.float32))
+def scaled(builder, values, factor):
+    """values * factor, rounded before anything is added."""
+    return builder.fmul(values, broadcast(builder, factor))
 
 
 def _binary(instruction):
@@ -262,32 +282,86 @@ def square_root(builder, values):
     return builder.call(_declared(builder, "llvm.sqrt", _VECTOR, [_VECTOR]), [values])
 
 
-@lowered(types.void(types.int64, FLOATS, types.int64))
-def store_bfloat16(builder, address, values, noise):
-    """Round to bfloat16: to the nearest, ties to even, where `noise` is negative; else stochastically.
-
-    noise: a number for each call; lane i takes 16 bits of a hash of noise + i (`memlayers.ops.rounding`).
-    """
+@lowered(types.boolean(FLOATS))
+def are_finite(builder, values):
+    """Whether none of the 16 is infinite or NaN."""
     bits = builder.bitcast(values, ir.VectorType(_INT32, LANES))
-    upper = builder.lshr(bits, all_lanes(_INT32, 16))
-    nearest = builder.add(builder.and_(upper, all_lanes(_INT32, 1)), all_lanes(_INT32, 0x7FFF))
-    lanes = ir.Constant(ir.VectorType(_INT32, LANES), list(range(LANES)))
-    random = builder.add(broadcast(builder, builder.trunc(noise, _INT32)), lanes)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, None)):
-        random = builder.xor(random, builder.lshr(random, all_lanes(_INT32, shift)))
-        if factor is not None:
-            random = builder.mul(random, all_lanes(_INT32, factor))
-    random = builder.and_(random, all_lanes(_INT32, 0xFFFF))
-    is_nearest = broadcast(builder, builder.icmp_signed("<", noise, _INT64(0)))
-    rounded = builder.add(bits, builder.select(is_nearest, nearest, random))
-    # Infinity and NaN stay what they are: nothing is carried into or out of them (a NaN keeps a bit).
-    exponent = all_lanes(_INT32, 0x7F800000)
-    is_special = builder.icmp_signed("==", builder.and_(bits, exponent), exponent)
-    is_nan = builder.icmp_signed("!=", builder.and_(bits, all_lanes(_INT32, 0x7FFFFF)), all_lanes(_INT32, 0))
-    quiet = builder.select(is_nan, builder.or_(bits, all_lanes(_INT32, 0x400000)), bits)
-    upper = builder.lshr(builder.select(is_special, quiet, rounded), all_lanes(_INT32, 16))
-    half = ir.VectorType(ir.IntType(16), LANES)
-    builder.store(builder.trunc(upper, half), builder.inttoptr(address, ir.PointerType(half)), align=2)
+    special = builder.icmp_unsigned(">=", builder.shl(bits, all_lanes(_INT32, 1)), all_lanes(_INT32, 0xFF000000))
+    mask = ir.IntType(LANES)
+    return builder.icmp_unsigned("==", builder.bitcast(special, mask), mask(0))
+
+
+@lowered(types.void(types.int64, FLOATS, FLOATS, types.int64, types.int64, types.boolean))
+def store_bfloat16(builder, address, one, other, noise, factor, are_all_finite):
+    """Round 32 numbers to bfloat16: to the nearest, ties to even, where `noise` is negative; else stochastically.
+
+    noise, factor: number i takes the upper 16 of the 32 bits of (noise + i) * factor (`memlayers.ops.rounding`).
+    """
+    count = 2 * LANES
+    ints, first_to_last = ir.VectorType(_INT32, count), ir.Constant(ir.VectorType(_INT32, count), list(range(count)))
+
+    def every(value):
+        return all_lanes(_INT32, value, count)
+
+    values = builder.shuffle_vector(one, other, first_to_last)
+    bits = builder.bitcast(values, ints)
+    with builder.if_else(builder.icmp_signed("<", noise, _INT64(0))) as (to_nearest, stochastically):
+        with to_nearest:
+            odd = builder.and_(builder.lshr(bits, every(16)), every(1))
+            nearest, nearest_block = builder.add(odd, every(0x7FFF)), builder.block
+        with stochastically:
+            first = broadcast(builder, builder.trunc(builder.mul(noise, factor), _INT32), count)
+            steps = builder.mul(first_to_last, broadcast(builder, builder.trunc(factor, _INT32), count))
+            random = builder.lshr(builder.add(first, steps), every(16))
+            random_block = builder.block
+    more = builder.phi(ints)
+    more.add_incoming(nearest, nearest_block)
+    more.add_incoming(random, random_block)
+    rounded = builder.add(bits, more)
+    with builder.if_else(are_all_finite, likely=True) as (usual, special):
+        with usual:
+            _store_upper(builder, address, rounded)
+        with special:  # infinity and NaN stay what they are: nothing is carried into or out of them
+            is_nan = builder.fcmp_unordered("uno", values, values)
+            kept = builder.select(is_nan, builder.or_(bits, every(0x400000)), bits)  # a NaN keeps a bit
+            is_special = builder.icmp_unsigned(">=", builder.shl(bits, every(1)), every(0xFF000000))
+            _store_upper(builder, address, builder.select(is_special, kept, rounded))
+
+
+def _store_upper(builder, address, bits):
+    """Store the upper 16 bits of 32 int32."""
+    words = builder.bitcast(bits, ir.VectorType(ir.IntType(16), 4 * LANES))
+    odd = ir.Constant(ir.VectorType(_INT32, 2 * LANES), list(range(1, 4 * LANES, 2)))
+    upper = builder.shuffle_vector(words, ir.Constant(words.type, ir.Undefined), odd)
+    builder.store(upper, builder.inttoptr(address, ir.PointerType(upper.type)), align=2)
+
+
+@lowered(types.void(types.int64, FLOATS))
+def store_float16(builder, address, values):
+    """Round to float16, to the nearest, ties to even."""
+    if converts_halves():
+        half = builder.fptrunc(values, ir.VectorType(ir.HalfType(), LANES))
+        builder.store(half, builder.inttoptr(address, ir.PointerType(half.type)), align=2)
+        return
+    ints = ir.VectorType(_INT32, LANES)
+    bits = builder.bitcast(values, ints)
+    magnitude = builder.and_(bits, all_lanes(_INT32, 0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, all_lanes(_INT32, 13)), all_lanes(_INT32, 1))
+    rounded = builder.add(magnitude, builder.add(odd, all_lanes(_INT32, 0xFFF - (112 << 23))))
+    normal = builder.lshr(rounded, all_lanes(_INT32, 13))
+    # Beside 0.5 the unit of a float32 is that of float16's subnormals.
+    beside = builder.bitcast(builder.fadd(builder.bitcast(magnitude, _VECTOR), all_lanes(_FLOAT, 0.5)), ints)
+    small = builder.sub(beside, all_lanes(_INT32, 0x3F000000))
+    is_small = builder.icmp_unsigned("<", magnitude, all_lanes(_INT32, 0x38800000))
+    half = builder.select(is_small, small, normal)
+    is_large = builder.icmp_unsigned(">=", magnitude, all_lanes(_INT32, 0x477FF000))  # what rounds to infinity
+    half = builder.select(is_large, all_lanes(_INT32, 0x7C00), half)
+    is_nan = builder.icmp_unsigned(">", magnitude, all_lanes(_INT32, 0x7F800000))
+    half = builder.select(is_nan, all_lanes(_INT32, 0x7E00), half)
+    sign = builder.and_(builder.lshr(bits, all_lanes(_INT32, 16)), all_lanes(_INT32, 0x8000))
+    halves = ir.VectorType(ir.IntType(16), LANES)
+    half = builder.trunc(builder.or_(half, sign), halves)
+    builder.store(half, builder.inttoptr(address, ir.PointerType(halves)), align=2)
 
 
 @lowered(types.float32(FLOATS))

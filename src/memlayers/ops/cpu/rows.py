@@ -1,8 +1,9 @@
 """The row step on a CPU: from factored row gradients to updated rows, one pass over each row that was read.
 
 Entries (slot, weight, token) are sorted by slot (radix sort, stable); each thread takes a stretch of them, and for each
-row sums its gradient into a buffer that stays in cache and applies it at once. No summed gradients are stored; a row is
-summed by one thread in the order of its entries, so the result is the same each time.
+row sums its gradient 32 elements at a time and applies it at once, while the next row and its states are on their way
+from memory. No summed gradients are stored; a row is summed by one thread in the order of its entries, so the result is
+the same each time. What is stored in 16 bits is computed in float32 and rounded once.
 
 Letters: M entries, S slots, V width.
 """
@@ -17,6 +18,7 @@ from memlayers.ops.cpu.intrinsics import (
     LANES,
     add,
     add_scaled,
+    are_finite,
     divide,
     f32,
     f64,
@@ -28,19 +30,23 @@ from memlayers.ops.cpu.intrinsics import (
     lane_sum,
     load,
     load_bfloat16,
+    load_float16,
     multiply,
     next_task,
     part,
     prefetch,
+    scaled,
     square_root,
     store,
     store_bfloat16,
+    store_float16,
     subtract,
     this_thread,
     u16,
 )
 from memlayers.ops.cpu.launch import launch, threads_for
-from memlayers.ops.cpu.read import FLOAT32, KINDS
+from memlayers.ops.cpu.read import BFLOAT16, FLOAT32, KINDS
+from memlayers.ops.rounding import FACTORS
 from memlayers.ops.row_step import RULES, Step, adam
 from memlayers.ops.row_sum import Part, clipping_scale, parts_of
 
@@ -48,6 +54,7 @@ from memlayers.ops.row_sum import Part, clipping_scale, parts_of
 ADAM, ADAGRAD, ROW_ADAGRAD, SGD = 0, 1, 2, 3
 
 _ENTRIES = 256  # entries of a task
+_STRIDE = 2 * LANES  # elements of a row that a rule is applied to at a time
 _DIGIT = 11  # bits of a slot that a pass of the sort looks at
 
 
@@ -104,28 +111,29 @@ class SortedEntries:
 
 
 def step_(step: Step) -> None:
-    """Row steps of float32 or bfloat16 tables with float32 states, all contiguous."""
-    wholes = step.table_SV, *step.states
-    dtypes = [torch.int32 if step.rule is adam and state.ndim == 1 else torch.float32 for state in step.states]
-    are_known = step.table_SV.dtype in (torch.float32, torch.bfloat16) and dtypes == [s.dtype for s in step.states]
-    if not (are_known and all(whole.is_contiguous() for whole in wholes)):
+    """Row steps of contiguous tables and states that are not float64."""
+    kinds = _kinds(step)
+    if kinds is None or not all(whole.is_contiguous() for whole in (step.table_SV, *step.states)):
         return NotImplemented
     entries = SortedEntries(step.parts, len(step.table_SV))
-    scale = (
-        1.0
-        if step.max_norm is None
-        else float(clipping_scale(_norm(entries) if step.norm is None else step.norm, step.max_norm))
-    )
-    _launch_step(
-        RULES.index(step.rule),
-        entries,
-        *wholes,
-        scale=scale,
-        seed=step.seed,
-        first_column=step.first_column,
-        **step.settings,
-    )
+    norm = step.norm
+    if step.max_norm is not None and norm is None:
+        norm = _norm(entries)
+    scale = 1.0 if step.max_norm is None else float(clipping_scale(norm, step.max_norm))
+    numbers = {"scale": scale, "seed": step.seed, "first_column": step.first_column, **step.settings}
+    _launch_step(RULES.index(step.rule), entries, kinds, step.table_SV, *step.states, **numbers)
     return None
+
+
+def _kinds(step: Step) -> tuple[int, int] | None:
+    """The numbers of the dtypes of table and states; None where the kernel does not know them."""
+    dtypes = {state.dtype for state in step.states if state.ndim == 2} or {torch.float32}
+    known = torch.int32 if step.rule is adam else torch.float32
+    if len(dtypes) > 1 or not {step.table_SV.dtype, *dtypes} <= KINDS.keys():
+        return None
+    if any(state.dtype != known for state in step.states if state.ndim == 1):
+        return None
+    return KINDS[step.table_SV.dtype], KINDS[dtypes.pop()]
 
 
 def row_norm(parts: list[Part], num_slots: int) -> Tensor:
@@ -141,7 +149,8 @@ def sum_rows(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots
         return NotImplemented
     g_SV = torch.zeros(num_slots, outputs_TV.shape[1], dtype=torch.float32)
     entries = SortedEntries(parts_of([slots_TK], [weights_TK], [outputs_TV]), num_slots)
-    _launch_step(SGD, entries, g_SV, scale=1.0, seed=-1, first_column=0, lr=-1.0)  # one step up from zero
+    # One step up from zero.
+    _launch_step(SGD, entries, (FLOAT32, FLOAT32), g_SV, scale=1.0, seed=-1, first_column=0, lr=-1.0)
     return g_SV
 
 
@@ -158,6 +167,7 @@ def _norm(entries: SortedEntries) -> Tensor:
 def _launch_step(
     rule: int,
     entries: SortedEntries,
+    kinds: tuple[int, int],
     table_SV: Tensor,
     first_SV: Tensor | None = None,
     second_SV: Tensor | None = None,
@@ -168,14 +178,15 @@ def _launch_step(
     tasks = (entries.count + _ENTRIES - 1) // _ENTRIES
     threads = threads_for(tasks)
     # The summed row, and the last few elements of a row and of its states, where they fill no vector.
-    buffer = torch.empty(threads, entries.width + 4 * LANES, dtype=torch.float32)
+    buffer = torch.empty(threads, entries.width + 4 * _STRIDE, dtype=torch.float32)
     launch(
         _step,
         threads,
         **entries.arguments(),
         buffer=buffer,
         rule=rule,
-        kind=KINDS[table_SV.dtype],
+        kind=kinds[0],
+        state_kind=kinds[1],
         table=table_SV,
         firsts=first_SV,
         seconds=second_SV,
@@ -190,72 +201,63 @@ def _slot_at(entry, j):
 
 
 @part
-def _sum_row(entry, weight, gradient, start, end, total, width, scale):
-    """total = scale * the summed gradient of the row of entries start to end; zeros behind it, up to a whole vector."""
+def _sum_row(entry, weight, gradient, start, end, total, width):
+    """total = the summed gradient of the row of entries start to end; zeros behind it, up to a whole vector."""
     whole = width // LANES * LANES
     for v in range(0, whole, LANES):
-        lanes = fill(np.float32(0))
-        for j in range(start, end):
-            number = entry[j] & 0xFFFFFFFF
-            lanes = add_scaled(lanes, weight[number], load(gradient[number] + v * 4))
-        store(total + v * 4, multiply(lanes, fill(scale)))
+        store(total + v * 4, _summed(entry, weight, gradient, start, end, v))
     if whole < width:
         store(total + whole * 4, fill(np.float32(0)))
-        out = f32(total)
-        for j in range(start, end):
-            number = entry[j] & 0xFFFFFFFF
-            for v in range(whole, width):
-                out[v] += weight[number] * f32(gradient[number])[v]
+        _sum_tail(entry, weight, gradient, start, end, total, whole, width)
+
+
+@part
+def _summed(entry, weight, gradient, start, end, v):
+    """The 16 elements from v on of the summed gradient."""
+    lanes = fill(np.float32(0))
+    for j in range(start, end):
+        number = entry[j] & 0xFFFFFFFF
+        lanes = add_scaled(lanes, weight[number], load(gradient[number] + v * 4))
+    return lanes
+
+
+@part
+def _sum_tail(entry, weight, gradient, start, end, total, whole, width):
+    """Add the columns that fill no vector to total, which is zero there."""
+    out = f32(total)
+    for j in range(start, end):
+        number = entry[j] & 0xFFFFFFFF
         for v in range(whole, width):
-            out[v] *= scale
+            out[v] += weight[number] * f32(gradient[number])[v]
 
 
 @part
-def _load_row(row, kind):
-    return load(row) if kind == FLOAT32 else load_bfloat16(row)
-
-
-@part
-def _store_row(row, values, kind, noise):
+def _widened(address, kind):
+    """16 elements of a row or of a state."""
     if kind == FLOAT32:
-        store(row, values)
+        return load(address)
+    return load_bfloat16(address) if kind == BFLOAT16 else load_float16(address)
+
+
+@part
+def _store_rounded(address, one, other, kind, noise, factor, are_all_finite):
+    """Store 32 elements."""
+    if kind == FLOAT32:
+        store(address, one)
+        store(address + LANES * 4, other)
+    elif kind == BFLOAT16:
+        store_bfloat16(address, one, other, noise, factor, are_all_finite)
     else:
-        store_bfloat16(row, values, noise)
+        store_float16(address, one)
+        store_float16(address + LANES * 2, other)
 
 
 @part
-def _adam(row, first, second, grad, kind, noise, keep1, beta2, keep2, step, root, eps):
-    """m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, row -= step * m / (sqrt(v) * root + eps), of 16 elements."""
-    g, m = load(grad), load(first)
-    m = add_scaled(m, keep1, subtract(g, m))
-    v = add_scaled(multiply(load(second), fill(beta2)), keep2, multiply(g, g))
-    store(first, m)
-    store(second, v)
-    length = divide(m, add_scaled(fill(eps), root, square_root(v)))
-    _store_row(row, add_scaled(_load_row(row, kind), -step, length), kind, noise)
-
-
-@part
-def _adagrad(row, first, grad, kind, noise, lr, eps):
-    """s += g^2, row -= lr * g / (sqrt(s) + eps), of 16 elements."""
-    g = load(grad)
-    s = add(load(first), multiply(g, g))
-    store(first, s)
-    length = divide(g, add(square_root(s), fill(eps)))
-    _store_row(row, add_scaled(_load_row(row, kind), -lr, length), kind, noise)
-
-
-@part
-def _scaled(row, grad, kind, noise, factor):
-    """row -= factor * g, of 16 elements."""
-    _store_row(row, add_scaled(_load_row(row, kind), -factor, load(grad)), kind, noise)
-
-
-@part
-def _mean_square(total, width):
+def _mean_square(total, width, scale):
+    """Of scale * total."""
     lanes = fill(np.float32(0))
     for v in range(0, width, LANES):
-        values = load(total + v * 4)
+        values = scaled(load(total + v * 4), scale)
         lanes = add(lanes, multiply(values, values))
     return lane_sum(lanes) / np.float32(width)
 
@@ -334,44 +336,79 @@ def _square_sum(counters, entries, weights, gradients, count, width, buffer, sum
             end = start + 1
             while end < count and _slot_at(entry, end) == slot:
                 end += 1
-            _sum_row(entry, weight, gradient, start, end, total, width, np.float32(1))
-            square += np.float64(_mean_square(total, width)) * width
+            _sum_row(entry, weight, gradient, start, end, total, width)
+            square += np.float64(_mean_square(total, width, np.float32(1))) * width
             start = end
         f64(sums)[task] = square
 
 
 @part
-def _apply(rule, row, first, second, grad, kind, noise, keep1, beta2, keep2, length, root, eps):
-    """The rule on 16 elements of a row, of its states and of its summed gradient."""
-    if rule == ADAM:
-        _adam(row, first, second, grad, kind, noise, keep1, beta2, keep2, length, root, eps)
-    elif rule == ADAGRAD:
-        _adagrad(row, first, grad, kind, noise, length, eps)
-    else:
-        _scaled(row, grad, kind, noise, length)
+def _adam(g, m, v, keep1, beta2, keep2, root, eps):
+    """m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2; returns them and m / (sqrt(v) * root + eps)."""
+    m = add_scaled(m, keep1, subtract(g, m))
+    v = add_scaled(multiply(v, fill(beta2)), keep2, multiply(g, g))
+    return m, v, divide(m, add_scaled(fill(eps), root, square_root(v)))
 
 
 @part
-def _ask_for(row):
-    """Prefetch the beginning of a row; the processor's own prefetcher follows."""
-    for line in range(4):
-        prefetch(row + line * 64)
+def _adagrad(g, s, eps):
+    """s += g^2; returns it and g / (sqrt(s) + eps)."""
+    s = add(s, multiply(g, g))
+    return s, divide(g, add(square_root(s), fill(eps)))
+
+
+@part
+def _apply(
+    rule, row, first, second, change, change_b, kind, state_kind, noise, noise1, noise2, keep1, beta2, keep2, length,
+    root, eps,
+):  # fmt: skip
+    """The rule on 32 elements of a row, of its states and of its summed gradient: row -= length * change.
+
+    All is loaded before anything is stored: to the processor a load from the same place in another page depends on the
+    store before it, and rows and states often lie so.
+    """
+    beside, beside1 = LANES * (4 if kind == FLOAT32 else 2), LANES * (4 if state_kind == FLOAT32 else 2)
+    w, w_b = _widened(row, kind), _widened(row + beside, kind)
+    m = m_b = v = v_b = fill(np.float32(0))
+    if rule == ADAM:
+        m, m_b = _widened(first, state_kind), _widened(first + beside1, state_kind)
+        v, v_b = _widened(second, state_kind), _widened(second + beside1, state_kind)
+        m, v, change = _adam(change, m, v, keep1, beta2, keep2, root, eps)
+        m_b, v_b, change_b = _adam(change_b, m_b, v_b, keep1, beta2, keep2, root, eps)
+    elif rule == ADAGRAD:
+        m, m_b = _widened(first, state_kind), _widened(first + beside1, state_kind)
+        m, change = _adagrad(change, m, eps)
+        m_b, change_b = _adagrad(change_b, m_b, eps)
+    w, w_b = add_scaled(w, -length, change), add_scaled(w_b, -length, change_b)
+    is_finite = are_finite(add(add(add(w, w_b), add(m, m_b)), add(v, v_b)))  # or their sum is not
+    _store_rounded(row, w, w_b, kind, noise, FACTORS[0], is_finite)
+    if rule <= ADAGRAD:
+        _store_rounded(first, m, m_b, state_kind, noise1, FACTORS[1], is_finite)
+    if rule == ADAM:
+        _store_rounded(second, v, v_b, state_kind, noise2, FACTORS[2], is_finite)
+
+
+@part
+def _ask_for(address, size):
+    for line in range(0, size, 64):
+        prefetch(address + line)
 
 
 @kernel
 def _step(
-    counters, entries, weights, gradients, count, width, buffer, rule, kind, table, firsts, seconds, steps, seed,
-    first_column, scale: float, lr: float, beta1: float, beta2: float, eps: float,
+    counters, entries, weights, gradients, count, width, buffer, rule, kind, state_kind, table, firsts, seconds, steps,
+    seed, first_column, scale: float, lr: float, beta1: float, beta2: float, eps: float,
 ):  # fmt: skip
     entry, weight, gradient = i64(entries), f32(weights), i64(gradients)
-    total = buffer + this_thread(counters) * (width + 4 * LANES) * 4
+    total = buffer + this_thread(counters) * (width + 4 * _STRIDE) * 4
     keep1_32, keep2_32 = np.float32(1 - beta1), np.float32(1 - beta2)
-    beta2_32, eps_32 = np.float32(beta2), np.float32(eps)
-    size = 4 if kind == FLOAT32 else 2
-    whole = width // LANES * LANES
+    beta2_32, eps_32, scale_32 = np.float32(beta2), np.float32(eps), np.float32(scale)
+    size, state_size = 4 if kind == FLOAT32 else 2, 4 if state_kind == FLOAT32 else 2
+    whole = width // _STRIDE * _STRIDE
     tail = width - whole
-    edge = total + (width + LANES) * 4
-    length, root, random = np.float32(lr), np.float32(1), np.int64(0)
+    edge = total + (width + _STRIDE) * 4
+    length, root = np.float32(lr), np.float32(1)
+    random = random1 = random2 = np.int64(0)
     while True:
         task = next_task(counters)
         start, stop = task * _ENTRIES, min(count, (task + 1) * _ENTRIES)
@@ -381,48 +418,59 @@ def _step(
             start += 1
         while start < stop:
             slot = _slot_at(entry, start)
-            row, first, second = table + slot * width * size, firsts + slot * width * 4, seconds + slot * width * 4
-            _ask_for(row)
-            if rule <= ADAGRAD:
-                _ask_for(first)
-            if rule == ADAM:
-                _ask_for(second)
+            row = table + slot * width * size
+            first, second = firsts + slot * width * state_size, seconds + slot * width * state_size
             end = start + 1
             while end < count and _slot_at(entry, end) == slot:
                 end += 1
-            _sum_row(entry, weight, gradient, start, end, total, width, np.float32(scale))
-            start = end
+            ahead = (_slot_at(entry, min(end, count - 1)) - slot) * width  # to the next row, which is prefetched
             if rule == ADAM:
                 i32(steps)[slot] += np.int32(1)
                 times = np.float64(i32(steps)[slot])
                 length = np.float32(lr / (1 - beta1**times))
                 root = np.float32(1 / math.sqrt(1 - beta2**times))
             elif rule == ROW_ADAGRAD:
-                f32(firsts)[slot] += _mean_square(total, width)
+                _sum_row(entry, weight, gradient, start, end, total, width)
+                f32(firsts)[slot] += _mean_square(total, width, scale_32)
                 length = np.float32(lr / (math.sqrt(np.float64(f32(firsts)[slot])) + eps))
             if seed >= 0:
-                random = np.int64(_hash(np.uint32(slot) + _hash(np.uint32(seed)))) + first_column
-            for v in range(0, whole, LANES):
-                noise = random + v if seed >= 0 else np.int64(-1)
-                _apply(
-                    rule, row + v * size, first + v * 4, second + v * 4, total + v * 4,
-                    kind, noise, keep1_32, beta2_32, keep2_32, length, root, eps_32,
-                )  # fmt: skip
-            if tail > 0:
-                # What is left fills no vector, so it is worked on elsewhere.
-                edge1, edge2 = edge + LANES * 4, edge + 2 * LANES * 4
-                _copy(edge, row + whole * size, tail, size)
+                random = np.int64(_hash(np.uint32(slot) + _hash(np.uint32(seed))))
+                random1, random2 = np.int64(_hash(random + 1)), np.int64(_hash(random + 2))
+            for v in range(0, width, _STRIDE):
+                _ask_for(row + (v + ahead) * size, _STRIDE * size)
                 if rule <= ADAGRAD:
-                    _copy(edge1, first + whole * 4, tail, 4)
+                    _ask_for(first + (v + ahead) * state_size, _STRIDE * state_size)
                 if rule == ADAM:
-                    _copy(edge2, second + whole * 4, tail, 4)
-                noise = random + whole if seed >= 0 else np.int64(-1)
+                    _ask_for(second + (v + ahead) * state_size, _STRIDE * state_size)
+                at, at1, at2 = row + v * size, first + v * state_size, second + v * state_size
+                if v == whole:  # what is left fills no vector, so it is worked on elsewhere
+                    store(total + v * 4, fill(np.float32(0)))
+                    store(total + (v + LANES) * 4, fill(np.float32(0)))
+                    _sum_tail(entry, weight, gradient, start, end, total, whole, width)
+                    grad, grad_b = load(total + v * 4), load(total + (v + LANES) * 4)
+                    at, at1, at2 = edge, edge + _STRIDE * 4, edge + 2 * _STRIDE * 4
+                    _copy(at, row + v * size, tail, size)
+                    if rule <= ADAGRAD:
+                        _copy(at1, first + v * state_size, tail, state_size)
+                    if rule == ADAM:
+                        _copy(at2, second + v * state_size, tail, state_size)
+                elif rule == ROW_ADAGRAD:
+                    grad, grad_b = load(total + v * 4), load(total + (v + LANES) * 4)
+                else:
+                    grad = _summed(entry, weight, gradient, start, end, v)
+                    grad_b = _summed(entry, weight, gradient, start, end, v + LANES)
+                column = first_column + v
+                noise, noise1, noise2 = random + column, random1 + column, random2 + column
+                if seed < 0:
+                    noise = noise1 = noise2 = np.int64(-1)
                 _apply(
-                    rule, edge, edge1, edge2, total + whole * 4,
-                    kind, noise, keep1_32, beta2_32, keep2_32, length, root, eps_32,
+                    rule, at, at1, at2, scaled(grad, scale_32), scaled(grad_b, scale_32), kind, state_kind,
+                    noise, noise1, noise2, keep1_32, beta2_32, keep2_32, length, root, eps_32,
                 )  # fmt: skip
-                _copy(row + whole * size, edge, tail, size)
-                if rule <= ADAGRAD:
-                    _copy(first + whole * 4, edge1, tail, 4)
-                if rule == ADAM:
-                    _copy(second + whole * 4, edge2, tail, 4)
+                if v == whole:
+                    _copy(row + v * size, at, tail, size)
+                    if rule <= ADAGRAD:
+                        _copy(first + v * state_size, at1, tail, state_size)
+                    if rule == ADAM:
+                        _copy(second + v * state_size, at2, tail, state_size)
+            start = end

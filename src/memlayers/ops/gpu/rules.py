@@ -5,8 +5,12 @@ import math
 import triton
 import triton.language as tl
 
+from memlayers.ops.rounding import FACTORS
+
 # The rules, by their places in `memlayers.ops.row_step.RULES`; the last one only measures.
 ADAM, ADAGRAD, ROW_ADAGRAD, SGD, SQUARES = (tl.constexpr(number) for number in range(5))
+# Of the random bits of each stream.
+STEP0, STEP1, STEP2 = (tl.constexpr(step) for step in FACTORS)
 
 
 def log_of(beta: float) -> float:
@@ -47,13 +51,13 @@ def apply_rule(
     number = column + first_column
     if IS_STOCHASTIC:
         random = hash32(random + hash32(seed.to(tl.uint32)))
-    _store_rounded(target + at, row, inside, random, number, IS_STOCHASTIC)
+    _store_rounded(target + at, row, inside, random, number, STEP0, IS_STOCHASTIC)
     if RULE == ROW_ADAGRAD:
         tl.store(first + key, first_row)
     elif RULE != SGD:
-        _store_rounded(first + at, first_row, inside, _stream(random, 1), number, IS_STOCHASTIC)
+        _store_rounded(first + at, first_row, inside, _stream(random, 1), number, STEP1, IS_STOCHASTIC)
         if RULE == ADAM:
-            _store_rounded(second + at, second_row, inside, _stream(random, 2), number, IS_STOCHASTIC)
+            _store_rounded(second + at, second_row, inside, _stream(random, 2), number, STEP2, IS_STOCHASTIC)
 
 
 @triton.jit
@@ -72,10 +76,10 @@ def _correction(log, times):
 
 
 @triton.jit
-def _store_rounded(place, values, mask, random, number, IS_STOCHASTIC: tl.constexpr):
+def _store_rounded(place, values, mask, random, number, STEP: tl.constexpr, IS_STOCHASTIC: tl.constexpr):
     """Store to the nearest, or, where it is bfloat16 and asked for, stochastically (`memlayers.ops.rounding`)."""
     if IS_STOCHASTIC and place.dtype.element_ty == tl.bfloat16:
-        noise = hash32(random + number.to(tl.uint32)) & 0xFFFF
+        noise = ((random + number.to(tl.uint32)) * STEP) >> 16
         bits = values.to(tl.uint32, bitcast=True)
         is_special = (bits & 0x7F800000) == 0x7F800000  # nothing may be carried into or out of them
         quiet = tl.where((bits & 0x7FFFFF) == 0, bits, bits | 0x400000)
