@@ -116,10 +116,9 @@ def step_(step: Step) -> None:
     if kinds is None or not all(whole.is_contiguous() for whole in (step.table_SV, *step.states)):
         return NotImplemented
     entries = SortedEntries(step.parts, len(step.table_SV))
-    norm = step.norm
-    if step.max_norm is not None and norm is None:
-        norm = _norm(entries)
-    scale = 1.0 if step.max_norm is None else float(clipping_scale(norm, step.max_norm))
+    scale = 1.0
+    if step.max_norm is not None:
+        scale = float(clipping_scale(_norm(entries) if step.norm is None else step.norm, step.max_norm))
     numbers = {"scale": scale, "seed": step.seed, "first_column": step.first_column, **step.settings}
     _launch_step(RULES.index(step.rule), entries, kinds, step.table_SV, *step.states, **numbers)
     return None
