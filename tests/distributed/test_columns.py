@@ -330,9 +330,9 @@ class Largest(TorchDispatchMode):
 def few_rows_at_a_time():
     from memlayers.distributed import columns
 
-    before, columns._CHUNK_ELEMENTS = columns._CHUNK_ELEMENTS, 1000
+    before, columns.CHUNK_ELEMENTS = columns.CHUNK_ELEMENTS, 1000
     yield
-    columns._CHUNK_ELEMENTS = before
+    columns.CHUNK_ELEMENTS = before
 
 
 def measured(rank):

@@ -32,8 +32,8 @@ from memlayers.values import ValueTable, value_tables
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
 
-# Elements of fresh rows that are made at a time, of all columns: 16 MB in float32.
-_CHUNK_ELEMENTS = 2**22
+# Elements of whole rows that are made, sent or read at a time: 16 MB in float32.
+CHUNK_ELEMENTS = 2**22
 
 
 def shard_tables(model: nn.Module, mesh: "DeviceMesh") -> nn.Module:
@@ -60,12 +60,21 @@ def shard_tables(model: nn.Module, mesh: "DeviceMesh") -> nn.Module:
         raise ValueError("model must not be wrapped in DistributedDataParallel yet: shard_tables comes first")
     if not (tables := value_tables(model)):
         raise ValueError("model must have at least one value table, got none")
-    for table in tables:
-        _check(table, mesh)
-    for table in tables:
-        _leave_columns(table, mesh)
+    fresh = put_in_columns(tables, mesh)
+    for table in fresh:
+        table.reset_parameters()
     keep_out_of_ddp(model)
     return model
+
+
+def put_in_columns(tables: list[ValueTable], mesh: "DeviceMesh") -> list[ValueTable]:
+    """The same, of tables; returns those that were on the meta device, whose columns nobody has filled yet."""
+    for table in tables:
+        _check(table, mesh)
+    fresh = [table for table in tables if table.weight.is_meta]
+    for table in tables:
+        _leave_columns(table, mesh)
+    return fresh
 
 
 def _check(table: ValueTable, mesh: "DeviceMesh") -> None:
@@ -111,15 +120,13 @@ def columns_of(tensor: Tensor, weight: Any) -> Tensor:
 def _leave_columns(table: ValueTable, mesh: "DeviceMesh") -> None:
     weight_SV = table.weight
     first, last = own_bounds(weight_SV.shape[1], mesh)
-    if is_fresh := weight_SV.is_meta:
+    if weight_SV.is_meta:
         columns_SC = torch.empty(len(weight_SV), last - first, dtype=weight_SV.dtype, device=mesh.device_type)
     else:
         columns_SC = weight_SV[:, first:last].clone(memory_format=torch.contiguous_format)
     table.__class__ = ColumnTable
     table.weight = nn.Parameter(_columns(columns_SC, weight_SV.shape, mesh), weight_SV.requires_grad)
     table.settle_mark()
-    if is_fresh:
-        table.reset_parameters()
 
 
 def _columns(columns_SC: Tensor, shape: torch.Size, mesh: "DeviceMesh") -> Tensor:
@@ -179,7 +186,7 @@ class ColumnTable(ValueTable):
         """As of a whole table, a few rows at a time: with the same seed on all ranks it has the same values."""
         columns_SC, (first, last) = own_part(self.weight), self.own_bounds
         slots, width = self.weight.shape
-        rows = max(16, _CHUNK_ELEMENTS // width // 16 * 16)  # random numbers come by sixteens
+        rows = max(16, CHUNK_ELEMENTS // width // 16 * 16)  # random numbers come by sixteens
         for start in range(0, slots, rows):
             piece = columns_SC.new_empty(min(rows, slots - start), width).normal_(std=self.std)
             columns_SC[start : start + rows] = piece[:, first:last]

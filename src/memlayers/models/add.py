@@ -1,13 +1,16 @@
 """What people do with memories: add them to a model, remove, save and load them, and freeze the model around them."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from memlayers.checks import require_bool
 from memlayers.config import MemoryConfig
+from memlayers.distributed.whole import whole_tables
+from memlayers.distributed.wrapping import keep_out_of_ddp
 from memlayers.layer import MemoryLayer
 from memlayers.models.classes import add_memories, load_memories, remove_memories
 from memlayers.models.folder import local_folder, read_description
@@ -24,6 +27,9 @@ from memlayers.models.placement import MemoryPlacement, Mode
 from memlayers.models.storage import savable_base, write_memory
 from memlayers.models.targets import Layers, choose, names_of, require_suitable
 from memlayers.models.wrappers import find_wrappers
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -128,6 +134,8 @@ def save_memory(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_s
     came from. The folder can be uploaded as it is. Files are written aside, flushed and moved into place: a save that
     fails leaves those of an earlier one as they were.
 
+    With tables in columns (`memlayers.distributed.shard_tables`) all ranks call it, and the first one writes.
+
     Args:
         model: one with memories; one that `torch.compile`, PEFT or `DistributedDataParallel` is around, too. What PEFT
             has added is not saved with it: save adapters by themselves, to another folder.
@@ -141,10 +149,16 @@ def save_memory(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_s
     _check_size(max_shard_size)
     inner = unwrap(model)
     placed = placed_memories(inner)
-    write_memory(inner, placed, savable_base(inner, placed), Path(folder), max_shard_size)
+    base = savable_base(inner, placed)
+    with whole_tables(inner, folder) as whole:
+        if whole is not None:
+            tensors = {name: whole.get(tensor, tensor) for name, tensor in placed.tensors.items()}
+            write_memory(inner, replace(placed, tensors=tensors), base, Path(folder), max_shard_size)
 
 
-def load_memory(model: Model, folder: str | os.PathLike[str], *, check_base: bool = True) -> Model:
+def load_memory(
+    model: Model, folder: str | os.PathLike[str], *, check_base: bool = True, mesh: "DeviceMesh | None" = None
+) -> Model:
     """Puts the memories that `save_memory` saved into their base model, in place.
 
     The model then gives the outputs of the one that was saved, bit for bit in the same precision. Its class changes as
@@ -155,6 +169,7 @@ def load_memory(model: Model, folder: str | os.PathLike[str], *, check_base: boo
         folder: what `save_memory` wrote; or the name of a repository of the Hub, which is fetched.
         check_base: compare a few values of every tensor of `model` with those of the base that was saved with. False:
             take any base into which the memories fit.
+        mesh: the tables go straight into columns, as by `memlayers.distributed.shard_tables`; all ranks call it then.
 
     Returns:
         `model` itself. Memories stand on the device, in the dtype and in the mode (train or eval) of their module.
@@ -166,7 +181,9 @@ def load_memory(model: Model, folder: str | os.PathLike[str], *, check_base: boo
     inner = unwrap(model)
     require_no_memory(inner)
     path = local_folder(folder)
-    load_memories(inner, path, read_description(path), check_base=check_base)
+    load_memories(inner, path, read_description(path), check_base=check_base, mesh=mesh)
+    if mesh is not None:
+        keep_out_of_ddp(inner)
     return model
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from memlayers.distributed.whole import has_columns
 from memlayers.models.add import save_memory, trainable_base
 from memlayers.models.folder import lacks_memory
 from memlayers.models.modules import placed_memories, unwrap
@@ -42,7 +43,7 @@ class SaveMemory(TrainerCallback):
             _fill(model, checkpoint_of(args, state))
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.should_save:  # in one process
+        if args.should_save or has_columns(model):  # in one process, or in all
             save_memory(model, checkpoint_of(args, state) / MEMORY_FOLDER)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

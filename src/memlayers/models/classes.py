@@ -28,6 +28,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
+from memlayers.distributed.whole import has_columns, whole_tables, with_whole_tables
 from memlayers.files import finish_replacing, replaced_together
 from memlayers.layer import MemoryLayer
 from memlayers.models.folder import (
@@ -253,13 +254,13 @@ class MemoryMixin(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `transformers.PreTrainedModel.save_pretrained`, except that a save that fails leaves the folder as it was.
 
-        Files are written aside, flushed and moved into place; for this the folder's file system needs room for a second
-        copy. A process that is killed leaves what was there, or all that is new, of which the next load moves the rest
-        into place. Of several that save to one folder each waits for those before it. A distributed checkpoint, to
-        which several processes write, goes straight to the folder. A model of a class from outside of `transformers` is
-        loaded by its own class: ``type(model).from_pretrained(folder)``.
+        Files are written aside, flushed and moved into place, for which the folder's file system needs room for a
+        second copy. A process that is killed leaves what was there, or all that is new, of which the next load moves
+        the rest into place. Of several that save to one folder each waits for those before it. A distributed
+        checkpoint goes straight to the folder. With tables in columns all ranks call it, and the first one writes. A
+        class from outside of `transformers` loads its models itself: ``type(model).from_pretrained(folder)``.
         """
-        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        is_main_process = has_columns(self) or (args[0] if args else kwargs.get("is_main_process", True))
         if not is_main_process or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, *args, **kwargs)
             return
@@ -273,8 +274,10 @@ class MemoryMixin(PreTrainedModel):
             stale += "|" + re.escape(CARD)
         # Old names of weights are translated for the plain type of model, on loading, and back on saving; not for ours.
         kwargs.setdefault("save_original_format", False)
-        with replaced_together(save_directory, stale=stale) as aside:
-            super().save_pretrained(aside, *args, **kwargs)
+        with whole_tables(self, save_directory) as whole:
+            if whole is not None:
+                with replaced_together(save_directory, stale=stale) as aside:
+                    super().save_pretrained(aside, *args, **with_whole_tables(self, whole, kwargs))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -583,9 +586,9 @@ def _change_class_back(model: MemoryMixin, name_or_path: str) -> None:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def load_memories(model: nn.Module, folder: Path, description: Description, *, check_base: bool = True) -> None:
-    """Adds the memories in `folder` to their base, which was unwrapped. Raises the `ValueError` of `load_memory`."""
-    stored = read_memory(model, folder, description, check_base=check_base)
+def load_memories(model: nn.Module, folder: Path, description: Description, **how: Any) -> None:
+    """Adds the memories in `folder` to their base, which was unwrapped, and raises, as `load_memory` says."""
+    stored = read_memory(model, folder, description, **how)
     add_memories(model, stored.placement, stored.names, stored.memories, stored.base, gates=stored.gates)
 
 

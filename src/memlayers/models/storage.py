@@ -8,7 +8,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from memlayers.distributed.agreement import own_part
+from memlayers.distributed.columns import own_bounds, put_in_columns
 from memlayers.files import describe_files, replaced_together, verify_files
 from memlayers.layer import MemoryLayer
 from memlayers.models.folder import (
@@ -39,6 +41,10 @@ from memlayers.models.modules import PlacedMemories, base_name, memory_tensors, 
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.targets import names_of
 from memlayers.models.wrappers import find_wrappers
+from memlayers.values import value_tables
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh
 
 CHUNK = 2**25  # bytes of a file that are read at once
 
@@ -175,10 +181,18 @@ class StoredMemories:
     base: BaseIdentity  # of the model
 
 
-def read_memory(model: nn.Module, folder: Path, description: Description, *, check_base: bool) -> StoredMemories:
+def read_memory(
+    model: nn.Module,
+    folder: Path,
+    description: Description,
+    *,
+    check_base: bool = True,
+    mesh: "DeviceMesh | None" = None,
+) -> StoredMemories:
     """What `write_memory` wrote, each memory on the device of its module; `model`, its base, stays as it is.
 
-    Weights go straight to their device: no table is held twice. Raises the `ValueError` of `load_memory`.
+    Weights go straight to their device, and with a mesh into columns: no table is held twice. Raises the `ValueError`
+    of `load_memory`.
     """
     verify_files(folder, description.files, links=True)
     names = _names_in(model, description)
@@ -195,6 +209,8 @@ def read_memory(model: nn.Module, folder: Path, description: Description, *, che
     stored = stored_tensors(folder, description.files)
     gate_like = torch.empty(placement.config.dim, device="meta")
     _check_stored(folder, stored, {**memory_tensors(by_name), **dict.fromkeys(gates, gate_like)})
+    if mesh is not None:
+        put_in_columns(value_tables(nn.ModuleList(by_name.values())), mesh)
     for name, memory in zip(names, by_name.values(), strict=True):
         like = tensor_like(model, name)
         if like.is_meta:
@@ -283,7 +299,7 @@ def check_values(tensor: Tensor, what: str) -> None:
     """Raises `ValueError` for a weight that is no finite number, and for a variance below zero."""
     if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
         return
-    low, high = tensor.detach().aminmax()  # which a NaN is both of; neither copies a table
+    low, high = own_part(tensor.detach()).aminmax()  # which a NaN is both of; neither copies a table
     if not (low.isfinite() and high.isfinite()):
         raise ValueError(f"{what} must hold finite numbers, got NaN or infinite ones: take an earlier save")
     if "running_var" in what and low < 0:
@@ -308,8 +324,12 @@ def _allocate(memory: MemoryLayer, device: torch.device) -> None:
 
 @torch.no_grad()
 def _fill(tensor: Tensor, file: Path, name: str) -> None:
+    own = own_part(tensor)
     for start, part in _chunks(file, name):
-        (tensor[start : start + len(part)] if part.ndim else tensor).copy_(part)
+        if own is not tensor:
+            first, last = own_bounds(tensor.shape[1], tensor.device_mesh)  # type: ignore[attr-defined]
+            part = part[:, first:last]
+        (own[start : start + len(part)] if part.ndim else own).copy_(part)
 
 
 def _chunks(file: Path, name: str) -> Iterator[tuple[int, Tensor]]:
