@@ -1,7 +1,9 @@
 """Tables in columns over two and four processes: the step of one process, with a part of the table and its moments."""
 
+import io
 import warnings
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -314,7 +316,7 @@ def test_ranks_may_have_fewer_tokens_or_none(pair, dtype):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that an operation returned."""
+    """The most bytes of a tensor that an operation returned."""
 
     most = 0
 
@@ -322,7 +324,7 @@ class Largest(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for one in torch.utils._pytree.tree_leaves(result):
             if torch.is_tensor(one) and not hasattr(one, "placements") and not one.is_meta:
-                self.most = max(self.most, one.untyped_storage().nbytes() // one.element_size())
+                self.most = max(self.most, one.untyped_storage().nbytes())
         return result
 
 
@@ -353,7 +355,7 @@ def measured(rank):
 
 def test_a_rank_holds_its_share_of_a_table_and_never_makes_a_whole_one(pair):
     for most, kept in pair(measured):
-        assert most == 1600 * 16  # of 1600 x 32
+        assert most == 1600 * 16 * 4  # where the table is 1600 x 32
         assert kept == [1600 * 16 * 4] * 3
 
 
@@ -411,12 +413,101 @@ def test_hooks_of_rows_see_the_norm_over_all_columns(pair):
     del optimizer
 
 
+def finite_by_rank(rank):
+    """Rank 1 has a token whose gradient is infinite in the first column."""
+    model = in_columns(Net())
+    optimizer = RowAdam(model)
+    loss_of(model, 0, 0, rank).backward()
+    before = bool(model.first.values.row_gradient.is_finite())
+    y = model.first(batch(0, 0, rank)[0])
+    (y[0, 0] * (torch.inf if rank == 1 else 1)).backward()
+    after = bool(model.first.values.row_gradient.is_finite())
+    del optimizer
+    return before, after
+
+
+def test_all_ranks_see_whether_a_gradient_is_finite(pair):
+    assert pair(finite_by_rank) == [(True, False), (True, False)]
+
+
+def copied(rank):
+    model = in_columns(Net())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = RowAdam(model)
+    copy = deepcopy(model)
+    steps(model, optimizer, [[partial(loss_of, model, 0, 0, rank)]])
+    average.update_parameters(model)
+    average.update_parameters(model)
+    with torch.no_grad():
+        same_loss = torch.equal(loss_of(average.module, 1, 0, rank), loss_of(model, 1, 0, rank))
+        other_loss = torch.equal(loss_of(copy, 1, 0, rank), loss_of(model, 1, 0, rank))
+    return same_loss, other_loss, said(RuntimeError, loss_of(copy, 0, 0, rank).backward)
+
+
+def test_copies_read_columns_of_their_own_and_have_no_optimizer(pair):
+    for same_loss, other_loss, message in pair(copied):
+        assert same_loss
+        assert not other_loss
+        assert "build its row optimizer" in message
+
+
+def watched(rank):
+    """What an alarm says of a step that writes rows, and of one that writes none."""
+    from memlayers.diagnosis.alarms import Monitor
+    from memlayers.diagnosis.subjects import find_subjects
+
+    model = in_columns(Net())
+    optimizer = RowAdam(model, lr=0.1)
+    answers = []
+    with Monitor(find_subjects(model)[0], window=16) as monitor:
+        for _ in range(2):
+            loss_of(model, 0, 0, rank).backward()
+            monitor.note_rows()
+            optimizer.step()
+            answers.append(monitor.written())
+            optimizer.param_groups[0]["value_lr"] = 0.0
+    return answers
+
+
+def test_alarms_look_at_the_columns_of_their_rank(pair):
+    for fine, (check, message) in pair(watched):
+        assert fine is None
+        assert check == "written"
+        assert "wrote none of" in message
+
+
 def scaled_by_rank(rank, factors):
     model = in_columns(Net())
     optimizer = RowAdam(model)
     loss_of(model, 0, 0, rank).backward()
     model.first.values.row_mark.grad.mul_(factors[rank])
     return said(RuntimeError, optimizer.step)
+
+
+def loaded_from_another_rank(rank, what):
+    """As where one rank writes what `torch.save` takes, and all read it."""
+    model = in_columns(Net())
+    optimizer = RowAdam(model)
+    steps(model, optimizer, [[partial(loss_of, model, 0, 0, rank)]])
+    file = io.BytesIO()
+    torch.save((model if what == "weights" else optimizer).state_dict(), file)
+    files = [None, None]
+    dist.all_gather_object(files, file.getvalue())
+    read = torch.load(io.BytesIO(files[0 if what != "own state" else rank]), weights_only=False)
+    (model if what == "weights" else optimizer).load_state_dict(read)
+    if what == "weights":
+        optimizer.release()
+        optimizer = RowAdam(model)
+    loss_of(model, 0, 0, rank).backward()
+    return said(RuntimeError, optimizer.step)
+
+
+def test_columns_of_another_rank_are_refused(pair):
+    assert pair(loaded_from_another_rank, "own state") == [None, None]
+    for what in ("weights", "state"):
+        for message in pair(loaded_from_another_rank, what):
+            assert "two ranks hold the same columns" in message
+            assert "torch.distributed.checkpoint" in message
 
 
 def test_a_gradient_that_is_not_scaled_alike_on_all_ranks_is_refused(pair):
@@ -480,6 +571,10 @@ def refused(rank):
     answers["a mixture"] = said(ValueError, RowAdam, [model.first.values, ValueTable(5, 5)])
     optimizer = RowAdam(model)
     answers["alone"] = said(RuntimeError, doctor, model, torch.randn(30, WIDTH), optimizer=optimizer)
+    loss_of(model, 0, 0, rank).backward()
+    optimizer.step()
+    whole_model = Net()
+    answers["a state in columns"] = said(ValueError, RowAdam(whole_model).load_state_dict, optimizer.state_dict())
     model.first.values.weight.grad = torch.ones_like(model.first.values.weight)
     answers["dense"] = said(RuntimeError, optimizer.step)
     return answers
@@ -498,6 +593,7 @@ REFUSED = {
     "a group": "process_group must be None for tables in columns",
     "a mixture": "must all be in columns of one mesh, or none",
     "alone": "examine the model (doctor) before shard_tables",
+    "a state in columns": "must be whole, or in columns of as many ranks as the table, 1, got 2",
     "dense": "call zero_grad() and leave weight.grad alone",
 }
 

@@ -15,6 +15,7 @@ from memlayers.diagnosis.collapse import LEAST_TOKENS, first_of_alike, judge
 from memlayers.diagnosis.groups import Training, is_at_zero, is_constant
 from memlayers.diagnosis.output import far_off
 from memlayers.diagnosis.subjects import Subject, has_lost_owner
+from memlayers.distributed.agreement import own_part
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
 from memlayers.listening import Listener, input_of
@@ -172,7 +173,7 @@ class Monitor(Listener):
         slots_R = slots_R[slots_R >= 0]
         slots_R = slots_R[:: max(1, len(slots_R) // RECENT_ROWS)].to(weight.device)
         if len(slots_R):
-            self._before = slots_R, weight.detach()[slots_R]
+            self._before = slots_R, own_part(weight.detach())[slots_R]
 
     def written(self, optimizer: Any = None) -> tuple[str, str] | None:
         """After that step, unless it was skipped (a scaler does so where float16 has overflowed)."""
@@ -180,7 +181,7 @@ class Monitor(Listener):
         if before is None or getattr(optimizer, "step_was_skipped", False):
             return None
         (slots_R, rows_RV), weight = before, self.subject.table.weight
-        if torch.equal(weight.detach()[slots_R], rows_RV):
+        if torch.equal(own_part(weight.detach())[slots_R], rows_RV):
             frozen = "" if weight.requires_grad else ": its table is frozen"
             return "written", f"a step of the optimizer wrote none of {len(slots_R):,} rows that were read{frozen}"
         return None

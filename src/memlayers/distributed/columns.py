@@ -92,7 +92,7 @@ def _check(table: ValueTable, mesh: "DeviceMesh") -> None:
             "value tables must be whole, got a DTensor: call shard_tables before fully_shard, and keep that from "
             "sharding them (fully_shard(..., ignored_params={table.weight, table.row_mark}))"
         )
-    width, size = table.weight.shape[1], mesh.size(-1)
+    width, size = table.weight.shape[1], mesh.size(mesh.ndim - 1)
     if len(bounds(width, size)) < size:
         raise ValueError(f"a table of width {width} cannot be divided among {size} ranks: use a smaller mesh")
 
@@ -105,11 +105,20 @@ def bounds(width: int, size: int) -> list[tuple[int, int]]:
 
 def own_bounds(width: int, mesh: "DeviceMesh") -> tuple[int, int]:
     """Those of this rank."""
-    return bounds(width, mesh.size(-1))[mesh.get_local_rank(mesh.ndim - 1)]
+    return bounds(width, mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
 
 
-def columns_of(tensor: Tensor, weight: Any) -> Tensor:
-    """Of a whole tensor of the shape of a weight in columns, those of this rank, as a `DTensor`; others as they are."""
+def columns_of(tensor: Any, weight: Any) -> Tensor:
+    """Of a whole tensor of the shape of a weight in columns, those of this rank, as a `DTensor`; others as they are.
+
+    Raises `ValueError` for columns that are not divided as the weight is.
+    """
+    parts = [1 if not hasattr(one, "placements") else one.device_mesh.size() for one in (tensor, weight)]
+    if parts[0] not in (1, parts[1]):
+        raise ValueError(
+            f"states of tables must be whole, or in columns of as many ranks as the table, {parts[1]}, got {parts[0]}: "
+            "a checkpoint of torch.distributed.checkpoint is read by any number of them"
+        )
     if not hasattr(weight, "placements") or hasattr(tensor, "placements") or tensor.shape != weight.shape:
         return tensor
     first, last = own_bounds(weight.shape[1], weight.device_mesh)
@@ -160,7 +169,8 @@ class ColumnTable(ValueTable):
     @property
     def bounds(self) -> list[tuple[int, int]]:
         """First and last column, exclusive, of each rank."""
-        return bounds(self.weight.shape[1], self.weight.device_mesh.size(-1))
+        mesh = self.weight.device_mesh
+        return bounds(self.weight.shape[1], mesh.size(mesh.ndim - 1))
 
     @property
     def own_bounds(self) -> tuple[int, int]:
@@ -173,7 +183,7 @@ class ColumnTable(ValueTable):
 
     def in_order(self, held: Held) -> Held:
         """What this rank has recorded, of all ranks' tokens, in the order of one process with their micro-batches."""
-        size = self.weight.device_mesh.size(-1)
+        size = len(self.bounds)
         by_rank = [Held(held.parts[rank::size], held.passes) for rank in range(size)]
         return held if len(held.parts) % size else held._replace(parts=list(in_order(by_rank)))
 

@@ -105,7 +105,7 @@ class RowGradient:
         self._reached = False  # a pass has put something into the companion's gradient since the last step
         self._missed = False  # or has not
         self._hooks: OrderedDict[int, Callable[[RowHookArgument], None]] = OrderedDict()
-        # From the norm of what is recorded here: a table of which other processes have columns adds theirs.
+        # From the norm of what is recorded here; of a table in columns that over all of them, which all ranks ask for.
         self.whole_norm: Callable[[Tensor], Tensor] = lambda norm: norm
         mark.requires_grad_(True)
         mark.grad = None  # of dense mode, where it is zero
@@ -155,7 +155,8 @@ class RowGradient:
         """Whether what is recorded, its products and their squares are: a scalar of bool on the table's device."""
         sizes = [part.weights_TK.abs().amax() * part.grad_TV.abs().amax() for part in self._parts if part.size]
         checks = [torch.isfinite(size.float().square()) for size in sizes]
-        return torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool, device=self._mark.device)
+        is_finite = torch.stack(checks).all() if checks else torch.ones(1, device=self._mark.device).all()
+        return torch.isfinite(self.whole_norm(torch.where(is_finite, 0.0, math.inf)))
 
     def discard(self) -> None:
         """Forget what is recorded, as `zero_grad` does."""

@@ -182,10 +182,11 @@ class RowOptimizer(TableOwner):
         gradient = table.row_gradient
         if gradient is None:
             return Held([], 0)
-        if not isinstance(table, ColumnTable):
-            return Held(gradient.held(), gradient.passes)
-        table.weight.grad = None  # zeros, of torch's checkpoints
-        return table.in_order(Held(gradient.held(), gradient.passes))
+        grad = table.weight.grad
+        if grad is not None and not bool(own_part(grad).any()):  # of torch's checkpoints; not to be sent
+            table.weight.grad = None
+        held = Held(gradient.held(), gradient.passes)
+        return table.in_order(held) if isinstance(table, ColumnTable) else held
 
     def _fault(self, are_several: bool) -> str | None:
         """Why no step can be made."""
@@ -194,13 +195,13 @@ class RowOptimizer(TableOwner):
                 continue
             if not table.row_gradient.is_of(table.weight):
                 return _REPLACED
+            grad = table.weight.grad
+            if isinstance(table, ColumnTable) and grad is not None and bool(own_part(grad).any()):
+                return _DENSE_IN_COLUMNS
             mark = table.row_mark.grad
             is_plain = mark is not None and (table.weight.grad is not None or not isinstance(mark, RowTensor))
             if are_several and is_plain:
                 return _DENSE_TOO
-            grad = table.weight.grad
-            if isinstance(table, ColumnTable) and grad is not None and bool(own_part(grad).any()):
-                return _DENSE_IN_COLUMNS
             if (fault := table.row_gradient.fault()) is not None:
                 return fault
         return None
@@ -229,9 +230,14 @@ class RowOptimizer(TableOwner):
         error: Exception | None = None
         if columns is not None:
             try:
-                said = agreed(columns, fault, settings, self._checksum(held))
-                if not any(is_merged for is_merged, _ in said) and any(one != said[0] for one in said):
+                said = agreed(columns, fault, settings, [*self._checksum(held), *self._contents()])
+                if not any(is_merged for is_merged, *_ in said) and any(one[1] != said[0][1] for one in said):
                     raise RuntimeError(_NOT_ALIKE)
+                if any(
+                    len({*found} - {0}) < len(found) - found.count(0) for found in list(zip(*said, strict=True))[2:]
+                ):
+                    raise RuntimeError(_SAME_COLUMNS)
+                self._may_differ &= replicas is not None
             except (RuntimeError, ValueError) as found:  # replicas are told first
                 error, fault = found, str(found)
         if replicas is not None:
@@ -252,6 +258,17 @@ class RowOptimizer(TableOwner):
         is_merged = any(gradient is not None and gradient.is_merged for gradient in gradients)
         weights = [part.weights_TK.flatten() for one in held for part in one.parts]
         return [int(is_merged), fingerprint(torch.cat(weights)) if weights and not is_merged else 0]
+
+    def _contents(self) -> list[int]:
+        """By table, a number of its columns here and one of their first state, after either may have been loaded.
+
+        0 is for what would say nothing: one number in all places, no state, and nothing that was loaded.
+        """
+        tensors: list[Any] = []
+        for table in self._tables:
+            tensors += [table.weight, next(iter(self.state.get(table.weight, {}).values()), None)]
+        found = [None if one is None or not self._may_differ else own_part(one) for one in tensors]
+        return [0 if one is None or bool((one == one[:1, :1]).all()) else fingerprint(one) for one in found]
 
     def _take_from_first(self, ranks: Ranks, group: dict[str, Any]) -> None:
         """Makes tables and states those of rank 0, as `DistributedDataParallel` does with what it knows of."""
@@ -328,4 +345,8 @@ _DENSE_IN_COLUMNS = (
 _NOT_ALIKE = (
     "the row gradient of a table in columns was not scaled alike on all ranks. Each rank holds its columns of the "
     "gradient of all ranks' tokens: scale the loss before backward, not the gradient, by what differs between ranks"
+)
+_SAME_COLUMNS = (
+    "two ranks hold the same columns of a table, or of its state: what one rank has saved was loaded by others. Save "
+    "and load by torch.distributed.checkpoint, or by save_memory and load_memory(..., mesh=mesh), on all ranks"
 )
