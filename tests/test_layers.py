@@ -18,8 +18,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "memlayers"
 # From the bottom to the top, as docs/contributing.md shows it. The root, `memlayers` itself, is above all of them.
 LAYERS = {
     "base": (
-        "version after_import checks files sizes extras console signals available torch_private listening hardware "
-        "presentation settings"
+        "version after_import checks launch files sizes extras console signals available torch_private listening "
+        "hardware presentation settings"
     ),
     "operations": "ops",
     "layer": "config query keys values usage layer memory_plus experts minimal parameters",

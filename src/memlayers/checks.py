@@ -1,6 +1,6 @@
 """Checks of settings. Each raises `ValueError` naming the setting, its value and what is allowed.
 
-`CommandFailed` is for what no check of fields foresees.
+`CommandFailed` and `ProcessLost` are for what no check of fields foresees.
 """
 
 import operator
@@ -12,6 +12,10 @@ LARGEST = 2**53  # integers beyond are not exact as floating point numbers, whic
 
 class CommandFailed(RuntimeError):  # noqa: N818  (the machine, the numbers or a result are at fault, not a caller)
     """Well-set work cannot go on, or its result is wrong; a command prints the message and exits with status 1."""
+
+
+class ProcessLost(RuntimeError):  # noqa: N818  (as above)
+    """Another process of a group ended in the middle of common work, so that this one has to end, too."""
 
 
 def plain_number(value: Any) -> Any:

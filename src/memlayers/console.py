@@ -46,6 +46,10 @@ def announce(line: str) -> None:
     tell(f"memlayers: {line}")
 
 
+def keep_silent(line: str) -> None:
+    """Print nothing: what the others of several processes say."""
+
+
 def show(text: str) -> None:
     """Print the end of work whose results are on the disk: it is done, whether anybody reads this or not."""
     try:

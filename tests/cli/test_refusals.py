@@ -225,3 +225,35 @@ def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "memlayers", "trian"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "memlayers: error: unknown command 'trian'; did you mean 'train'?\n"
+
+
+@pytest.mark.promise(
+    "Several processes",
+    "other commands under `torchrun`: `prepare`, `eval`, `doctor`, `bench`, `reproduce`, `train --dry_run`",
+    "refused",
+    "start them without it",
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prepare", "--output", "new"],
+        ["eval", "run"],
+        ["generate", "run", "--prompt", "a"],
+        ["doctor", "run"],
+        ["bench"],
+        ["info"],
+        ["reproduce", "depth", "--output", "new"],
+        ["train", "--dry_run"],
+    ],
+)
+def test_a_command_of_one_process_is_refused_under_torchrun(arguments, refused, monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    what = arguments[0] if "--dry_run" not in arguments else "train --dry_run"
+    assert refused(*arguments) == (
+        f"memlayers {what} runs in one process: start it without torchrun, which has started 3"
+    )
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert main(arguments) == 2
+    assert capsys.readouterr() == ("", "")  # one of each machine says it

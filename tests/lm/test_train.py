@@ -392,7 +392,8 @@ def test_a_run_that_did_not_finish_is_replaced_only_on_demand(tiny_config, tiny_
             "training.precision must be .* on cpu, got 'fp16'",
         ),
         ({"training": {"tokens": 10**15}}, {}, "training.tokens must be fewer: the order of .* windows alone"),
-        ({}, {"WORLD_SIZE": "2"}, "WORLD_SIZE must be 1, got '2'"),
+        ({}, {"WORLD_SIZE": "2"}, "RANK must be set where WORLD_SIZE is 2: start the command with torchrun"),
+        ({}, {"WORLD_SIZE": "many"}, "WORLD_SIZE must be an integer of at least 1, got 'many'"),
     ],
 )
 def test_what_cannot_work_ends_before_anything_is_written(

@@ -1,5 +1,7 @@
 """The registry says of every operation what runs it, and what it says is what runs."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,6 +10,7 @@ from memlayers import MemoryConfig, MemoryLayer, RowAdam, UsageMeter
 from memlayers.after_import import after_import
 from memlayers.ops import cpu, gpu, read, registry
 from memlayers.ops.cpu import launch
+from memlayers.ops.row_step import row_sgd_
 
 NAMES = {
     *("search", "search_backward", "select", "read", "read_row_mode", "dot", "dot_row_mode", "sum_rows", "record_"),
@@ -51,7 +54,36 @@ def test_it_says_what_runs(monkeypatch):
     said = registry.describe()
     assert NAMES - said.keys() == {"record_"}
     assert said["search"] == "Numba on a CPU (float32), PyTorch on a GPU (Triton is not installed)"
-    assert said["row_adam_"].startswith("Numba on a CPU (tables in float32, bfloat16, float16), ")
+    assert said["row_adam_"].startswith(
+        "Numba on a CPU (tables in float32, bfloat16, float16; PyTorch for others, over 10 times slower), "
+    )
+
+
+def test_a_slow_reference_is_told_of_once_with_the_remedy(monkeypatch, caplog):
+    """One row of many is read; small tables, as in tests, are nobody's loss."""
+    monkeypatch.setattr(cpu, "why_not", lambda: None)
+    monkeypatch.setattr(registry, "_log_once", functools.cache(registry._log_once.__wrapped__))
+
+    def step(width, dtype=torch.float64):
+        row_sgd_(torch.zeros(2**10, width, dtype=dtype), [torch.tensor([[3]])], [torch.ones(1, 1)],
+                 [torch.ones(1, width)], lr=1.0)  # fmt: skip
+
+    step(100)
+    assert not caplog.records
+    step(1025)
+    step(1025)
+    assert [record.getMessage() for record in caplog.records] == [
+        "row_sgd_ runs on its reference, which takes over 10 times as long as its kernel: its kernel takes tables in "
+        "float32, bfloat16, float16, all contiguous"
+    ]
+    monkeypatch.setattr(cpu, "why_not", lambda: "Numba is not installed")
+    monkeypatch.setattr(cpu, "kernels", lambda module: None)
+    step(1025, torch.float32)
+    assert "over 10 times as long as its kernel: Numba is not installed" in caplog.records[-1].getMessage()
+    monkeypatch.setenv(cpu.SWITCH, "1")
+    registry._log_once.cache_clear()
+    step(1025, torch.float32)
+    assert len(caplog.records) == 2, "who asks for references is not told"
 
 
 def test_it_says_when_kernels_do_not_share_pytorch_s_threads(monkeypatch):

@@ -18,8 +18,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from memlayers.checks import CommandFailed
+from memlayers.checks import CommandFailed, ProcessLost
 from memlayers.console import discard_output, messages, open_standard_streams, tell
+from memlayers.launch import is_launched, is_spoken_for, number
 from memlayers.signals import Stopped, obey_missed, on_ending_signal, stop
 from memlayers.version import __version__
 
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Status 2 is for what a user got wrong, 1 for what went wrong on the way: no memory or no room on the disk left, a
     loss that is not finite, a check that failed; 128 + signal for SIGTERM and SIGHUP. Nothing is said if nobody reads
     the output any more.
+
+    Of several processes that `torchrun` started, one of each machine says what all of them fail by; that another one
+    was lost, and what went wrong in one of them alone, each says by itself.
     """
     open_standard_streams()
     # Where it is installed, transformers imports it for a schedule, and on a CPU it says what it lacks.
@@ -71,12 +75,15 @@ def _status_of(arguments: Sequence[str]) -> int:
         return _fail(_with_notes(error), FAILED if is_of_the_disk else USER_ERROR)
     except CommandFailed as error:
         return _fail(str(error), FAILED)
+    except ProcessLost as error:
+        return _fail(str(error), FAILED, is_own=True)
     except (MemoryError, RuntimeError) as error:
         from memlayers.available import is_lack_of_memory  # imports torch, for which no other end has to wait
 
         if not is_lack_of_memory(error):
             raise
-        return _fail(f"not enough memory: {str(error).strip().partition(chr(10))[0] or 'an allocation failed'}", FAILED)
+        found = str(error).strip().partition("\n")[0] or "an allocation failed"
+        return _fail(f"not enough memory: {found}", FAILED, is_own=True)
     except Stopped as stopped:
         return _fail(_with_notes(stopped), stopped.code)
     except KeyboardInterrupt as interruption:
@@ -89,6 +96,8 @@ def _with_notes(error: BaseException) -> str:
     return ". ".join(filter(None, (str(error) or None, *getattr(error, "__notes__", ()))))
 
 
-def _fail(message: str, status: int) -> int:
-    tell(f"memlayers: {'' if status > 128 else 'error: '}{message.strip()}")
+def _fail(message: str, status: int, *, is_own: bool = False) -> int:
+    if is_own or not is_spoken_for():
+        rank = f"rank {number('RANK')}: " if is_own and is_launched() else ""
+        tell(f"memlayers: {'' if status > 128 else 'error: '}{rank}{message.strip()}")
     return status

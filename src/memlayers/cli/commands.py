@@ -15,6 +15,7 @@ from typing import Any, Literal
 from memlayers.cli.arguments import Parser
 from memlayers.cli.configuration import Base, Call
 from memlayers.experiments.registry import EXPERIMENTS, experiment
+from memlayers.launch import is_launched, number
 from memlayers.lm.config import SECTIONS, RunConfig, run_settings
 from memlayers.lm.data.prepare import is_occupied
 from memlayers.lm.data.sources import open_sources
@@ -36,6 +37,7 @@ class Command:
     kind: type[RunConfig] | None = None  # the configuration that it takes
     section: str = ""  # the only part of the configuration that it takes
     settings: str = ""  # a dataclass of further options, as module:name
+    in_processes: bool = False  # whether several that `torchrun` started do it together
 
     def parser(self, name: str, defaults: Mapping[str, object]) -> Parser:
         """Its parser; `defaults` are those of the configuration, for the help."""
@@ -96,6 +98,7 @@ COMMANDS = {
             "dry_run": "write nothing: take one step and say what the whole run needs, in memory and in time",
         },
         kind=RunConfig,
+        in_processes=True,
     ),
     "compare": Command(
         summary="N layers with a memory against N and 2N layers without",
@@ -108,6 +111,7 @@ COMMANDS = {
             ),
         },
         kind=Comparison,
+        in_processes=True,
     ),
     "reproduce": Command(
         summary="an experiment of the paper: its runs, as far as they are left, and its report",
@@ -212,6 +216,8 @@ def run_command(arguments: Sequence[str]) -> None:
         wrong = f"unknown command {name!r}" if name else "a command is missing"
         raise ValueError(f"{wrong}; {instead(name, COMMANDS)}")
     command = COMMANDS[name]
+    if is_launched() and not command.in_processes:
+        raise _of_one_process(name)
     given = command.parser(name, {}).values(words)
     asks_for_help = given.pop("help", False)
     base = None
@@ -230,12 +236,20 @@ def run_command(arguments: Sequence[str]) -> None:
     run(call)
 
 
+def _of_one_process(what: str) -> ValueError:
+    return ValueError(
+        f"memlayers {what} runs in one process: start it without torchrun, which has started {number('WORLD_SIZE')}"
+    )
+
+
 def _refuse_early(name: str, call: Call) -> None:
     """Raises what the command would raise of its configuration and its folder, before seconds of imports."""
     if name in ("train", "compare", "prepare") and call.base is not None:
         options = call.options
         if options.get("overwrite") and options.get("resume"):
             raise ValueError("overwrite and resume exclude each other: a run is either replaced or goes on")
+        if is_launched() and options.get("dry_run"):
+            raise _of_one_process(f"{name} --dry_run")
         if name == "train" and options["output"] is None and not options["dry_run"]:
             raise ValueError("output must be given: --output FOLDER, for the run")
         # A corpus that is ready says what the data are, and weights need its sources.

@@ -10,6 +10,7 @@ from memlayers.cli.model_commands import quality
 from memlayers.console import show, tell
 from memlayers.experiments.compare import compare
 from memlayers.experiments.reproduce import plan, reproduce
+from memlayers.launch import is_first
 from memlayers.lm.data import MANIFEST, Corpus, DataConfig, open_corpus, prepare
 from memlayers.lm.data.prepare import copies_text, is_occupied, strange_text
 from memlayers.lm.data.sources import open_sources
@@ -30,6 +31,8 @@ def run_train(call: Call) -> None:
     config, corpus = _with_data_of_corpus(call)
     result = train(config, options["output"], corpus=corpus, overwrite=options["overwrite"], resume=options["resume"])
     run = result["training"]
+    if not is_first():  # several processes return the same
+        return
     show(
         f"{result['parameters']['total']:,} parameters, {run['tokens']:,} tokens in {run['seconds']:,.0f} s "
         f"({run['tokens_per_s']:,.0f} tokens/s)\n{quality(result['validation'])}\nrun: {options['output']}"
@@ -59,6 +62,8 @@ def run_compare(call: Call) -> None:
     config, corpus = _with_data_of_corpus(call)
     output = Path(call.options["output"])
     compare(config, output, corpus=corpus, test_tokens=call.options["test_tokens"], say=tell)
+    if not is_first():
+        return
     show((output / "table.md").read_text())
     show(f"{output / 'table.md'}, {output / 'results.json'}, {output / 'loss.png'}")
 
@@ -118,7 +123,7 @@ def _with_data_of_corpus(call: Call) -> tuple[Any, Any]:
         return call.configuration(), folder
     if "data.weights" not in (*call.fields, *call.base.files):  # which need the sources
         call.configuration()  # mistakes show before a large corpus is verified
-    corpus = open_corpus(folder, progress=True)
+    corpus = open_corpus(folder, progress=is_first())
     return call.configuration(_data_of(corpus.manifest["asked"])), corpus
 
 

@@ -2,7 +2,8 @@
 
 `exchange` first: the row gradients of all ranks, gathered at the optimizer's step. Then `agreement`: how ranks do the
 same or nothing; `wrapping`: what `DistributedDataParallel` is told; `statistics`: the query's BatchNorm over all ranks;
-`columns`: tables of which each rank owns some columns, and `whole`: their files; `wire`: the bytes of a step.
+`columns`: tables of which each rank owns some columns, and `whole`: their files; `wire`: the bytes of a step;
+`processes`: those that do a whole piece of work together, as `memlayers train` does.
 """
 
 from memlayers.distributed.agreement import check_replicas

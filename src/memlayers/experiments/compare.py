@@ -3,20 +3,24 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from memlayers.console import keep_silent
+from memlayers.distributed.processes import Processes, joined_processes
 from memlayers.experiments.points import loss_at_time
 from memlayers.experiments.report import headline, markdown, plot
 from memlayers.files import write_json, write_text
 from memlayers.hardware import hardware, versions
 from memlayers.lm.build import pick_device, resolve_precision
 from memlayers.lm.config import RunConfig, differences
-from memlayers.lm.data import Corpus, prepare
+from memlayers.lm.data import Corpus
 from memlayers.lm.evaluate import Speed, evaluate, measure_speed
 from memlayers.lm.footprint import require_memory
 from memlayers.lm.presets import Comparison
 from memlayers.lm.run import RunFolder, check_output
+from memlayers.lm.share import number_on, prepared_by_first, share_of
 from memlayers.lm.start import training_windows
 from memlayers.lm.train import train
 
@@ -39,6 +43,8 @@ def compare(
     another configuration is started again. So whatever ends a comparison, calling it once more costs little. Returns
     what `results.json` says.
 
+    Under `torchrun` all processes train each run together, as `train` does, and rank 0 reports.
+
     Args:
         config: the model with the memory and the learning rates of the baselines.
         output: folder of the comparison.
@@ -51,17 +57,47 @@ def compare(
     memory or the text in one of its runs, and if `output` holds a finished run of another configuration.
     """
     output = Path(output)
-    if isinstance(test_tokens, bool) or test_tokens < 0 or test_tokens == 1:
-        raise ValueError(f"test_tokens must be 0 or at least 2, got {test_tokens!r}")
     runs = config.runs()
     folders = {name: RunFolder(output / name) for name in runs}
-    for name, folder in folders.items():
-        _require_same(folder, runs[name])
-    check_output(output)
-    _require_own_report(output)
-    if not isinstance(corpus, Corpus):
-        corpus = prepare(config.data, output / "corpus" if corpus is None else corpus, progress=progress)
-    context = config.model.context
+    with joined_processes() as processes:
+        if not processes.is_first:
+            progress, say = False, keep_silent
+        with processes.together():
+            if isinstance(test_tokens, bool) or test_tokens < 0 or test_tokens == 1:
+                raise ValueError(f"test_tokens must be 0 or at least 2, got {test_tokens!r}")
+            for name, folder in folders.items():
+                _require_same(folder, runs[name])
+                share_of(runs[name], processes)
+            check_output(output)
+            _require_own_report(output)
+        if not isinstance(corpus, Corpus):
+            place = output / "corpus" if corpus is None else corpus
+            corpus = prepared_by_first(config.data, place, processes, progress=progress)
+        text = corpus
+        processes.first(lambda: _require_comparable(runs, folders, text, test_tokens, processes))
+        for number, (name, run) in enumerate(runs.items(), start=1):
+            folder = folders[name]
+            if processes.first(folder.result.is_file):
+                say(f"[{number}/{len(runs)}] {describe(run)}: finished already, used as it is")
+                continue
+            goes_on = processes.first(partial(_can_go_on, folder, run))
+            begin = "going on with training" if goes_on else "training"
+            say(f"[{number}/{len(runs)}] {describe(run)}: {begin} on {run.training.tokens:,} tokens")
+            settings = {"overwrite": not goes_on, "resume": goes_on, "progress": progress}
+            train(run, folder.path, corpus=text, say=say, **settings)
+        say("measuring inference speed")
+        baseline = list(runs)[1]
+        return processes.first(lambda: report(folders, output, corpus=text, baseline=baseline, test_tokens=test_tokens))
+
+
+def _require_comparable(
+    runs: Mapping[str, RunConfig],
+    folders: Mapping[str, RunFolder],
+    corpus: Corpus,
+    test_tokens: int,
+    processes: Processes,
+) -> None:
+    context = next(iter(runs.values())).model.context
     if not 2 <= context <= corpus.validation.num_tokens:
         raise ValueError(
             "model.context must be from 2 to the number of validation tokens, on which inference speed is measured, "
@@ -74,18 +110,7 @@ def compare(
             _require_corpus(folder, corpus)
         else:
             folder.check(overwrite=True)
-            _require_trainable(runs[name], corpus)
-    for number, (name, run) in enumerate(runs.items(), start=1):
-        if folders[name].finished:
-            say(f"[{number}/{len(runs)}] {describe(run)}: finished already, used as it is")
-            continue
-        goes_on = _can_go_on(folders[name], run)
-        begin = "going on with training" if goes_on else "training"
-        say(f"[{number}/{len(runs)}] {describe(run)}: {begin} on {run.training.tokens:,} tokens")
-        settings = {"overwrite": not goes_on, "resume": goes_on, "progress": progress}
-        train(run, folders[name].path, corpus=corpus, say=say, **settings)
-    say("measuring inference speed")
-    return report(folders, output, corpus=corpus, baseline=list(runs)[1], test_tokens=test_tokens)
+            _require_trainable(runs[name], corpus, processes)
 
 
 def report(
@@ -227,9 +252,11 @@ def _require_corpus(folder: RunFolder, corpus: Corpus) -> None:
         )
 
 
-def _require_trainable(config: RunConfig, corpus: Corpus) -> None:
+def _require_trainable(config: RunConfig, corpus: Corpus, processes: Processes) -> None:
     """What `train` would refuse, before other runs have taken their hours."""
     training_windows(config, corpus)
     device = pick_device()
     precision = resolve_precision(config.training.precision, device)
-    require_memory(config, vocab_size=corpus.vocab_size, precision=precision, device=device)
+    sharing = number_on(device, processes)
+    share = share_of(config, processes)
+    require_memory(share, vocab_size=corpus.vocab_size, precision=precision, device=device, processes=sharing)

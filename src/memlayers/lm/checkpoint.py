@@ -5,7 +5,8 @@ checkpoints/step-00000240/     appears by a rename, once all of it is on the dis
                                size and SHA-256 of every other file; written last
     model.safetensors ...      the model, as `save_pretrained` writes it: each table once, streamed from where it is
     optimizer.pt               the optimizer's state
-    loop.pt                    the states of the schedule, of the loss scaler, and of all random generators
+    loop.pt                    the states of the schedule, of the loss scaler, and of all random generators, those of
+                               every process
     usage.safetensors          hits since the last line of usage figures
 
 `Checkpoints` keeps such folders, `TrainingState` fills one and takes it back.
@@ -15,7 +16,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -128,23 +129,25 @@ class TrainingState(NamedTuple):
     scaler: torch.amp.GradScaler
     meters: Mapping[str, UsageMeter]
 
-    def save(self, folder: Path) -> None:
-        """Write it to `folder`, with the states of the random generators of Python, NumPy and PyTorch."""
+    def save(self, folder: Path, random_states: Sequence[Mapping[str, Any]]) -> None:
+        """Write it to `folder`, with the `random_states` of each process."""
         with without_bars():
             self.model.save_pretrained(folder)
         torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
         loop = {
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": _random_states(),
+            "random": random_states[0],
+            "random_of_others": random_states[1:],
         }
         torch.save(loop, folder / LOOP)
         totals = {f"{name}/{part}": t for name, meter in self.meters.items() for part, t in meter.state_dict().items()}
         save_file(totals, folder / USAGE)
 
-    def load(self, folder: Path) -> None:
-        """Take back what `save` wrote.
+    def load(self, folder: Path, rank: int = 0) -> None:
+        """Take back what `save` wrote, in the process of that rank.
 
+        The first process has the hits of all; one that there was not yet keeps its random generators as they are.
         From the disk straight into place (files are mapped): a second copy of a table or of its moments may not fit.
         Raises `ValueError` for a model of other tensors.
         """
@@ -163,7 +166,10 @@ class TrainingState(NamedTuple):
         for name, meter in self.meters.items():
             prefix = f"{name}/"
             meter.load_state_dict({key.removeprefix(prefix): t for key, t in totals.items() if key.startswith(prefix)})
-        _set_random_states(loop["random"])
+            if rank:
+                meter.reset()
+        for states in [loop["random"], *loop.get("random_of_others", ())][rank : rank + 1]:
+            _set_random_states(states)
 
 
 def load_weights(model: "PreTrainedModel", folder: Path) -> None:
@@ -180,7 +186,8 @@ def load_weights(model: "PreTrainedModel", folder: Path) -> None:
         raise ValueError(f"{folder} is not of this model: missing {missing}, unknown {result.unexpected_keys}")
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """The states of this process's generators, of Python, NumPy and PyTorch."""
     kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     states = {
         "python": random.getstate(),

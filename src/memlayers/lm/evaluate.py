@@ -5,7 +5,10 @@ Shapes: B windows in a batch, T tokens of a window, C tokens of the vocabulary.
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
+import operator
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memlayers.distributed.processes import Processes
 from memlayers.layer import memory_layers
 from memlayers.lm.data import Split
 from memlayers.usage import UsageMeter
@@ -80,11 +84,15 @@ def evaluate(
     context: int,
     precision: ComputePrecision = "fp32",
     batch_windows: int = 8,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Evaluate on the longest prefix of whole documents of `split` with at most `tokens` tokens.
 
     Windows of `context + 1` tokens with a stride of `context`: the last token of one is the first of the next, so that
     it is first predicted and then read. Raises `ValueError` if there is nothing to predict.
+
+    Several `processes` take turns in reading batches, and each returns what one alone would, usage but for the order of
+    its sums.
     """
     if tokens < 2:
         raise ValueError(f"tokens must be at least 2, got {tokens}")
@@ -92,20 +100,25 @@ def evaluate(
     if text.num_tokens < 2:
         raise ValueError(f"split must have at least 2 tokens, got {text.num_tokens}")
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    processes = Processes() if processes is None else processes
+    batches = math.ceil((text.num_tokens - 1) / (context * batch_windows)) + 1  # at most: the rest is a batch, too
+    nll_N = torch.zeros(-(-batches // processes.size), dtype=torch.float64, device=device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_inference(model, precision))
         meters = {name: stack.enter_context(UsageMeter(layer)) for name, layer in memory_layers(model).items()}
-        for window_BT in _windows(text.tokens, context, batch_windows):
+        windows = _windows(text.tokens, context, batch_windows)
+        for number, window_BT in enumerate(itertools.islice(windows, processes.rank, None, processes.size)):
             ids_BT = torch.from_numpy(window_BT).to(device)
             logits_BTC = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
-            total += sum_nll(logits_BTC, ids_BT[:, 1:])
+            nll_N[number] = sum_nll(logits_BTC, ids_BT[:, 1:])
+        # Summed one by one in the order of the text, so that there is one figure for any number of processes.
+        nll = functools.reduce(operator.add, torch.stack(processes.gather(nll_N), 1).flatten().tolist())
+        for meter in meters.values():
+            processes.sum_([*meter.state_dict().values()])
         reports = {name: meter.report().to_dict() for name, meter in meters.items()}
     # Lists, so that what is written to a file and read again is equal.
     usage = {name: {**report, "heads": list(report["heads"])} for name, report in reports.items()}
-    return Evaluation(
-        tokens=text.num_tokens - 1, words=text.num_words, bytes=text.num_bytes, nll=total.item(), usage=usage
-    )
+    return Evaluation(tokens=text.num_tokens - 1, words=text.num_words, bytes=text.num_bytes, nll=nll, usage=usage)
 
 
 def sum_nll(logits_BTC: Tensor, targets_BT: Tensor) -> Tensor:

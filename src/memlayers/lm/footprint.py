@@ -169,14 +169,19 @@ def require_memory(
     precision: ComputePrecision = "fp32",
     device: str | torch.device = "cpu",
     dense: bool = False,
+    processes: int = 1,
 ) -> Footprint:
-    """The footprint, if it fits what is available on the device; else a `ValueError` with both and with what helps."""
+    """The footprint, if it fits what is available on the device; else a `ValueError` with both and with what helps.
+
+    `processes` are those that share the device.
+    """
     device = torch.device(device)
     need = footprint(config, vocab_size=vocab_size, precision=precision, device=device.type, dense=dense)
-    available = available_memory(device)
+    available = available_memory(device) // processes
     if need.total > available:
         raise ValueError(
-            f"a training step needs about {size_text(need.total)} and {size_text(available)} are available on {device}:"
+            f"a training step needs about {size_text(need.total)} and {size_text(available)} are available on {device}"
+            f"{'' if processes == 1 else f' for each of {processes} processes'}:"
             f"\n{need.table()}\n{_advice(config, need)}"
         )
     return need

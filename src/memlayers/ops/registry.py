@@ -9,6 +9,8 @@ Letters: T tokens, H heads, Q query width of a head, C = Q / 2, N sub-keys a cod
 or, in a table's operations, a token, V value width, D model width, F = H * Q.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -25,17 +27,21 @@ from memlayers.torch_private import is_in_dual_level, transforms_are_active
 
 
 class Operation(NamedTuple):
-    """A line of `OPERATIONS`. kernels: module and function in `cpu` and `gpu`, with the dtypes that each knows."""
+    """A line of `OPERATIONS`. kernels: module and function in `cpu` and `gpu`, with the dtypes that each knows.
+
+    is_slow: On a CPU the reference takes over 10 times as long as the kernel (docs/performance.md).
+    """
 
     schema: str
     kernels: str | None = None
     cpu: str = ""
     gpu: str = ""
+    is_slow: bool = False
 
 
 _16 = "float32, bfloat16, float16"
 _TABLES = f"tables in {_16}"
-_STEPS = {"kernels": "rows.step_", "cpu": _TABLES, "gpu": _TABLES}
+_STEPS: Any = {"kernels": "rows.step_", "cpu": _TABLES, "gpu": _TABLES, "is_slow": True}
 _FACTORS = "Tensor[] slots, Tensor[] weights, Tensor[] grads"
 _HOW = "float? max_norm=None, int seed=-1, int first_column=0, Tensor? norm=None"
 
@@ -51,7 +57,9 @@ OPERATIONS = {
         _16,
         _16,
     ),
-    "select": Operation("(Tensor first_N, Tensor second_N, int topk) -> (Tensor, Tensor)", "select.select", _16, _16),
+    "select": Operation(
+        "(Tensor first_N, Tensor second_N, int topk) -> (Tensor, Tensor)", "select.select", _16, _16, True
+    ),
     # From slots to the output, and back.
     "read": Operation(
         "(Tensor table_SV, Tensor slots_TK, Tensor weights_TK, Tensor? mark_1=None) -> Tensor",
@@ -82,7 +90,7 @@ OPERATIONS = {
     ),
     # From backward to the optimizer.
     "record_": Operation("(Tensor(a!) handle, Tensor slots_TK, Tensor weights_TK, Tensor grad_TV) -> ()"),
-    "row_norm": Operation(f"({_FACTORS}, int num_slots) -> Tensor", "rows.row_norm", _16, _16),
+    "row_norm": Operation(f"({_FACTORS}, int num_slots) -> Tensor", "rows.row_norm", _16, _16, True),
     "row_adam_": Operation(
         f"(Tensor(a!) table_SV, Tensor(b!) exp_avg_SV, Tensor(c!) exp_avg_sq_SV, Tensor(d!) steps_S, {_FACTORS}, "
         f"float lr, float beta1, float beta2, float eps, {_HOW}) -> ()",
@@ -109,6 +117,8 @@ DEVICES: dict[str, ModuleType] = {"cpu": cpu, "cuda": gpu}
 references: dict[str, Callable[..., Any]] = {}
 # By operation, what computes it by PyTorch's own operators, for derivatives of any kind (`memlayers.ops.exported`).
 compositions: dict[str, Callable[..., Any]] = {}
+_LOG = logging.getLogger("memlayers")
+_MANY = 2**20  # elements of the tensors of a call, from which on it is said that it is slow
 _packings: dict[str, Callable[..., tuple[Any, ...]]] = {}
 # Not `torch.library.custom_op`, whose wrappers cost more than the arithmetic of one token.
 _library = torch.library.Library("memlayers", "FRAGMENT")
@@ -196,7 +206,30 @@ def _compute(device: str | None, name: str, given: tuple[Any, ...]) -> Any:
         result = NotImplemented if kernels is None else getattr(kernels, function)(*given)
         if result is not NotImplemented:
             return result
+        if device == "cpu" and OPERATIONS[name].is_slow:
+            _say_that_it_is_slow(name, given)
     return references[name](*given)
+
+
+def _say_that_it_is_slow(name: str, given: tuple[Any, ...]) -> None:
+    """Logs it, once an operation and cause, where there is so much to do that it matters."""
+    if cpu.is_switched_off() or _elements(given) < _MANY:
+        return
+    remedy = f"its kernel takes {OPERATIONS[name].cpu}, all contiguous"
+    if (why_not := cpu.why_not()) is not None:
+        remedy = f"{why_not}; `memlayers info` says what else has no kernel"
+    _log_once(f"{name} runs on its reference, which takes over 10 times as long as its kernel: {remedy}")
+
+
+def _elements(given: Any) -> int:
+    if isinstance(given, Tensor):
+        return given.numel()
+    return sum(map(_elements, given)) if isinstance(given, list | tuple) else 0
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _LOG.warning(message)
 
 
 def describe() -> dict[str, str]:
@@ -205,9 +238,11 @@ def describe() -> dict[str, str]:
     And on which threads the kernels for a CPU run.
     """
     found = {}
-    for name, (_, where, on_cpu, on_gpu) in OPERATIONS.items():
+    for name, (_, where, on_cpu, on_gpu, is_slow) in OPERATIONS.items():
         if where is None:
             continue
+        if is_slow:
+            on_cpu += "; PyTorch for others, over 10 times slower"
         runs = (("CPU", "Numba", cpu.why_not(), on_cpu), ("GPU", "Triton", gpu.why_not(), on_gpu))
         found[name] = ", ".join(
             f"{kernels} on a {device} ({dtypes})" if why_not is None else f"PyTorch on a {device} ({why_not})"

@@ -21,10 +21,15 @@ def compile_all() -> None:
         kernels(operation)
 
 
+def is_switched_off() -> bool:
+    """Whether the environment asks for the references."""
+    return os.environ.get(SWITCH, "0") not in ("", "0")
+
+
 @functools.cache
 def why_not() -> str | None:
     """Why the kernels are not used in this process, or None when they are."""
-    if os.environ.get(SWITCH, "0") not in ("", "0"):
+    if is_switched_off():
         return f"{SWITCH} is set"
     if importlib.util.find_spec("numba") is None:
         return "Numba is not installed"
