@@ -331,27 +331,19 @@ def test_without_the_name_of_the_compiler_it_is_always_asked(monkeypatch):
     assert stance(monkeypatch) == ["force_eager"]
 
 
-FAST = {
-    "_is_avx512_bf16_supported": torch.bfloat16,
-    "_is_amx_tile_supported": torch.bfloat16,
-    "_is_amx_fp16_supported": torch.float16,
-}
+@pytest.mark.parametrize(("is_supported", "is_granted"), [(True, True), (True, False), (False, True)])
+def test_matrix_units_must_be_there_and_granted(is_supported, is_granted, monkeypatch):
+    assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
+    assert torch_private.starts_matrix_units() is torch.cpu._is_amx_tile_supported()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: is_supported)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: is_granted)
+    assert torch_private.starts_matrix_units() is (is_supported and is_granted)
 
 
-@pytest.mark.parametrize("name", FAST)
-def test_multiplies_fast_asks_for_each_kind_of_instruction(monkeypatch, name):
-    assert isinstance(getattr(torch.cpu, name)(), bool)
-    for other in FAST:
-        monkeypatch.setattr(torch.cpu, other, lambda has=other == name: has)
-    fast = {dtype for dtype in (torch.bfloat16, torch.float16) if torch_private.multiplies_fast(dtype)}
-    assert fast == {FAST[name]}
-
-
-def test_without_the_names_16_bits_are_not_fast(monkeypatch):
-    for name in FAST:
-        monkeypatch.delattr(torch.cpu, name)
-    assert torch_private.multiplies_fast(torch.bfloat16) is False
-    assert torch_private.multiplies_fast(torch.float16) is False
+@pytest.mark.parametrize("name", ["_is_amx_tile_supported", "_init_amx"])
+def test_without_the_names_there_are_no_matrix_units(name, monkeypatch):
+    monkeypatch.delattr(torch.cpu, name)
+    assert torch_private.starts_matrix_units() is False
 
 
 def test_dot_in_bags_and_the_product_without_it_agree(monkeypatch):

@@ -213,17 +213,12 @@ def without_compiled_graphs() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
-def multiplies_fast(dtype: torch.dtype) -> bool:
-    """Whether this processor has instructions for products of a dtype of 16 bits.
+def starts_matrix_units() -> bool:
+    """Asks the operating system for the processor's matrix units (AMX); returns whether this process may use them.
 
-    Names: `_is_avx512_bf16_supported`, `_is_amx_tile_supported` and `_is_amx_fp16_supported` of `torch.cpu`. Where it
-    has none, such products are a hundred times slower than in float32. Without them: False, which is right, if slower.
+    Names: `_is_amx_tile_supported` and `_init_amx` of `torch.cpu`. Without them: False; products are in float32.
     """
-    names = {
-        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
-        torch.float16: ("_is_amx_fp16_supported",),
-    }
-    return any(getattr(torch.cpu, name, bool)() for name in names.get(dtype, ()))
+    return all(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_init_amx"))
 
 
 def dot_in_bags() -> Callable[..., Tensor] | None:

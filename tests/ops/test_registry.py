@@ -53,7 +53,7 @@ def test_it_says_what_runs(monkeypatch):
     monkeypatch.setattr(gpu, "why_not", lambda: "Triton is not installed")
     said = registry.describe()
     assert NAMES - said.keys() == {"record_"}
-    assert said["search"] == "Numba on a CPU (float32), PyTorch on a GPU (Triton is not installed)"
+    assert said["search"] == "Numba on a CPU (float32, bfloat16, float16), PyTorch on a GPU (Triton is not installed)"
     assert said["row_adam_"].startswith(
         "Numba on a CPU (tables in float32, bfloat16, float16; PyTorch for others, over 10 times slower), "
     )

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from memlayers.ops.precision import widened, without_autocast
 from memlayers.ops.registry import compositions
-from memlayers.ops.search import half_scores, search_backward_reference
+from memlayers.ops.search import for_scores, half_scores, search_backward_reference
 from memlayers.ops.select import staircase
 
 
 def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """As the operation `search`: scores and slots [T, H, K] of product keys."""
-    first_HTN, second_HTN = half_scores(query_THQ, weight_2HNC)
+    first_HTN, second_HTN = half_scores(for_scores(query_THQ), for_scores(weight_2HNC))
     scores_HTK, slots_HTK = select(first_HTN, second_HTN, topk)
     return scores_HTK.transpose(0, 1), slots_HTK.transpose(0, 1)
 

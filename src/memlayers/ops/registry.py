@@ -48,7 +48,7 @@ _HOW = "float? max_norm=None, int seed=-1, int first_column=0, Tensor? norm=None
 OPERATIONS = {
     # From queries to the best slots.
     "search": Operation(
-        "(Tensor query_THQ, Tensor weight_2HNC, int topk) -> (Tensor, Tensor)", "search.search", "float32", _16
+        "(Tensor query_THQ, Tensor weight_2HNC, int topk) -> (Tensor, Tensor)", "search.search", _16, _16
     ),
     "search_backward": Operation(
         "(Tensor grad_THK, Tensor slots_THK, Tensor query_THQ, Tensor weight_2HNC, bool of_query=True, "

@@ -12,10 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from memlayers.ops.precision import wide_dtype, without_autocast
+from memlayers.ops.precision import wide_dtype, widened, without_autocast
 from memlayers.ops.registry import operation
 from memlayers.ops.select import halves, select_pairs
-from memlayers.torch_private import multiplies_fast
 
 # Half scores, or gradients of them, that kernels hold at once, and the rows of a block at the least: on a CPU 8 MB,
 # which stay in cache between product and selection; on a GPU 128 MB, where fewer rows would leave it waiting.
@@ -38,7 +37,7 @@ def half_scores(query_THQ: Tensor, weight_2HNC: Tensor) -> Tensor:
 
 def search_reference(query_THQ: Tensor, weight_2HNC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """(scores [T, H, K] descending, differentiable, at least float32; slots [T, H, K] int64)."""
-    first_HTN, second_HTN = half_scores(in_fast_dtype(query_THQ), in_fast_dtype(weight_2HNC))
+    first_HTN, second_HTN = half_scores(for_scores(query_THQ), for_scores(weight_2HNC))
     scores_HTK, slots_HTK = select_pairs(first_HTN, second_HTN, topk)
     return scores_HTK.transpose(0, 1).contiguous(), slots_HTK.transpose(0, 1).contiguous()
 
@@ -74,11 +73,12 @@ def _wanted(grad_query_THQ: Tensor, grad_weight_2HNC: Tensor, of_query: bool, of
     return query, grad_weight_2HNC if of_weight else grad_weight_2HNC.new_empty(0)
 
 
-def in_fast_dtype(values: Tensor) -> Tensor:
-    """On a CPU in float32 where it has no 16-bit products: by software they are a hundred times slower."""
-    is_16_bits = values.dtype in (torch.bfloat16, torch.float16)
-    is_slow = is_16_bits and values.device.type == "cpu" and not multiplies_fast(values.dtype)
-    return values.float() if is_slow else values
+def for_scores(values: Tensor) -> Tensor:
+    """On a CPU in at least float32: it rounds products of 16 bits to 16 bits, and then scores are equal that are not.
+
+    Where it has no instructions for them, they would take a hundred times as long as well.
+    """
+    return widened(values) if values.device.type == "cpu" else values
 
 
 def _empty_hits(query_THQ, weight_2HNC, topk):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from memlayers.ops import exported
+from memlayers.ops.cpu import search as kernels
 from memlayers.ops.search import search, search_backward, search_backward_reference, search_reference
 
 # T, H, N, C, K
@@ -29,8 +31,6 @@ def test_it_is_the_reference(sizes, threads):
 
 
 def test_blocks_of_tokens_make_no_difference(monkeypatch):
-    from memlayers.ops.cpu import search as kernels
-
     query, keys, topk = exact(*arguments((130, 2, 20, 8, 9)))
     whole = kernels.search(query, keys, topk)
     monkeypatch.setattr(kernels, "CPU_BLOCK", (2 * 2 * 20 * 7, 1))
@@ -90,6 +90,49 @@ def test_16_bit_queries(dtype):
     expected = search_backward(torch.ones_like(scores), slots, query.detach().float(), keys.detach().float())
     torch.testing.assert_close(query.grad.float(), expected[0], rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(keys.grad.float(), expected[1], rtol=2e-2, atol=5e-2)
+
+
+# Whole tiles of the matrix units (32 sub-keys, 32 elements), with tokens that fill the last ones or not; and what fills
+# none.
+OF_16_BITS = [(1, 2, 32, 32, 8), (16, 1, 64, 32, 5), (17, 3, 96, 64, 32), (150, 4, 512, 128, 32), (40, 2, 64, 30, 7)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [*OF_16_BITS, (0, 2, 32, 32, 3), (20, 2, 33, 32, 3)], ids=str)
+def test_scores_of_16_bits_are_the_float32_scores_of_the_same_numbers(sizes, dtype, threads, monkeypatch):
+    """As near as sums in another order: rounded to bfloat16 they would differ by 2**-9 of themselves."""
+    monkeypatch.setattr(kernels, "CPU_BLOCK", (2 * sizes[1] * sizes[2] * 50, 1))  # several blocks of tokens
+    query, keys, topk = arguments(sizes)
+    query, keys = query.to(dtype), keys.to(dtype)
+    scores, _slots = search(query, keys, topk)
+    expected, _ = search_reference(query.double(), keys.double(), topk)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+    strided, _ = search(query.transpose(0, 1).contiguous().transpose(0, 1), keys, topk)
+    assert torch.equal(strided, scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", [search, search_reference, exported.search], ids=["kernel", "reference", "exported"])
+def test_scores_of_16_bits_do_not_tie(path, dtype):
+    """Rounded to bfloat16 two thirds of the 32 scores of a row are equal to others."""
+    query, keys, topk = arguments((60, 2, 512, 64, 32))
+    scores, _ = path(query.to(dtype), keys.to(dtype), topk)
+    distinct = [len(set(row.tolist())) for row in scores.flatten(0, 1)]
+    assert sum(distinct) > 31.9 * len(distinct)
+
+
+def test_matrix_units_are_left_as_they_were(threads):
+    """Products of PyTorch's, which use them too, are right before and after."""
+    if kernels.matrix_units() is None:
+        pytest.skip("this processor has no matrix units, or they may not be used")
+    one, other = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    before = one @ other
+    query, keys, topk = (part.bfloat16() if torch.is_tensor(part) else part for part in arguments(OF_16_BITS[2]))
+    assert kernels.matrix_units().takes(query, keys)
+    for _ in range(3):
+        search(query, keys, topk)
+        assert torch.equal(one @ other, before)
 
 
 @pytest.mark.parametrize("bad", [-1, 49])

@@ -19,6 +19,8 @@ def compile_all() -> None:
     """Compile the kernels of all operations, or take them from disk, before they are needed."""
     for operation in ("select", "search", "infer", "read", "rows"):
         kernels(operation)
+    if (search := kernels("search")) is not None:
+        search.matrix_units()
 
 
 def is_switched_off() -> bool:

@@ -216,12 +216,17 @@ def load_bfloat16(builder, address):
     return builder.bitcast(builder.shuffle_vector(words, all_lanes(ir.IntType(16), 0), upper), _VECTOR)
 
 
-def converts_halves() -> bool:
-    """Whether the processor that is compiled for has instructions for float16; else integers do."""
+def has_feature(name: str) -> bool:
+    """Whether the processor that is compiled for has a feature, by LLVM's name."""
     features = config.CPU_FEATURES
     if features is None:
         features = binding.get_host_cpu_features().flatten()
-    return platform.machine().lower() in ("aarch64", "arm64") or "+f16c" in features
+    return f"+{name}" in features.split(",")
+
+
+def converts_halves() -> bool:
+    """Whether that processor has instructions for float16; else integers do."""
+    return platform.machine().lower() in ("aarch64", "arm64") or has_feature("f16c")
 
 
 @lowered(FLOATS(types.int64))

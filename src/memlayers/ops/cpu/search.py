@@ -7,16 +7,21 @@ Letters: T tokens, H heads, Q query width of a head, C = Q / 2, N sub-keys a cod
 heads (head first), t tokens of a block.
 """
 
+import functools
+from types import ModuleType
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from memlayers.ops.cpu import kernels
 from memlayers.ops.cpu.intrinsics import (
     LANES,
     add_scaled,
     f32,
     fail,
     fill,
+    has_feature,
     i32,
     i64,
     kernel,
@@ -28,32 +33,50 @@ from memlayers.ops.cpu.intrinsics import (
 )
 from memlayers.ops.cpu.launch import launch, threads_for
 from memlayers.ops.cpu.select import select_into
-from memlayers.ops.search import CPU_BLOCK, in_fast_dtype, token_blocks
+from memlayers.ops.search import CPU_BLOCK, token_blocks
+from memlayers.torch_private import starts_matrix_units
 
 _TOKENS = 64  # tokens of a task
 _COLUMNS = 64  # columns of the keys' gradient that a task sums
 
 
 def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, *, softmax: bool = False) -> tuple[Tensor, Tensor]:
-    """The operation, where products are computed in float32; with `softmax`, that of the K scores in their place."""
-    query_THQ, weight_2HNC = in_fast_dtype(query_THQ), in_fast_dtype(weight_2HNC)
-    if not query_THQ.dtype == weight_2HNC.dtype == torch.float32:
+    """The operation, for all but float64; with `softmax`, that of the K scores in their place.
+
+    Scores are in float32, and so are products but where there are matrix units for bfloat16.
+    """
+    if torch.float64 in (query_THQ.dtype, weight_2HNC.dtype):
         return NotImplemented
+    units, tiles = matrix_units(), None
+    if units is not None and units.takes(query_THQ, weight_2HNC):
+        query_THQ, tiles = query_THQ.contiguous(), units.tiles_of(weight_2HNC)
+    else:
+        query_THQ, weight_2HNC = query_THQ.float(), weight_2HNC.float()
     num_tokens, heads, _ = query_THQ.shape
     _, _, num_subkeys, half = weight_2HNC.shape
-    scores_THK = query_THQ.new_empty(num_tokens, heads, topk)
+    scores_THK = torch.empty(num_tokens, heads, topk, dtype=torch.float32)
     slots_THK = torch.empty(num_tokens, heads, topk, dtype=torch.int64)
     blocks = token_blocks(num_tokens, weight_2HNC, *CPU_BLOCK)
-    products_2HtN = query_THQ.new_empty(2, heads, blocks[0].stop if blocks else 0, num_subkeys)
+    products_2HtN = torch.empty(2, heads, blocks[0].stop if blocks else 0, num_subkeys, dtype=torch.float32)
     for tokens in blocks:
-        query_tH2C = query_THQ[tokens].unflatten(-1, (2, half))
-        halves_2HtN = products_2HtN[:, :, : len(query_tH2C)]
-        for query_tHC, keys_HNC, out_HtN in zip(query_tH2C.unbind(2), weight_2HNC, halves_2HtN, strict=True):
-            torch.bmm(query_tHC.transpose(0, 1), keys_HNC.transpose(1, 2), out=out_HtN)
+        query_tHQ = query_THQ[tokens]
+        halves_2HtN = products_2HtN[:, :, : len(query_tHQ)]
+        if units is not None and tiles is not None:
+            units.half_scores_into(query_tHQ, tiles, halves_2HtN.flatten(0, 1))
+        else:
+            by_half = zip(query_tHQ.unflatten(-1, (2, half)).unbind(2), weight_2HNC, halves_2HtN, strict=True)
+            for query_tHC, keys_HNC, out_HtN in by_half:
+                torch.bmm(query_tHC.transpose(0, 1), keys_HNC.transpose(1, 2), out=out_HtN)
         first_HtN, second_HtN = halves_2HtN
         found = scores_THK[tokens], slots_THK[tokens]
         select_into(first_HtN.transpose(0, 1), second_HtN.transpose(0, 1), *found, softmax=softmax)
     return scores_THK, slots_THK
+
+
+@functools.cache
+def matrix_units() -> ModuleType | None:
+    """The kernels of a processor with matrix units for bfloat16, where this process may use them."""
+    return kernels("matrix_units") if has_feature("amx-bf16") and starts_matrix_units() else None
 
 
 def search_backward(
