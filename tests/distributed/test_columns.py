@@ -1,6 +1,7 @@
 """Tables in columns over two and four processes: the step of one process, with a part of the table and its moments."""
 
 import io
+import tempfile
 import warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, ValueTable
 from memlayers.distributed import check_replicas, shard_tables, traffic
 from memlayers.distributed.agreement import own_part
+from memlayers.distributed.whole import whole_tables
 from memlayers.optim import MemoryAdamW, RowAdagrad, RowAdam, RowSGD
 
 WIDTH = 64
@@ -580,6 +582,25 @@ def refused(rank):
     return answers
 
 
+def at_different_places(rank, what):
+    """Rank 0 evaluates or saves alone, while the others train."""
+    model = in_columns(Net())
+    optimizer = RowAdam(model)
+    if rank == 1:
+        return said(RuntimeError, loss_of, model, 0, 0, rank)
+    if what == "evaluation":
+        return said(RuntimeError, torch.no_grad()(loss_of), model, 0, 0, rank)
+    del optimizer
+    with tempfile.TemporaryDirectory() as folder:
+        return said(RuntimeError, whole_tables(model, folder).__enter__)
+
+
+def test_a_rank_that_evaluates_or_saves_alone_is_told_so(pair):
+    for what, where in {"evaluation": "a pass without gradients", "save": "a save"}.items():
+        for message in pair(at_different_places, what):
+            assert f"got rank 0 in {where}, rank 1 in a forward pass" in message
+
+
 REFUSED = {
     "no table": "at least one value table, got none",
     "experts": "must be plain ones, got ExpertTable: keep these as replicas",
@@ -598,6 +619,12 @@ REFUSED = {
 }
 
 
+@pytest.mark.promise(
+    "Several processes",
+    "tables in columns of `Experts`, with `RowAdagrad(per_row=True)` or without a row optimizer",
+    "refused",
+    "keep replicas of the tables; `RowAdagrad` with numbers an element, `RowAdam`; build the optimizer",
+)
 def test_what_is_refused_says_the_remedy(pair):
     for answers in pair(refused):
         assert answers.keys() == REFUSED.keys()
@@ -632,6 +659,36 @@ def test_fsdp_shards_the_rest_of_a_model(pair):
     one, other = pair(under_fsdp)
     same(one, other)
     close(one, train_all_alone(2, {}, {}, 3, torch.float64), 1e-9)
+
+
+def clipped_under_fsdp(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    model = shard_tables(Net(), mesh)
+    table = model.first.values
+    fully_shard(model, mesh=mesh, ignored_params={table.weight, table.row_mark})
+    optimizer = adamw(model)
+    loss_of(model, 0, 0, rank).backward()
+    before = [part.weights_TK for part in table.row_gradient.held()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found a non-scalar tensor")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    after = [part.weights_TK for part in table.row_gradient.held()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    optimizer.step()
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def test_clipping_under_fsdp_leaves_row_gradients_alone(pair):
+    model = Net()
+    optimizer = adamw(model)
+    for rank in range(2):
+        (loss_of(model, 0, 0, rank) / 2).backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01))
+    assert pair(clipped_under_fsdp) == [pytest.approx(norm, rel=1e-4)] * 2
+    del optimizer
 
 
 def counted(rank):

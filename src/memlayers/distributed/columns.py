@@ -103,6 +103,24 @@ def bounds(width: int, size: int) -> list[tuple[int, int]]:
     return [(first, min(width, first + most)) for first in range(0, width, most)]
 
 
+_MEETINGS = ("a forward pass", "a pass without gradients", "a save")
+
+
+def meet(ranks: Ranks, where: str, number: int = 0) -> list[int]:
+    """A number of each rank, where all of them are at the same place.
+
+    Raises `RuntimeError` on all of them otherwise: what one sends would be taken for something else.
+    """
+    said = ranks.gather_numbers([_MEETINGS.index(where), number])
+    if len({place for place, _ in said}) > 1:
+        places = ", ".join(f"rank {rank} in {_MEETINGS[place]}" for rank, (place, _) in enumerate(said))
+        raise RuntimeError(
+            "all ranks must take part in each pass through a table in columns, also without gradients or tokens, and "
+            f"in each save of it, got {places}"
+        )
+    return [number for _, number in said]
+
+
 def own_bounds(width: int, mesh: "DeviceMesh") -> tuple[int, int]:
     """Those of this rank."""
     return bounds(width, mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
@@ -213,7 +231,8 @@ class ColumnTable(ValueTable):
             )
         if self.row_gradient is not None and self.weight.requires_grad and torch.is_grad_enabled():
             self._check_row_mode()
-        return _Read.apply(given, self.row_mark, slots_TM, self)
+        where = "a forward pass" if torch.is_grad_enabled() else "a pass without gradients"
+        return _Read.apply(given, self.row_mark, slots_TM, self, where)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         name = f"{prefix}weight"
@@ -234,9 +253,11 @@ class _Read(torch.autograd.Function):
     """y [T, V]; the second input, the companion, is there so that backward passes through where weights have none."""
 
     @staticmethod
-    def forward(ctx: Any, weights_TM: Tensor, mark_1: Tensor, slots_TM: Tensor, table: ColumnTable) -> Tensor:
+    def forward(
+        ctx: Any, weights_TM: Tensor, mark_1: Tensor, slots_TM: Tensor, table: ColumnTable, where: str
+    ) -> Tensor:
         ranks, columns_SC = table.ranks, own_part(table.weight)
-        counts = [count for (count,) in ranks.gather_numbers([len(slots_TM)])]
+        counts = meet(ranks, where, len(slots_TM))
         slots_NM, weights_NM = _gathered(ranks, slots_TM, weights_TM, counts, index_dtype(table.weight))
         y_NC = read(columns_SC, slots_NM, weights_NM)
         ctx.table, ctx.counts = table, counts
@@ -245,7 +266,7 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         columns_SC, slots_NM, weights_NM = ctx.saved_tensors
         table, counts = ctx.table, ctx.counts
         ranks, log = table.ranks, table.row_gradient
@@ -267,7 +288,7 @@ class _Read(torch.autograd.Function):
         if table.weight.requires_grad:
             for part in zip(*(factor.split(counts) for factor in (slots_NM, weights_NM, grad_NC)), strict=True):
                 record_(log.handle, *part)
-        return grad_TM, columns_SC.new_zeros(1) if ctx.needs_input_grad[1] else None, None, None
+        return grad_TM, columns_SC.new_zeros(1) if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def _gathered(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.distributed.agreement import Ranks, own_part
-from memlayers.distributed.columns import CHUNK_ELEMENTS, ColumnTable
+from memlayers.distributed.columns import CHUNK_ELEMENTS, ColumnTable, meet
 from memlayers.values import value_tables
 
 
@@ -30,7 +30,8 @@ def whole_tables(model: nn.Module, folder: str | os.PathLike[str]) -> Iterator[d
         folder: made if it is not there; its file system has room for the tables, which are gone afterwards.
 
     Raises:
-        RuntimeError: on the other ranks, where the one that writes fails; that one raises its own error.
+        RuntimeError: on the other ranks, where the one that writes fails; that one raises its own error. On all, where
+            one is in a pass through a table instead.
     """
     tables = [table for table in value_tables(model) if isinstance(table, ColumnTable)]
     if not tables:
@@ -39,6 +40,7 @@ def whole_tables(model: nn.Module, folder: str | os.PathLike[str]) -> Iterator[d
     groups = [ranks for ranks in (tables[0].ranks, tables[0].replicas) if ranks is not None]
     is_first_replica = len(groups) == 1 or groups[1].rank == 0
     is_writer = is_first_replica and groups[0].rank == 0
+    meet(groups[0], "a save")
     error: BaseException | None = None
     with ExitStack() as stack:
         whole: dict[Tensor, Tensor] = {}
