@@ -249,6 +249,21 @@ def test_a_file_that_differs_is_named_with_what_is_wrong(tmp_path, content, mess
     assert [name for name, _ in find_damage(tmp_path, by_hash)] == ["below/a"]
 
 
+def test_links_out_of_the_folder_are_read_where_they_are_allowed_alone(tmp_path):
+    (tmp_path / "kept").mkdir()
+    fill(tmp_path / "kept")
+    described = describe_files(tmp_path / "kept")
+    linked = tmp_path / "linked"
+    (linked / "below").mkdir(parents=True)
+    for name in described:
+        (linked / name).symlink_to(tmp_path / "kept" / name)
+    checked = []
+    verify_files(linked, described, checked=checked.append, links=True)
+    assert checked == ["b", "below/a"]
+    with pytest.raises(ValueError, match="is a link to outside of it"):
+        verify_files(linked, described)
+
+
 def test_a_file_of_another_size_is_named_before_any_is_read(tmp_path, monkeypatch):
     fill(tmp_path)
     described = describe_files(tmp_path)
