@@ -20,9 +20,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path("src/memlayers")
@@ -220,15 +221,15 @@ def is_seen(root: Path, change: Break, seconds: float) -> str | None:
         file.write_bytes(original)
 
 
-def known_without_effect() -> dict[tuple[str, str, str], str]:
-    """The reasons of the breaks that change nothing, by file, what stood there, and what stands there then."""
-    reasons = {}
-    if WITHOUT_EFFECT.exists():
-        for line in WITHOUT_EFFECT.read_text().splitlines():
-            if line and not line.startswith("#"):
-                file, before, after, reason = (part.strip() for part in line.split(" | "))
-                reasons[file, before, after] = reason
-    return reasons
+def reason_without_effect(change: Mapping[str, Any], text: str) -> str | None:
+    """Why no test could see a break of this text; None where the list of such has no reason for it."""
+    line = text.splitlines()[change["line"] - 1]
+    for known in WITHOUT_EFFECT.read_text().splitlines():
+        if not known.startswith("#"):
+            file, words, before, after, reason = (part.strip() for part in known.split(" | "))
+            if (file, before, after) == (change["file"], change["before"], change["after"]) and words in line:
+                return reason
+    return None
 
 
 def copy_tree(root: Path, folder: Path) -> None:
@@ -249,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     output: Path = options.output or ROOT / "runs" / f"breaks-{options.seed}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
-    known, results = known_without_effect(), []
+    results = []
     if output.exists():
         results = [json.loads(line) for line in output.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as name, open(output, "a") as stream:
@@ -262,14 +263,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             if (change.file, change.before, change.after, change.start) in done:
                 continue
-            reason = known.get((change.file, change.before, change.after))
+            reason = reason_without_effect(asdict(change), (root / change.file).read_text())
             seen = None if reason else is_seen(root, change, options.seconds)
-            results.append({**asdict(change), "seen": seen, "without_effect": reason})
+            results.append({**asdict(change), "seen": seen})
             stream.write(json.dumps(results[-1]) + "\n")
             stream.flush()
             verdict = f"red: {seen}" if seen else f"no effect: {reason}" if reason else "GREEN"
             print(f"{change.file}:{change.line}: {change.before!r} -> {change.after!r}: {verdict}", flush=True)
-    counted = [each for each in results if not each["without_effect"]]
+        counted = [each for each in results if not reason_without_effect(each, (root / each["file"]).read_text())]
     red = sum(each["seen"] is not None for each in counted)
     print(f"{red} of {len(counted)} breaks are seen, {len(results) - len(counted)} more have no effect")
 
