@@ -102,7 +102,7 @@ def _laptop() -> dict[str, Any]:
     return {
         "base": RunConfig(
             data=DataConfig(vocab_size=8192),
-            model=ModelConfig(layers=2, dim=128, heads=4, context=256),
+            model=ModelConfig(family="llama", layers=2, dim=128, heads=4, context=256),
             memory=MemoryConfig(dim=128, heads=4, topk=8, num_subkeys=128, query_dim=128, value_std=0.0),
             training=TrainingConfig(
                 batch_tokens=1024,
