@@ -253,6 +253,31 @@ def train_compiled(rank, count):
         return train_all_in_columns(rank, 2, {}, {}, count, torch.float64, is_compiled=True)
 
 
+def train_in_16_bits(rank, size):
+    """The table is moved to its dtype when it is in columns (or not); the rest runs under autocast."""
+    model = Net(is_chain=False)
+    if size > 1:
+        in_columns(model, size)
+    model.first.values.bfloat16()
+    frozen_but_for_the_table(model)
+
+    def loss(step, rank):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_of(model, step, 0, rank) / (1 if size > 1 else 2)
+
+    ranks = [rank] if size > 1 else [0, 1]
+    return steps(
+        model, RowAdam(model, lr=0.05), [[partial(loss, step, number) for number in ranks] for step in range(2)]
+    )
+
+
+def test_a_table_in_columns_may_change_its_dtype_and_run_under_autocast(pair):
+    one, other = pair(train_in_16_bits, 2)
+    same(one, other)
+    assert one["first.values.weight"].dtype == torch.bfloat16
+    same(one, train_in_16_bits(0, 1))
+
+
 def gradients_in_columns(rank, dtype):
     model = in_columns(Net().to(dtype))
     optimizer = RowAdam(model)
