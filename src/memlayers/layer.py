@@ -30,7 +30,7 @@ _NO_TORCHSCRIPT = (
 )
 
 # The dtypes of x that `infer` has kernels for; elsewhere it would save nothing.
-_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 
 class Capturing(threading.local):
@@ -189,15 +189,16 @@ def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
 
     Returns None where the parts compute something else, or as fast; the caller then runs the parts. So it is where
     gradients may be wanted, a part or `weigh` or `read` is not the paper's, somebody listens to a part, or a part keeps
-    its weights elsewhere. x and the weights must be of one dtype, float32 or on a GPU also 16 bits; the table may be of
-    another.
+    its weights elsewhere. x and the weights must be of one dtype, float32, bfloat16 or on a GPU also float16; the table
+    may be of another. Under autocast to bfloat16 on a CPU float32 weights are cast for this call.
     """
     device, dtype = x_TD.device.type, x_TD.dtype
     if torch.is_grad_enabled() or layer.training or dtype not in _DTYPES.get(device, ()):
         return None
     if is_exporting():
         return None
-    if has_global_forward_hooks() or torch.is_autocast_enabled(device):
+    is_autocast = torch.is_autocast_enabled(device)
+    if has_global_forward_hooks() or (is_autocast and not _casts_itself(device)):
         return None
     query, keys, values = layer.query, layer.keys, layer.values
     norm, projections = query.norm, query.projections
@@ -219,11 +220,21 @@ def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
             return None
     if is_transformed(x_TD, *arguments):
         return None
-    if projection.weight.dtype != dtype or keys.weight.dtype != dtype:
+    # Under autocast float32 weights are cast for this call: writes through `weight.data` change no version, so a copy
+    # that is kept would be of weights that have changed since.
+    x_TD = x_TD.bfloat16() if is_autocast else x_TD
+    dtypes = (torch.float32, torch.bfloat16) if is_autocast else (dtype,)
+    if projection.weight.dtype not in dtypes or keys.weight.dtype != projection.weight.dtype:
         return None
     if not torch.compiler.is_compiling() and (run := capturing.of.get(layer)) is not None:
         return run(layer, x_TD, arguments)
     return infer(x_TD, *arguments)
+
+
+def _casts_itself(device: str) -> bool:
+    """Whether `infer` does what autocast would have the parts do; a compiled graph has the casts of the parts."""
+    is_bfloat16 = device == "cpu" and torch.get_autocast_dtype(device) == torch.bfloat16
+    return is_bfloat16 and not torch.compiler.is_compiling()
 
 
 def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:

@@ -20,7 +20,10 @@ from memlayers.ops.search import search
 
 
 class Layer(NamedTuple):
-    """The arguments of `infer`: tokens, and a layer with a linear query network and BatchNorm by running statistics."""
+    """The arguments of `infer`: tokens, and a layer with a linear query network and BatchNorm by running statistics.
+
+    Projection, bias and keys are multiplied as if they were cast to the dtype of x.
+    """
 
     x_TD: Tensor
     projection_FD: Tensor
@@ -42,13 +45,15 @@ class Layer(NamedTuple):
 
 def infer_reference(layer: Layer) -> Tensor:
     """y [T, V], by the layer's own operations."""
-    query_TF = F.linear(layer.x_TD, layer.projection_FD, layer.bias_F)
+    dtype = layer.x_TD.dtype
+    bias_F = None if layer.bias_F is None else layer.bias_F.to(dtype)
+    query_TF = F.linear(layer.x_TD, layer.projection_FD.to(dtype), bias_F)
     mean_F, var_F, gain_F, shift_F = (stat_HQ.flatten() for stat_HQ in layer.stats)
     # In at least the dtype of the statistics, float32, as `MaskedBatchNorm` computes.
     wide_TF = query_TF.to(torch.promote_types(query_TF.dtype, mean_F.dtype))
     gain_F, shift_F = gain_F.to(wide_TF.dtype), shift_F.to(wide_TF.dtype)
     query_TF = F.batch_norm(wide_TF, mean_F, var_F, gain_F, shift_F, eps=layer.eps).to(query_TF.dtype)
-    scores_THK, slots_THK = search(query_TF.view(-1, *layer.mean_HQ.shape), layer.keys_2HNC, layer.topk)
+    scores_THK, slots_THK = search(query_TF.view(-1, *layer.mean_HQ.shape), layer.keys_2HNC.to(dtype), layer.topk)
     return read(layer.table_SV, slots_THK.flatten(1), scores_THK.softmax(-1).flatten(1))
 
 

@@ -106,7 +106,7 @@ OPERATIONS = {
         "(Tensor x_TD, Tensor projection_FD, Tensor? bias_F, Tensor mean_HQ, Tensor var_HQ, Tensor gain_HQ, "
         "Tensor shift_HQ, float eps, Tensor keys_2HNC, int topk, Tensor table_SV) -> Tensor",
         "infer.infer",
-        f"float32, {_TABLES}",
+        f"float32, bfloat16, {_TABLES}",
         _16,
     ),
 }

@@ -58,6 +58,52 @@ def test_16_bit_tables(dtype, tokens):
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
+BFLOAT16 = {
+    "odd": CONFIGS["odd"],
+    "tiles": MemoryConfig(dim=64, heads=2, topk=8, num_subkeys=32, query_dim=64),
+    "no bias": MemoryConfig(dim=48, heads=1, topk=4, num_subkeys=64, query_dim=128, query_bias=False),
+}
+
+
+def error(y, expected):
+    """Of the whole, since a row may be chosen otherwise where queries are rounded otherwise."""
+    return (y.float() - expected.float()).norm() / expected.float().norm()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 4, 5, 90])
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_in_bfloat16_it_is_the_layer(name, tokens, threads):
+    layer = trained(BFLOAT16[name]).bfloat16()
+    x = torch.randn(tokens, layer.config.dim).bfloat16()
+    expected = layer(x).detach()
+    with torch.no_grad():
+        assert try_infer(layer, x).dtype == torch.float32
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert not tokens or error(y, expected) < 0.005
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [2, 90])
+def test_under_autocast_it_is_the_layer_and_follows_its_weights(tokens, dtype):
+    """Also what is written to them behind autograd's back, as averages of weights are."""
+    layer = trained(BFLOAT16["tiles"])
+    x = torch.randn(tokens, 64).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x).detach()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert try_infer(layer, x) is not None
+        before = layer(x)
+        assert before.dtype == dtype
+        layer.keys.weight.data.neg_()
+        after = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected_after = layer(x).detach()
+    assert error(before, expected) < 0.005
+    assert error(after, expected_after) < 0.005
+    assert error(after, expected) > 0.5
+
+
 def test_operation_keeps_torch_s_rules():
     layer = trained(CONFIGS["small"])
     norm, linear = layer.query.norm, layer.query.projections[0]

@@ -9,13 +9,14 @@ Letters: see `memlayers.ops.infer`; M = H * K.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memlayers.ops.cpu.intrinsics import f32, i64, kernel, next_task, part, task_done, tasks_done
 from memlayers.ops.cpu.launch import launch, threads_for
-from memlayers.ops.cpu.products import ROWS, products
-from memlayers.ops.cpu.read import KINDS, add_rows, read
-from memlayers.ops.cpu.search import search
+from memlayers.ops.cpu.products import ROUNDED, ROWS, nearest_bfloat16, products
+from memlayers.ops.cpu.read import BFLOAT16, FLOAT32, KINDS, add_rows, read
+from memlayers.ops.cpu.search import matrix_units, search
 from memlayers.ops.cpu.select import best_of_half, best_pairs, pair_plan, scratch_width, softmax_of
 from memlayers.ops.infer import Layer
 
@@ -26,11 +27,17 @@ _SIDE_BY_SIDE = 16  # rows read side by side
 
 
 def infer(layer: Layer) -> Tensor:
-    """The operation, for what is contiguous, and float32 but for the table."""
+    """The operation, for what is contiguous, and but for the table float32 or bfloat16.
+
+    Beside x in bfloat16 weights may be in float32, as under autocast, and count as if they were cast. Of a few tokens
+    they are rounded where they are read. Many are left to the reference where there are no matrix units.
+    """
     if not _takes(layer):
         return NotImplemented
     if len(layer.x_TD) <= FEW_TOKENS:
         return _decode(layer)
+    if layer.x_TD.dtype == torch.bfloat16:
+        return NotImplemented if matrix_units() is None else _prefill_bfloat16(layer)
     # BatchNorm and the bias of the projection are one pass over the query, in its place.
     scale_HQ = torch.rsqrt(layer.var_HQ + layer.eps).mul_(layer.gain_HQ)
     offset_HQ = layer.shift_HQ - layer.mean_HQ * scale_HQ
@@ -42,11 +49,26 @@ def infer(layer: Layer) -> Tensor:
     return read(layer.table_SV, slots_THK.flatten(1), weights_THK.flatten(1))
 
 
+def _prefill_bfloat16(layer: Layer) -> Tensor:
+    bias_F = None if layer.bias_F is None else layer.bias_F.bfloat16()
+    query_TF = F.linear(layer.x_TD, layer.projection_FD.bfloat16(), bias_F)
+    # Normalised in float32 in one pass, which leaves the query in bfloat16, as the layer's parts do.
+    mean_F, var_F, gain_F, shift_F = (stat_HQ.flatten().float() for stat_HQ in layer.stats)
+    query_TF = F.batch_norm(query_TF, mean_F, var_F, gain_F, shift_F, eps=layer.eps)
+    query_THQ = query_TF.view(-1, *layer.mean_HQ.shape)
+    weights_THK, slots_THK = search(query_THQ, layer.keys_2HNC.bfloat16(), layer.topk, softmax=True)
+    return read(layer.table_SV, slots_THK.flatten(1), weights_THK.flatten(1))
+
+
 def _takes(layer: Layer) -> bool:
     given = [one for one in layer if isinstance(one, Tensor)]
-    num_subkeys = layer.keys_2HNC.shape[2]
+    factors = layer.projection_FD, layer.keys_2HNC, *(() if layer.bias_F is None else (layer.bias_F,))
+    num_subkeys, dtype = layer.keys_2HNC.shape[2], layer.x_TD.dtype
     return (
-        all(tensor.dtype == torch.float32 for tensor in given[:-1])
+        dtype in (torch.float32, torch.bfloat16)
+        and layer.keys_2HNC.dtype in (dtype, torch.float32)
+        and all(factor.dtype == layer.keys_2HNC.dtype for factor in factors)
+        and all(stat_HQ.dtype in (dtype, torch.float32) for stat_HQ in layer.stats)
         and layer.table_SV.dtype in KINDS
         and all(tensor.is_contiguous() for tensor in given[1:])
         and len(layer.table_SV) == num_subkeys**2
@@ -55,6 +77,14 @@ def _takes(layer: Layer) -> bool:
 
 
 def _decode(layer: Layer) -> Tensor:
+    kind = KINDS[layer.x_TD.dtype]
+    if kind != FLOAT32:
+        kind = BFLOAT16 if layer.keys_2HNC.dtype == torch.bfloat16 else ROUNDED
+        bias_F = None if layer.bias_F is None else layer.bias_F.bfloat16().float()
+        mean_HQ, var_HQ, gain_HQ, shift_HQ = (stat_HQ.float() for stat_HQ in layer.stats)
+        layer = layer._replace(
+            x_TD=layer.x_TD.float(), bias_F=bias_F, mean_HQ=mean_HQ, var_HQ=var_HQ, gain_HQ=gain_HQ, shift_HQ=shift_HQ
+        )
     x_TD, keys_2HNC, table_SV, topk = layer.x_TD.contiguous(), layer.keys_2HNC, layer.table_SV, layer.topk
     tokens, dim = x_TD.shape
     _, heads, num_subkeys, half = keys_2HNC.shape
@@ -67,6 +97,7 @@ def _decode(layer: Layer) -> Tensor:
     launch(
         _decode_kernel,
         threads_for(1 << 30),
+        factor_kind=kind,
         x=x_TD, projection=layer.projection_FD, bias=layer.bias_F,
         means=layer.mean_HQ, variances=layer.var_HQ, gains=layer.gain_HQ, shifts=layer.shift_HQ, eps=layer.eps,
         keys=keys_2HNC, table=table_SV, kind=KINDS[table_SV.dtype], y=y_TV,
@@ -84,7 +115,7 @@ def _wait_for(counters, tasks):
 
 @kernel
 def _decode_kernel(
-    counters, x, projection, bias, means, variances, gains, shifts, eps: float, keys, table, kind, y,
+    counters, factor_kind, x, projection, bias, means, variances, gains, shifts, eps: float, keys, table, kind, y,
     tokens, dim, heads, num_subkeys, half, topk, width, memory, scratch, plan,
 ):  # fmt: skip
     step, eps_32, features = scratch * 4, np.float32(eps), 2 * heads * half
@@ -104,18 +135,20 @@ def _decode_kernel(
             return
         if task < first_keys:
             first, last = task * ROWS, min(features, (task + 1) * ROWS)
-            products(projection, x, bias, query, first, last, features, dim, tokens, dim)
+            products(projection, x, bias, query, first, last, features, dim, tokens, dim, factor_kind)
             for t in range(tokens):
                 out = f32(query + t * features * 4)
                 for f in range(first, last):
                     scale = f32(gains)[f] / np.sqrt(f32(variances)[f] + eps_32)
-                    out[f] = (out[f] - f32(means)[f]) * scale + f32(shifts)[f]
+                    value = out[f] if factor_kind == FLOAT32 else nearest_bfloat16(out[f])
+                    value = (value - f32(means)[f]) * scale + f32(shifts)[f]
+                    out[f] = value if factor_kind == FLOAT32 else nearest_bfloat16(value)
         elif task < first_select:
             _wait_for(counters, first_keys)
             x_half, first = (task - first_keys) // key_blocks, (task - first_keys) % key_blocks * ROWS
             side, head = x_half // heads, x_half % heads
             products(
-                keys + x_half * num_subkeys * half * 4,
+                keys + x_half * num_subkeys * half * (2 if factor_kind == BFLOAT16 else 4),
                 query + (head * 2 + side) * half * 4,
                 0,
                 halves + x_half * tokens * num_subkeys * 4,
@@ -125,6 +158,7 @@ def _decode_kernel(
                 half,
                 tokens,
                 features,
+                factor_kind,
             )
         elif task < first_read:
             _wait_for(counters, first_select)

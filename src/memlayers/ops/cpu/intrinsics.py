@@ -245,6 +245,17 @@ def load_float16(builder, address):
     return builder.bitcast(builder.or_(value, sign), _VECTOR)
 
 
+@lowered(FLOATS(types.int64))
+def load_rounded(builder, address):
+    """16 float32, each rounded to the nearest bfloat16, ties to even."""
+    values = _load(builder, address, _FLOAT)
+    bits = builder.bitcast(values, ir.VectorType(_INT32, LANES))
+    odd = builder.and_(builder.lshr(bits, all_lanes(_INT32, 16)), all_lanes(_INT32, 1))
+    rounded = builder.add(bits, builder.add(odd, all_lanes(_INT32, 0x7FFF)))
+    rounded = builder.bitcast(builder.and_(rounded, all_lanes(_INT32, 0xFFFF0000)), _VECTOR)
+    return builder.select(builder.fcmp_ordered("ord", values, values), rounded, values)  # NaN stays NaN
+
+
 @lowered(types.void(types.int64, FLOATS))
 def store(builder, address, values):
     builder.store(values, builder.inttoptr(address, ir.PointerType(_VECTOR)), align=4)
