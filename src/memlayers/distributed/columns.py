@@ -68,7 +68,7 @@ def shard_tables(model: nn.Module, mesh: "DeviceMesh") -> nn.Module:
 
 
 def put_in_columns(tables: list[ValueTable], mesh: "DeviceMesh") -> list[ValueTable]:
-    """The same, of tables; returns those that were on the meta device, whose columns nobody has filled yet."""
+    """`shard_tables` of some tables, but for fresh rows: returns those whose columns nobody has filled yet."""
     for table in tables:
         _check(table, mesh)
     fresh = [table for table in tables if table.weight.is_meta]
@@ -98,9 +98,14 @@ def _check(table: ValueTable, mesh: "DeviceMesh") -> None:
 
 
 def bounds(width: int, size: int) -> list[tuple[int, int]]:
-    """First and last column, exclusive, of each rank, as `Shard(1)` has them."""
+    """First column of each rank and the one behind its last, as `Shard(1)` has them."""
     most = -(-width // size)
     return [(first, min(width, first + most)) for first in range(0, width, most)]
+
+
+def own_bounds(width: int, mesh: "DeviceMesh") -> tuple[int, int]:
+    """Those of this rank."""
+    return bounds(width, mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
 
 
 _MEETINGS = ("a forward pass", "a pass without gradients", "a save")
@@ -119,11 +124,6 @@ def meet(ranks: Ranks, where: str, number: int = 0) -> list[int]:
             f"in each save of it, got {places}"
         )
     return [number for _, number in said]
-
-
-def own_bounds(width: int, mesh: "DeviceMesh") -> tuple[int, int]:
-    """Those of this rank."""
-    return bounds(width, mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
 
 
 def columns_of(tensor: Any, weight: Any) -> Tensor:
@@ -186,7 +186,7 @@ class ColumnTable(ValueTable):
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """First and last column, exclusive, of each rank."""
+        """First column of each rank and the one behind its last."""
         mesh = self.weight.device_mesh
         return bounds(self.weight.shape[1], mesh.size(mesh.ndim - 1))
 
