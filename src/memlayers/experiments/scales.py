@@ -103,7 +103,7 @@ def _laptop() -> dict[str, Any]:
         "base": RunConfig(
             data=DataConfig(vocab_size=8192),
             model=ModelConfig(family="llama", layers=2, dim=128, heads=4, context=256),
-            memory=MemoryConfig(dim=128, heads=4, topk=8, num_subkeys=128, query_dim=128, value_std=0.0),
+            memory=MemoryConfig(dim=128, heads=4, topk=32, num_subkeys=256, query_dim=128, value_std=0.0),
             training=TrainingConfig(
                 batch_tokens=1024,
                 learning_rate=4e-3,
@@ -124,7 +124,7 @@ def _laptop() -> dict[str, Any]:
             "training.value_schedule": "constant",
             "training.selector_learning_rate": None,
         },
-        "rates": (2e-3, 2.8e-3, 4e-3, 5.6e-3),
+        "rates": (2.8e-3, 4e-3, 5.6e-3),
         "value_rates": (1e-3, 4e-3, 1.5e-2, 6e-2),
         "deep_rate": 2.8e-3,
         "subkeys": (64, 128, 192, 256, 384),
