@@ -95,6 +95,7 @@ def trained(rank, config, folder, corpus, signalled=None, spoiled=None, stopped=
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.Loop, "finish_step", finish_step)
         patch.setattr(module.Loop, "_loss", spoiled_loss)
+        patch.setattr(module, "LOG_ENTRIES", 2)  # a window of figures has checkpoints in it
         patch.setattr(
             module,
             "require_memory",
