@@ -231,7 +231,8 @@ def test_float16_rows_are_rounded_as_pytorch_rounds_them():
     """Subnormal numbers, ties, what is too large, infinity and NaN: each row is its own gradient, 0 - 1 * g."""
     bits = torch.arange(-(2**31), 2**31, 65_521)[: 64 * 1024].to(torch.int32)
     halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).float()
-    ties = halves + torch.where(halves.abs() < 2.0**-14, 2.0**-25, halves.abs() * 2.0**-12)
+    # Halfway to the next number: half of 2**(e - 10), or of 2**-24 among the subnormal ones.
+    ties = halves + torch.exp2((torch.frexp(halves).exponent - 12).clamp(min=-25).float())
     edges = torch.tensor([65504.0, 65519.99, 65520.0, 1e38, torch.inf, 2.0**-25, 2.0**-25 * 1.001, 1e-45]).repeat(128)
     grads = torch.cat([bits.view(torch.float32), halves, ties, edges, -edges]).view(-1, 512)
     table = torch.zeros(len(grads), 512, dtype=torch.float16)

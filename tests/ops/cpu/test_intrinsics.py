@@ -24,7 +24,8 @@ def test_without_instructions_for_float16_integers_give_the_same(monkeypatch):
 
     halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     exact = halves.float()
-    ties = exact + torch.where(exact.abs() < 2.0**-14, 2.0**-25, exact.abs() * 2.0**-12)
+    # Halfway to the next number: half of 2**(e - 10), or of 2**-24 among the subnormal ones.
+    ties = exact + torch.exp2((torch.frexp(exact).exponent - 12).clamp(min=-25).float())
     edges = torch.tensor([65519.99, 65520.0, 1e38, torch.inf, 2.0**-25, 2.0**-25 * 1.001, 1e-45, torch.nan])
     numbers = torch.cat([ties, edges.repeat(8), -edges.repeat(8)])[-(2**16) :]
     wide, rounded = torch.empty(2**16), torch.empty(2**16, dtype=torch.float16)
