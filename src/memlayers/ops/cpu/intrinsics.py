@@ -68,6 +68,11 @@ def part(function):
     return njit(inline="never", forceinline=True, **_OPTIONS)(function)
 
 
+def shared(function):
+    """A long function that a kernel calls in several places; compiled once."""
+    return njit(no_cpython_wrapper=True, **_OPTIONS)(function)
+
+
 def lowered(signature):
     """Decorates ``emit(builder, *values)``, which returns the LLVM value of a call, as a function that kernels call.
 

@@ -18,6 +18,7 @@ from memlayers.ops.cpu.intrinsics import (
     load_rounded,
     multiply,
     part,
+    shared,
     u16,
 )
 from memlayers.ops.cpu.read import BFLOAT16, FLOAT32, bfloat16
@@ -26,7 +27,7 @@ ROWS = 16  # rows of a task
 ROUNDED = 3  # beside the kinds of tables
 
 
-@part
+@shared
 def products(matrix, vectors, bias, outs, first, last, rows, columns, count, stride, kind):
     """outs[t, r] = <row r of [rows, columns], vector t> + bias[r] for rows first to last and `count` vectors.
 
