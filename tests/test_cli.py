@@ -164,6 +164,23 @@ def test_info_says_what_a_training_needs(tiny, tmp_path, capsys):
     assert re.search(r"available [\d.,]+ GB on", shown)
 
 
+@pytest.mark.parametrize("command", [["info"], ["train", "--dry_run"]])
+def test_what_processes_hold_and_receive_is_said_of_a_mesh(command, monkeypatch, tmp_path, capsys):
+    from memlayers.lm.footprint import Footprint
+
+    needed = Footprint(parameters=3 * 10**7, gradients=0, optimizer_state=0, activations=0)
+    for module in ("memlayers.cli.model_commands", "memlayers.lm.mesh"):
+        monkeypatch.setattr(f"{module}.footprint", lambda *_, **__: needed)
+    step = SimpleNamespace(lines=lambda: [("step", "made")])
+    monkeypatch.setattr("memlayers.cli.training_commands.dry_run", lambda *_, **__: step)
+    (tmp_path / "text.txt").write_text("one two")
+    assert main([*command, "--data.sources", str(tmp_path / "text.txt"), "--mesh", "2", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search("on 4 processes +tables, moments +received a step +needed about\n  replicas +25 MB +590 kB", shown)
+    assert re.search("  2 replicas x 2 columns +13 MB +492 kB +18 MB", shown)
+    assert re.search("^choose +columns: 492 kB received a step for tables, 590 kB with replicas", shown, re.MULTILINE)
+
+
 def test_what_a_user_gets_wrong_is_one_line(run, tiny, tmp_path, capsys):
     new = tmp_path / "new"
     assert "no such file" in fails(capsys, "train", "--output", new, "--data.sources", '["missing.txt"]')

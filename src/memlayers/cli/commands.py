@@ -80,6 +80,13 @@ _OF_A_CONFIGURATION = {
 }
 _CHECKPOINT = "the folder of a run, of a checkpoint in one, or of a saved model"
 _RUN = {"run": _option("folder of a finished run, or of a model that save_pretrained wrote with its tokenizer")}
+_MESH = _option(
+    "processes, or machines and processes of a machine: also say what each holds and receives in a step, with replicas "
+    "of tables and with tables in columns, and which to choose",
+    tuple[int, ...],
+    (),
+    least=1,
+)
 _CORPUS = (
     "folder of the prepared corpus; made if it is not there. One that is ready decides the data options, unless some "
     "are given (default: `corpus` {})"
@@ -91,6 +98,7 @@ COMMANDS = {
         options={
             "output": _option("folder of the run, which is written; needed but for --dry_run", default=None),
             "corpus": _option(_CORPUS.format("beside the run"), default=None),
+            "mesh": _MESH._replace(help=f"for --dry_run: {_MESH.help}"),
         },
         flags={
             "overwrite": "replace the run that the folder holds",
@@ -199,7 +207,10 @@ COMMANDS = {
     "info": Command(
         summary="versions and devices; parameters and memory of a run, a preset or a configuration",
         run="memlayers.cli.machine_commands:run_info",
-        options={"what": _option(f"folder of a run, or a preset: {', '.join(preset_names())}", default=None)},
+        options={
+            "what": _option(f"folder of a run, or a preset: {', '.join(preset_names())}", default=None),
+            "mesh": _MESH,
+        },
         placed="what",
         kind=RunConfig,
     ),
@@ -252,6 +263,8 @@ def _refuse_early(name: str, call: Call) -> None:
             raise _of_one_process(f"{name} --dry_run")
         if name == "train" and options["output"] is None and not options["dry_run"]:
             raise ValueError("output must be given: --output FOLDER, for the run")
+        if options.get("mesh") and not options["dry_run"]:
+            raise ValueError("mesh is for --dry_run: torchrun says how many processes train")
         # A corpus that is ready says what the data are, and weights need its sources.
         if options.get("corpus") is None or "data.weights" not in (*call.fields, *call.base.files):
             config = call.configuration()

@@ -15,7 +15,8 @@ def run_bench(call: Call) -> None:
 def run_info(call: Call) -> None:
     """memlayers info"""
     lines = machine()
-    if call.options["what"] is not None or call.fields or (call.base is not None and call.base.chosen):
+    options = call.options
+    if options["what"] is not None or options["mesh"] or call.fields or (call.base is not None and call.base.chosen):
         from memlayers.cli.model_commands import asked_for  # imports transformers, which the rest does without
 
         lines += asked_for(call)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from memlayers.lm.data import Corpus, open_corpus
 from memlayers.lm.evaluate import evaluate
 from memlayers.lm.footprint import available_memory, footprint
 from memlayers.lm.generate import generate
+from memlayers.lm.mesh import mesh_lines, share_on
 from memlayers.lm.presets import preset, preset_names
 from memlayers.lm.run import RunFolder
 from memlayers.lm.saved import is_saved_model, load_model, load_tokenizer, read_again
@@ -192,8 +193,19 @@ def asked_for(call: Call) -> Lines:
             base = Base.of(RunConfig, folder.read_config())
             if folder.finished and "data.vocab_size" not in call.fields:
                 vocab_size = _entry(_entry(folder.read_result(), "data", folder.result), "vocab_size", folder.result)
-    config = base.configuration(call.fields)
-    return _described(config, vocab_size or config.data.vocab_size)
+    config, mesh = base.configuration(call.fields), call.options["mesh"]
+    if mesh:
+        share_on(config, mesh)  # mistakes show before the seconds of the rest
+    vocab_size = vocab_size or config.data.vocab_size
+    lines = _described(config, vocab_size)
+    return lines + on_mesh(config, mesh, vocab_size) if mesh else lines
+
+
+def on_mesh(config: RunConfig, mesh: Sequence[int], vocab_size: int) -> Lines:
+    """`mesh_lines` for processes with the device of this machine."""
+    device = pick_device()
+    precision = resolve_precision(config.training.precision, device)
+    return mesh_lines(config, mesh, vocab_size=vocab_size, precision=precision, device=device)
 
 
 def _described(config: RunConfig, vocab_size: int) -> Lines:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from memlayers.cli.configuration import Call
-from memlayers.cli.model_commands import quality
+from memlayers.cli.model_commands import on_mesh, quality
 from memlayers.console import show, tell
 from memlayers.experiments.compare import compare
 from memlayers.experiments.reproduce import plan, reproduce
@@ -15,6 +15,7 @@ from memlayers.lm.data import MANIFEST, Corpus, DataConfig, open_corpus, prepare
 from memlayers.lm.data.prepare import copies_text, is_occupied, strange_text
 from memlayers.lm.data.sources import open_sources
 from memlayers.lm.dry_run import dry_run
+from memlayers.lm.mesh import share_on
 from memlayers.lm.run import check_output
 from memlayers.lm.start import training_windows
 from memlayers.lm.train import train
@@ -41,6 +42,8 @@ def run_train(call: Call) -> None:
 
 def _dry_run(call: Call) -> None:
     config, corpus = _with_data_of_corpus(call)
+    if mesh := call.options["mesh"]:
+        share_on(config, mesh)  # mistakes show before a step is made
     if isinstance(corpus, str | None):
         output, data = call.options["output"], config.data
         folder = corpus or (None if output is None else str(Path(output).parent / "corpus"))
@@ -54,6 +57,8 @@ def _dry_run(call: Call) -> None:
     lines = dry_run(config, corpus=corpus).lines()
     if corpus is None:
         lines = [("corpus", "the text was not tokenised yet"), *lines]
+    if mesh:
+        lines += on_mesh(config, mesh, config.data.vocab_size if corpus is None else corpus.vocab_size)
     print(two_columns(lines))
 
 

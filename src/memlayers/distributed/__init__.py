@@ -9,6 +9,15 @@ same or nothing; `wrapping`: what `DistributedDataParallel` is told; `statistics
 from memlayers.distributed.agreement import check_replicas
 from memlayers.distributed.columns import shard_tables
 from memlayers.distributed.statistics import merge_statistics, sync_statistics
-from memlayers.distributed.wire import Traffic, traffic
+from memlayers.distributed.wire import Layout, Traffic, layouts, traffic
 
-__all__ = ["Traffic", "check_replicas", "merge_statistics", "shard_tables", "sync_statistics", "traffic"]
+__all__ = [
+    "Layout",
+    "Traffic",
+    "check_replicas",
+    "layouts",
+    "merge_statistics",
+    "shard_tables",
+    "sync_statistics",
+    "traffic",
+]

@@ -67,7 +67,7 @@ def compare(
                 raise ValueError(f"test_tokens must be 0 or at least 2, got {test_tokens!r}")
             for name, folder in folders.items():
                 _require_same(folder, runs[name])
-                share_of(runs[name], processes)
+                share_of(runs[name], processes.size)
             check_output(output)
             _require_own_report(output)
         if not isinstance(corpus, Corpus):
@@ -258,5 +258,5 @@ def _require_trainable(config: RunConfig, corpus: Corpus, processes: Processes) 
     device = pick_device()
     precision = resolve_precision(config.training.precision, device)
     sharing = number_on(device, processes)
-    share = share_of(config, processes)
+    share = share_of(config, processes.size)
     require_memory(share, vocab_size=corpus.vocab_size, precision=precision, device=device, processes=sharing)

@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def share_of(config: RunConfig, processes: Processes) -> RunConfig:
-    """The configuration with the batch of one of the processes.
+def share_of(config: RunConfig, size: int) -> RunConfig:
+    """The configuration with the batch of one of as many processes.
 
     Raises `ValueError` if they cannot share each part of a step evenly.
     """
     training = config.training
     windows = config.batch_windows // training.accumulate
-    if windows % processes.size:
+    if windows % size:
         raise ValueError(
-            f"training.batch_tokens / training.accumulate must be a multiple of {processes.size} windows of "
+            f"training.batch_tokens / training.accumulate must be a multiple of {size} windows of "
             f"model.context = {config.model.context} for as many processes, got {windows}: change the batch, or start "
             f"a number of processes that divides it"
         )
-    batch_tokens = training.batch_tokens // processes.size
+    batch_tokens = training.batch_tokens // size
     return dataclasses.replace(config, training=dataclasses.replace(training, batch_tokens=batch_tokens))
 
 

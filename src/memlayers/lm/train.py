@@ -139,7 +139,7 @@ def _train(
     with processes.together():
         device = pick_device()
         precision = resolve_precision(config.training.precision, device)
-        share = share_of(config, processes)
+        share = share_of(config, processes.size)
         folder.check(overwrite=overwrite, resume=resume)
         if resume and folder.begun:
             require_same_config(folder.read_config(), config, folder)
