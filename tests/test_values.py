@@ -35,6 +35,12 @@ def recorded_rows(table):
     }
 
 
+def test_a_table_shows_its_size_and_whether_it_is_in_row_mode():
+    assert repr(ValueTable(20, 3)).startswith("ValueTable(\n  slots=20, dim=3\n")
+    table, _optimizer = table_and_optimizer()
+    assert repr(table).startswith("ValueTable(\n  slots=20, dim=3, row mode\n")
+
+
 def test_without_an_owner_backward_gives_a_dense_gradient():
     table = ValueTable(20, 3)
     read(table).sum().backward()
