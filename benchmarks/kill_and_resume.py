@@ -91,7 +91,7 @@ def run_kills(folder: Path, *, kills: int, config: RunConfig, seed: int = 0) -> 
     started = time.perf_counter()
     _must_finish(folder, lambda: work("whole"))
     usual_seconds = time.perf_counter() - started
-    whole = _fingerprint(folder / "whole")
+    whole = fingerprint(folder / "whole")
 
     found = Kills(save_interval=config.training.save_every_steps)
     while found.kills < kills:
@@ -117,12 +117,12 @@ def run_kills(folder: Path, *, kills: int, config: RunConfig, seed: int = 0) -> 
                 made = len(RunFolder(run).metrics.read_bytes().split(b"\n")) - 1
                 found.most_steps_lost = max(found.most_steps_lost, made - (checkpoints.newest_step() or 0))
         found.runs += 1
-        found.differing += _fingerprint(run) != whole
+        found.differing += fingerprint(run) != whole
         shutil.rmtree(run)
     return found
 
 
-def _fingerprint(run: Path) -> Any:
+def fingerprint(run: Path) -> Any:
     """All that must be equal: every line but its times, the evaluation, and the hashes of the model's files."""
     folder = RunFolder(run)
     lines = [{name: value for name, value in line.items() if name not in TIMES} for line in folder.read_metrics()]

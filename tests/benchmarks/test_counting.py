@@ -36,7 +36,7 @@ def test_a_half_written_checkpoint_is_counted_for_the_kill_that_left_it_alone(sc
     monkeypatch.setattr(module, "_fork", fork)
     monkeypatch.setattr(module, "_aim", aim)
     monkeypatch.setattr(module, "_must_finish", lambda folder, work: None)
-    monkeypatch.setattr(module, "_fingerprint", lambda run: None)
+    monkeypatch.setattr(module, "fingerprint", lambda run: None)
     # The first life writes its checkpoint once it is forked, so what was there before is looked at earlier.
     found = module.run_kills(tmp_path, kills=2, config=module.small_run())
     assert (found.kills, found.in_checkpoints, found.runs) == (2, 1, 1)
