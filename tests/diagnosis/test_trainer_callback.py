@@ -103,6 +103,18 @@ def test_a_healthy_run_raises_none(model, train, settings):
     assert hooks(model) == before
 
 
+def test_replicas_that_have_drifted_apart_are_said_at_a_look(model, train, monkeypatch):
+    optimizer, asked = MemoryAdamW(model, lr=1e-3), []
+
+    def check_replicas(layer, of):
+        asked.append((layer, memory_of(model).values.weight in of.state))
+        return ["values.weight"]
+
+    monkeypatch.setattr("memlayers.diagnosis.alarms.check_replicas", check_replicas)
+    only(train(model, optimizer, every=3), "replicas", "have drifted apart, and differ in values.weight")
+    assert asked == [(memory_of(model), True)] * 2
+
+
 def test_a_gate_at_zero_is_healthy(train):
     model = causal_lm("gpt2", vocab_size=50, layers=2, dim=16, heads=2, context=16)
     add_memory(model, MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=8, query_dim=8), [2])

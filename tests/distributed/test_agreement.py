@@ -10,6 +10,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from memlayers import MemoryConfig, MemoryLayer
 from memlayers.diagnosis import doctor
+from memlayers.diagnosis.alarms import Monitor
+from memlayers.diagnosis.subjects import find_subjects
 from memlayers.distributed import check_replicas
 from memlayers.distributed.agreement import Ranks, fingerprint
 from memlayers.optim import MemoryAdamW, RowAdam
@@ -229,6 +231,28 @@ def test_replicas_that_drifted_apart_are_named(pair):
         assert after == ["0.bias", "1.values.weight", "exp_avg of 2.values.weight"]
         assert ten_rows == ["0.bias"]  # the seventh of 100 is not among them
     assert check_replicas(net()) == []
+
+
+def watched(rank):
+    model = net()
+    optimizer = RowAdam(model)
+    monitors = [Monitor(subject, window=64) for subject in find_subjects(model)]
+    train(model, optimizer, rank)
+    before = [monitor.replicas(optimizer) for monitor in monitors]
+    if rank == 1:
+        optimizer.state[model[2].values.weight]["exp_avg"][5] = 1
+    return before, [monitor.replicas(optimizer) for monitor in monitors]
+
+
+@pytest.mark.promise(
+    "Several processes",
+    "replicas that drift apart under `MemoryAlarms`",
+    "supported",
+    "a look compares memories and their moments between processes, and warns",
+)
+def test_alarms_say_that_replicas_have_drifted_apart(pair):
+    alarm = "replicas", "the processes have drifted apart, and differ in exp_avg of values.weight"
+    assert pair(watched) == [([None, None], [None, alarm])] * 2
 
 
 def examined(rank):

@@ -15,7 +15,7 @@ from memlayers.diagnosis.collapse import LEAST_TOKENS, first_of_alike, judge
 from memlayers.diagnosis.groups import Training, is_at_zero, is_constant
 from memlayers.diagnosis.output import far_off
 from memlayers.diagnosis.subjects import Subject, has_lost_owner
-from memlayers.distributed.agreement import own_part
+from memlayers.distributed.agreement import check_replicas, own_part
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
 from memlayers.listening import Listener, input_of
@@ -110,6 +110,12 @@ class Monitor(Listener):
         """Costs nothing: nothing is asked of the device."""
         if has_lost_owner(self.subject.table):
             return "owner", "its table has no owner: it is in row mode, and its row optimizer is gone"
+        return None
+
+    def replicas(self, optimizer: Any = None) -> tuple[str, str] | None:
+        """Whether all processes hold the same; all look together, and find the same."""
+        if names := check_replicas(self.subject.layer, optimizer):
+            return "replicas", f"the processes have drifted apart, and differ in {', '.join(names)}"
         return None
 
     def reached(self) -> tuple[str, str] | None:

@@ -17,10 +17,10 @@ class MemoryAlarms(TrainerCallback):
         Trainer(model, ..., callbacks=[MemoryAlarms()])
 
     It says when a memory was not called in a step, no row is written, its output is not finite or far off in size, the
-    slots of the last `window` tokens have collapsed, the owner of its table is gone, or a checkpoint has adapters of
-    PEFT and not the memory (`memlayers.models.SaveMemory` saves it). Alarms are `MemoryWarning`s, not lines of a log:
-    they are shown whatever logging is set to, and ``warnings.simplefilter("error", MemoryWarning)`` makes them stop the
-    run. `raised` holds them.
+    slots of the last `window` tokens have collapsed, the owner of its table is gone, a checkpoint has adapters of PEFT
+    and not the memory (`memlayers.models.SaveMemory` saves it), or replicas of it in several processes have drifted
+    apart. Alarms are `MemoryWarning`s, not lines of a log: they are shown whatever logging is set to, and
+    ``warnings.simplefilter("error", MemoryWarning)`` makes them stop the run. `raised` holds them.
 
     It looks every `every` steps; in between, everything stays on the device. Raises `ValueError` when the training of a
     model without memories begins.
@@ -66,7 +66,10 @@ class MemoryAlarms(TrainerCallback):
         for monitor in self._monitors:
             self._raise(monitor, monitor.written(optimizer))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:  # first, so that no process is stopped before by what it alone found
+            for monitor in self._monitors:
+                self._raise(monitor, monitor.replicas(optimizer), more="")
         for monitor in self._monitors:
             monitor.end_step()
             if state.global_step % self.every == 0:
