@@ -272,12 +272,12 @@ class RowOptimizer(TableOwner):
 
     def _take_from_first(self, ranks: Ranks, group: dict[str, Any]) -> None:
         """Makes tables and states those of rank 0, as `DistributedDataParallel` does with what it knows of."""
-        with_state = ranks.gather_numbers([int(bool(self.state.get(table.weight))) for table in self._tables])
+        first_has_state, *_ = ranks.gather_numbers([int(bool(self.state.get(table.weight))) for table in self._tables])
         tensors: dict[str, Tensor] = {}
         for number, table in enumerate(self._tables):
-            if not with_state[0][number]:
+            if not first_has_state[number]:
                 self.state.pop(table.weight, None)
-            elif any(not one[number] for one in with_state):
+            else:
                 self._state_of(table, group)
             tensors[f"the weight of table {number}"] = own_part(table.weight)
             tensors |= {
