@@ -155,7 +155,8 @@ class RowGradient:
         """Whether what is recorded, its products and their squares are: a scalar of bool on the table's device."""
         sizes = [part.weights_TK.abs().amax() * part.grad_TV.abs().amax() for part in self._parts if part.size]
         checks = [torch.isfinite(size.float().square()) for size in sizes]
-        is_finite = torch.stack(checks).all() if checks else torch.ones(1, device=self._mark.device).all()
+        device = self._mark.device
+        is_finite = torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool, device=device)
         return torch.isfinite(self.whole_norm(torch.where(is_finite, 0.0, math.inf)))
 
     def discard(self) -> None:
