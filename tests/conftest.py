@@ -1,4 +1,6 @@
 import gc
+import json
+import random
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,6 +21,24 @@ LONG = (
     "optim/test_distributed_checkpoint.py", "optim/test_trainer.py", "test_cli.py", "test_docs.py", "test_examples.py",
     "test_package.py", "test_readme.py", "test_torch_private.py",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def write_text():
+    """Writes documents in which a word depends on the one before it; returns the name of the file."""
+
+    def write(file, *, documents):
+        draw = random.Random(0)
+        words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(50)]
+        with open(file, "w") as stream:
+            for number in range(documents):
+                places = [draw.randrange(50)]
+                for _ in range(draw.randint(15, 60)):
+                    places.append((3 * places[-1] + draw.randrange(4)) % 50)
+                stream.write(json.dumps({"id": number, "text": " ".join(words[place] for place in places)}) + "\n")
+        return str(file)
+
+    return write
 
 
 gc.disable()  # until everything is imported: what that makes stays, and would be looked through again and again

@@ -1,7 +1,6 @@
 """`memlayers.lm.train` in two processes: one run, whose steps are those of one process with twice as many parts."""
 
 import dataclasses
-import json
 import os
 import random
 import signal
@@ -48,17 +47,10 @@ def variant(training=None, memory=None, model=None, **fields):
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
+def corpus(tmp_path_factory, write_text):
     """The folder of a text in which a word depends on the one before it."""
-    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
-    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(50)]
-    with open(folder / "text.jsonl", "w") as stream:
-        for number in range(120):
-            places = [draw.randrange(50)]
-            for _ in range(draw.randint(15, 60)):
-                places.append((3 * places[-1] + draw.randrange(4)) % 50)
-            stream.write(json.dumps({"id": number, "text": " ".join(words[place] for place in places)}) + "\n")
-    data = dataclasses.replace(CONFIG.data, sources=(str(folder / "text.jsonl"),))
+    folder = tmp_path_factory.mktemp("text")
+    data = dataclasses.replace(CONFIG.data, sources=(write_text(folder / "text.jsonl", documents=120),))
     return prepare(data, folder / "corpus", progress=False).folder
 
 

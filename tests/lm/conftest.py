@@ -1,6 +1,4 @@
 import dataclasses
-import json
-import random
 
 import pytest
 
@@ -20,18 +18,11 @@ def _not_estimated(request, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def tiny_corpus(tmp_path_factory):
+def tiny_corpus(tmp_path_factory, write_text):
     """A few hundred documents in which a word depends on the one before it."""
     folder = tmp_path_factory.mktemp("text")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(50)]
-    with open(folder / "text.jsonl", "w") as stream:
-        for number in range(300):
-            places = [draw.randrange(50)]
-            for _ in range(draw.randint(15, 60)):
-                places.append((3 * places[-1] + draw.randrange(4)) % 50)
-            stream.write(json.dumps({"id": number, "text": " ".join(words[place] for place in places)}) + "\n")
-    data = DataConfig(sources=(str(folder / "text.jsonl"),), vocab_size=300, holdout_percent=10)
+    source = write_text(folder / "text.jsonl", documents=300)
+    data = DataConfig(sources=(source,), vocab_size=300, holdout_percent=10)
     return prepare(data, folder / "corpus", progress=False)
 
 

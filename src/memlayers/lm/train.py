@@ -362,11 +362,12 @@ class Loop:
         total = torch.zeros((), device=device)
         for loss in torch.stack(self.processes.gather(torch.stack(losses)), 1).flatten():
             total += loss  # in the order of parts and then of ranks, as in one process with as many parts
-        if not bool(torch.isfinite(total)):
+        mean = float(total)
+        if not math.isfinite(mean):
             with self.processes.together():
                 if bad is not None:
                     self._stop_at_loss(*bad)
-        return float(total)
+        return mean
 
     def _loss(self, inputs_BT: Tensor, labels_BT: Tensor) -> Tensor:
         if self.replica is not None:

@@ -135,7 +135,7 @@ class RowOptimizer(TableOwner):
     def _update(self) -> None:
         (group,) = self.param_groups
         replicas, columns = self._ranks()
-        are_several = not replicas is columns is None
+        are_several = replicas is not None or columns is not None
         fault = self._fault(are_several)
         for table in self._tables:  # a gradient somebody has set asks for a state, as torch's checkpoints do
             if table.weight.grad is not None:
@@ -230,13 +230,7 @@ class RowOptimizer(TableOwner):
         error: Exception | None = None
         if columns is not None:
             try:
-                said = agreed(columns, fault, settings, [*self._checksum(held), *self._contents()])
-                if not any(is_merged for is_merged, *_ in said) and any(one[1] != said[0][1] for one in said):
-                    raise RuntimeError(_NOT_ALIKE)
-                if any(
-                    len({*found} - {0}) < len(found) - found.count(0) for found in list(zip(*said, strict=True))[2:]
-                ):
-                    raise RuntimeError(_SAME_COLUMNS)
+                self._require_own_columns(agreed(columns, fault, settings, [*self._checksum(held), *self._contents()]))
                 self._may_differ &= replicas is not None
             except (RuntimeError, ValueError) as found:  # replicas are told first
                 error, fault = found, str(found)
@@ -251,6 +245,17 @@ class RowOptimizer(TableOwner):
         if error is not None:
             raise error
         return parts if columns is None else [[scaled(part, columns.size) for part in one] for one in parts]
+
+    @staticmethod
+    def _require_own_columns(said: list[list[int]]) -> None:
+        """Raises `RuntimeError` unless the ranks recorded the same, and hold columns that are not each other's."""
+        are_merged, checksums, *contents = zip(*said, strict=True)
+        if not any(are_merged) and len({*checksums}) > 1:
+            raise RuntimeError(_NOT_ALIKE)
+        for by_rank in contents:
+            known = [one for one in by_rank if one != 0]
+            if len({*known}) < len(known):
+                raise RuntimeError(_SAME_COLUMNS)
 
     def _checksum(self, held: list[Held]) -> list[int]:
         """Whether parts were merged, and a number of what is recorded, which is the same for all columns."""

@@ -83,6 +83,18 @@ def test_in_bfloat16_it_is_the_layer(name, tokens, threads):
     assert not tokens or error(y, expected) < 0.005
 
 
+def test_under_autocast_a_few_tokens_meet_weights_as_if_they_were_cast():
+    layer = trained(BFLOAT16["tiles"])
+    x = torch.randn(2, 64)
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found.append(try_infer(layer, x))
+        for factor in (*layer.query.projections.parameters(), *layer.keys.parameters()):
+            factor.data = factor.data.bfloat16().float()
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [2, 90])
 def test_under_autocast_it_is_the_layer_and_follows_its_weights(tokens, dtype):
