@@ -1,6 +1,7 @@
 import gc
 import json
 import random
+import signal
 import sys
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,9 @@ def write_text():
 
     return write
 
+
+if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, here and in every process that a test starts
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 gc.disable()  # until everything is imported: what that makes stays, and would be looked through again and again
 
