@@ -118,6 +118,7 @@ def main() -> None:
         prepare_tokens(folder)
         subprocess.run([sys.executable, __file__, name], check=True)
         model, batch = small()
+        model.save_pretrained(folder / "first")  # imports what saving takes, which passes through our import hook
         with Walk().followed() as walk:
             model.save_pretrained(folder / "whole")
         print(f"save_pretrained: {len(walk.files)} files, {walk.crossings} calls from one to another")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memlayers import MemoryConfig
-from memlayers.settings import instead
+from memlayers.checks import instead
 
 
 def test_json_round_trip_gives_an_equal_configuration():

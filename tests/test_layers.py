@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "memlayers"
 LAYERS = {
     "base": (
         "version after_import checks launch files sizes extras console signals available torch_private listening "
-        "hardware presentation settings"
+        "hardware presentation"
     ),
     "operations": "ops",
     "layer": "config query keys values usage layer memory_plus experts minimal parameters",

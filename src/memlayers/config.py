@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from memlayers.settings import check_settings, instead, setting
+from memlayers.checks import check_settings, instead, setting
 
 QueryNorm = Literal["batch", "rms", "none"]
 KeyKind = Literal["product", "flat"]

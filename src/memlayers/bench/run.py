@@ -26,9 +26,9 @@ from memlayers.bench.result import Result
 from memlayers.bench.shapes import AXES, Axis, Shape, shape, shape_names
 from memlayers.bench.sweeps import sweep_axis
 from memlayers.bench.timing import Stopwatch
+from memlayers.checks import check_settings, setting
 from memlayers.files import new_folder, write_json, write_text
 from memlayers.hardware import hardware, versions
-from memlayers.settings import check_settings, setting
 
 _BARS = ("512x512", "1024x1024")  # the shapes of the published figures
 _GPU_TOKENS = 2**14

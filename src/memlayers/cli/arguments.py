@@ -5,8 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from memlayers.checks import Setting, in_words, instead
 from memlayers.cli.options_file import read_value
-from memlayers.settings import Setting, in_words, instead
 
 
 class Parser(argparse.ArgumentParser):

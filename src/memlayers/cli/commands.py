@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from memlayers.checks import Setting, instead, require, settings_of
 from memlayers.cli.arguments import Parser
 from memlayers.cli.configuration import Base, Call
 from memlayers.experiments.registry import EXPERIMENTS, experiment
@@ -22,7 +23,6 @@ from memlayers.lm.data.sources import open_sources
 from memlayers.lm.presets import Comparison, preset_names
 from memlayers.lm.run import RunFolder
 from memlayers.presentation import two_columns
-from memlayers.settings import Setting, instead, require, settings_of
 
 
 @dataclass(frozen=True, kw_only=True)

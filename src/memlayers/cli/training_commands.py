@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from memlayers.checks import settings_of
 from memlayers.cli.configuration import Call
 from memlayers.cli.model_commands import on_mesh, quality
 from memlayers.console import show, tell
@@ -20,7 +21,6 @@ from memlayers.lm.run import check_output
 from memlayers.lm.start import training_windows
 from memlayers.lm.train import train
 from memlayers.presentation import two_columns
-from memlayers.settings import settings_of
 
 
 def run_train(call: Call) -> None:

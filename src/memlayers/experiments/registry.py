@@ -1,5 +1,6 @@
 """All experiments by name."""
 
+from memlayers.checks import instead
 from memlayers.experiments.depth import DEPTH
 from memlayers.experiments.equivalent import EQUIVALENT
 from memlayers.experiments.experiment import Experiment
@@ -10,7 +11,6 @@ from memlayers.experiments.position import POSITION
 from memlayers.experiments.size import SIZE
 from memlayers.experiments.speed import SPEED
 from memlayers.experiments.updates import UPDATES
-from memlayers.settings import instead
 
 EXPERIMENTS: dict[str, Experiment] = {
     one.name: one for one in (NOISE, DEPTH, SIZE, POSITION, HEADS_K, FLAT, UPDATES, EQUIVALENT, SPEED)

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from memlayers.checks import require_int
+from memlayers.checks import Setting, check_settings, instead, require_int, setting, settings_of
 from memlayers.config import MemoryConfig
 from memlayers.lm.data.config import DataConfig
-from memlayers.settings import Setting, check_settings, instead, setting, settings_of
 
 Family = Literal["gpt2", "llama"]
 Schedule = Literal["cosine", "inverse_sqrt", "constant"]

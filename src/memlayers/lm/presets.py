@@ -3,10 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
+from memlayers.checks import setting
 from memlayers.config import MemoryConfig
 from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
 from memlayers.lm.data import DataConfig
-from memlayers.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ the model lives, sums over all bits of its tensors are kept, too, which any trai
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlayers.models.modules import base_name, packed_shape
+from memlayers.models.modules import base_name, packed_shapes
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
 from memlayers.torch_private import is_wrapper_subclass
 
@@ -106,7 +106,7 @@ def identity_of(model: nn.Module, without: Collection[str] = (), *, exact: bool 
     `without`: modules that do not count, as they will be replaced. What adapters (PEFT) and `torch.compile` put around
     its modules does not count either. `exact`: with digests, for which all of the base is read once.
     """
-    named = dict(_base_tensors(model, "", {base_name(name) for name in without}))
+    named = dict(_base_tensors(model, {base_name(name) for name in without}))
     # Adapters that are merged and unmerged, as for generation in the middle of a training, leave them rounded.
     adapted = {
         tensor
@@ -145,7 +145,7 @@ def identity_of(model: nn.Module, without: Collection[str] = (), *, exact: bool 
 
 def base_buffers(model: nn.Module) -> set[str]:
     """The tensors of the base of `model` that are no parameters, by the names that they have in its identity."""
-    return {name for name, tensor in _base_tensors(model, "", ()) if not isinstance(tensor, nn.Parameter)}
+    return {name for name, tensor in _base_tensors(model) if not isinstance(tensor, nn.Parameter)}
 
 
 def recorded_base(model: nn.Module) -> BaseIdentity | None:
@@ -156,21 +156,30 @@ def recorded_base(model: nn.Module) -> BaseIdentity | None:
     return None
 
 
-def _base_tensors(module: nn.Module, prefix: str, without: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+def _base_tensors(model: nn.Module, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers under the names that they have in the base; shared ones under each name."""
+    return _tensors_inside(model, "", without, packed_shapes(model))
+
+
+def _tensors_inside(
+    module: nn.Module, prefix: str, without: Collection[str], packed: Mapping[nn.Module, tuple[int, int]]
+) -> Iterator[tuple[str, Tensor]]:
     while (inside := _inside(module)) is not None:
         module = inside
     if isinstance(module, MemoryWrapper):  # in place of a module that is gone
         return
     own = [*module._parameters.items(), *module._buffers.items()]
-    if (packed := packed_shape(module)) is not None:  # by shape alone; whatever it is packed as may change (on a CPU)
-        own = [("weight", torch.empty(packed, dtype=torch.uint8, device="meta")), *(i for i in own if i[0] == "bias")]
+    if module in packed:  # by shape alone; whatever it is packed as may change (on a CPU)
+        own = [
+            ("weight", torch.empty(packed[module], dtype=torch.uint8, device="meta")),
+            *(i for i in own if i[0] == "bias"),
+        ]
     for name, tensor in own:
         if tensor is not None and name not in module._non_persistent_buffers_set:
             yield prefix + name, tensor
     for name, child in module._modules.items():
         if child is not None and prefix + name not in without:
-            yield from _base_tensors(child, f"{prefix}{name}.", without)
+            yield from _tensors_inside(child, f"{prefix}{name}.", without, packed)
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

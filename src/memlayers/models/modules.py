@@ -59,12 +59,17 @@ def packed_shape(module: nn.Module) -> tuple[int, int] | None:
     return (shape[0], shape[1]) if is_packed else None
 
 
+def packed_shapes(model: nn.Module) -> dict[nn.Module, tuple[int, int]]:
+    """The quantised linear maps in `model`, each with its `packed_shape`."""
+    return {part: shape for part in model.modules() if (shape := packed_shape(part)) is not None}
+
+
 def weight_sizes(module: nn.Module) -> set[int]:
     """All sizes of the weights of `module`; of quantised ones, of what they stand for."""
     sizes: set[int] = set()
+    packed = packed_shapes(module)
     for part in module.modules():
-        packed = packed_shape(part)
-        sizes.update(packed or (size for tensor in part.parameters(recurse=False) for size in tensor.shape))
+        sizes.update(packed.get(part) or (size for tensor in part.parameters(recurse=False) for size in tensor.shape))
     return sizes
 
 

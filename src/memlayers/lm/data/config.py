@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from memlayers.checks import check_settings, setting
 from memlayers.lm.data.tokenize import SMALLEST_VOCABULARY
-from memlayers.settings import check_settings, setting
 
 
 @dataclass(frozen=True, kw_only=True)
