@@ -28,6 +28,7 @@ LAYERS = {
     "optimizers": "optim",
     "models": "models",
     "diagnosis": "diagnosis",
+    "looking inside": "explorer",
     "language models": "lm",
     "experiments": "experiments",
     "bench": "bench",
@@ -37,8 +38,9 @@ HEIGHT = {module: height for height, modules in enumerate(LAYERS.values()) for m
 
 # What may be imported inside a function: what is optional, slow to import, or not on every system ...
 LATE = {
-    "accelerate", "datasets", "fcntl", "huggingface_hub", "jsonargparse", "matplotlib", "numba", "numpy", "pyarrow",
-    "resource", "safetensors", "tensorboard", "tokenizers", "torch", "tqdm", "transformers", "triton", "zstandard",
+    "accelerate", "datasets", "fcntl", "huggingface_hub", "jsonargparse", "matplotlib", "numba", "numpy", "pandas",
+    "pyarrow", "resource", "safetensors", "tensorboard", "tokenizers", "torch", "tqdm", "transformers", "triton",
+    "zstandard",
 }  # fmt: skip
 # ... and who may import the package's own modules there: public names that need transformers, and commands.
 LATE_HERE = (

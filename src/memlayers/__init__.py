@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from memlayers.config import MemoryConfig
     from memlayers.diagnosis import doctor
     from memlayers.experts import Experts
+    from memlayers.explorer import SlotTrace
     from memlayers.keys import FlatKeys, Hits, NormalisedKeys, ProductKeys
     from memlayers.layer import MemoryLayer
     from memlayers.memory_plus import MemoryPlus
@@ -30,6 +31,7 @@ __all__ = [
     "RowAdagrad",
     "RowAdam",
     "RowSGD",
+    "SlotTrace",
     "UsageMeter",
     "ValueTable",
     "add_memory",
@@ -53,6 +55,7 @@ _ON_DEMAND = {
     "RowAdagrad": "optim",
     "RowAdam": "optim",
     "RowSGD": "optim",
+    "SlotTrace": "explorer",
     "UsageMeter": "usage",
     "ValueTable": "values",
     "add_memory": "models",
