@@ -228,3 +228,57 @@ def test_a_save_that_fails_fails_on_all_ranks(pair, tmp_path):
     one, other = pair(failing_save, str(tmp_path / "file"))  # which is no folder
     assert one.startswith("FileExistsError")
     assert "the rank that writes has failed: FileExistsError" in other
+
+
+def sharing(size, seed=0):
+    """Two memories with one table, and their optimizer."""
+    torch.manual_seed(seed)
+    config = MemoryConfig(dim=WIDTH, heads=2, topk=2, num_subkeys=10, query_dim=4, query_norm="rms")
+    first = MemoryLayer(config)
+    model = nn.Sequential(first, MemoryLayer(config, values=first.values)).double()
+    if size:
+        from torch.distributed.device_mesh import init_device_mesh  # here: its import takes a second
+
+        shard_tables(model, init_device_mesh("cpu", (size,)))
+    return model, MemoryAdamW(model, lr=0.0, value_lr=0.05, weight_decay=0.0)
+
+
+def steps_of_shared(model, optimizer, rank, size, first, last):
+    outputs = []
+    for step in range(first, last):
+        x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        y = model(x.tensor_split(size)[rank])
+        (y.square().sum() * size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        outputs.append(y.detach())
+    return torch.stack(outputs)
+
+
+def shared_saved(rank, size, mesh_size, folder):
+    model, optimizer = sharing(mesh_size)
+    steps_of_shared(model, optimizer, rank, size, 0, 3)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    return steps_of_shared(model, optimizer, rank, size, 3, 6)
+
+
+def shared_loaded(rank, size, mesh_size, folder):
+    model, optimizer = sharing(mesh_size, seed=5)
+    weights, state = get_state_dict(model, optimizer)
+    loaded = {"model": weights, "optimizer": state}
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    assert model[0].values is model[1].values
+    return steps_of_shared(model, optimizer, rank, size, 3, 6)
+
+
+def test_a_table_that_two_memories_share_goes_on_from_columns_and_from_a_whole_table(pair, tmp_path):
+    columns, whole = str(tmp_path / "columns"), str(tmp_path / "whole")
+    went_on = pair(shared_saved, 2, 2, columns)
+    pair(shared_saved, 2, 0, whole)
+    again = pair(shared_loaded, 2, 2, columns)
+    assert all(torch.equal(*both) for both in zip(again, went_on, strict=True))
+    for folder, mesh_size in ((columns, 0), (whole, 2)):
+        for one, other in zip(pair(shared_loaded, 2, mesh_size, folder), went_on, strict=True):
+            close(one, other)

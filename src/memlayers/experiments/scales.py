@@ -106,7 +106,7 @@ def _laptop() -> dict[str, Any]:
             memory=MemoryConfig(dim=128, heads=4, topk=32, num_subkeys=256, query_dim=128, value_std=0.0),
             training=TrainingConfig(
                 batch_tokens=1024,
-                learning_rate=4e-3,
+                learning_rate=5.6e-3,
                 value_learning_rate=5e-2,
                 value_schedule="same",
                 selector_learning_rate=3e-4,
