@@ -21,6 +21,7 @@ TOPICS = (
     "Several processes",
     "Checkpoints of PyTorch",
     "Quantised models",
+    "Tables in files",
     "Adapters",
     "Masks",
     "Saving and loading",

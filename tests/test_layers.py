@@ -24,6 +24,7 @@ LAYERS = {
     "operations": "ops",
     "layer": "config query keys values usage layer memory_plus experts minimal parameters",
     "inference": "inference",
+    "tables": "storage",
     "processes": "distributed",
     "optimizers": "optim",
     "models": "models",

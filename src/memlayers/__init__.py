@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memlayers.memory_plus import MemoryPlus
     from memlayers.models import add_memory, disable_memory, load_memory, save_memory
     from memlayers.optim import RowAdagrad, RowAdam, RowSGD
+    from memlayers.storage import MappedFile
     from memlayers.usage import UsageMeter
     from memlayers.values import ValueTable
 
@@ -23,6 +24,7 @@ __all__ = [
     "Experts",
     "FlatKeys",
     "Hits",
+    "MappedFile",
     "MemoryConfig",
     "MemoryLayer",
     "MemoryPlus",
@@ -47,6 +49,7 @@ _ON_DEMAND = {
     "Experts": "experts",
     "FlatKeys": "keys",
     "Hits": "keys",
+    "MappedFile": "storage",
     "MemoryConfig": "config",
     "MemoryLayer": "layer",
     "MemoryPlus": "memory_plus",

@@ -14,7 +14,7 @@ from memlayers.layer import MemoryLayer
 from memlayers.ops import exported
 from memlayers.ops.precision import widened
 from memlayers.ops.read import dot, dot_row_mode
-from memlayers.values import ValueTable
+from memlayers.values import TablePlace, ValueTable
 
 
 class Experts(MemoryLayer):
@@ -42,12 +42,12 @@ class Experts(MemoryLayer):
         self,
         config: MemoryConfig,
         *,
-        values: ValueTable | None = None,
+        values: ValueTable | TablePlace | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         inputs = getattr(values, "inputs", None)
-        if values is not None and (inputs is None or inputs.weight.shape != (config.slots, config.dim)):
+        if isinstance(values, ValueTable) and (inputs is None or inputs.weight.shape != (config.slots, config.dim)):
             what = "none" if inputs is None else f"{inputs.weight.shape[0]} x {inputs.weight.shape[1]}"
             raise ValueError(
                 f"values must be the table of Experts, whose inputs are {config.slots} x {config.dim}, got {what}"

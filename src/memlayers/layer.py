@@ -19,7 +19,7 @@ from memlayers.ops.infer import infer
 from memlayers.ops.registry import is_transformed
 from memlayers.query import MaskedBatchNorm, QueryNetwork
 from memlayers.torch_private import has_forward_hooks, has_global_forward_hooks, is_exporting
-from memlayers.values import ValueTable, modules_of
+from memlayers.values import TablePlace, ValueTable, modules_of
 
 # The parts whose work `infer` does. A part of another class (wrapped, reparametrised, of a subclass) is called.
 _PARTS = (QueryNetwork, nn.Linear, MaskedBatchNorm, ProductKeys, ValueTable)
@@ -58,12 +58,13 @@ class MemoryLayer(nn.Module):
 
     Args:
         config: sizes and options.
-        values: the table of another layer, to share it; ``config.slots`` rows of width ``config.width``.
+        values: the table of another layer, to share it; ``config.slots`` rows of width ``config.width``. Or the place
+            of a table of its own (`memlayers.MappedFile`).
         device: of parameters and buffers.
         dtype: of parameters; statistics of the query's norm are in at least float32.
 
     Raises:
-        ValueError: a table of another shape.
+        ValueError: a table of another shape; a place that it cannot have there.
     """
 
     made: ClassVar[int] = 0  # when the class was defined: tells two of one name apart (`layer_class`)
@@ -76,7 +77,7 @@ class MemoryLayer(nn.Module):
         self,
         config: MemoryConfig,
         *,
-        values: ValueTable | None = None,
+        values: ValueTable | TablePlace | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -85,12 +86,14 @@ class MemoryLayer(nn.Module):
         where: Any = {"device": device, "dtype": dtype}
         self.query = QueryNetwork(config, **where)
         self.keys = self.make_keys(**where)
+        self.owns_values = not isinstance(values, ValueTable)
+        if isinstance(values, TablePlace):
+            values = self.put_values(values, **where)
         if values is not None and values.weight.shape != (config.slots, config.width):
             raise ValueError(
                 f"values must be a table of {config.slots} slots of width {config.width}, "
                 f"got {' x '.join(map(str, values.weight.shape))}"
             )
-        self.owns_values = values is None
         self.values = self.make_values(**where) if values is None else values
         self.output = self.make_output(**where)
 
@@ -104,6 +107,15 @@ class MemoryLayer(nn.Module):
     def make_values(self, **where: Any) -> ValueTable:
         """The table, where none is passed in."""
         return ValueTable(self.config.slots, self.config.width, std=self.config.value_std, **where)
+
+    def put_values(self, place: TablePlace, **where: Any) -> ValueTable:
+        """The table in a place; a subclass that makes tables of its own kind has none there."""
+        if type(self).make_values is not MemoryLayer.make_values:
+            raise ValueError(
+                f"values must be None or a table for {type(self).__name__}, which makes tables of its own kind, got "
+                f"{place!r}"
+            )
+        return place.make_table(self.config.slots, self.config.width, std=self.config.value_std, **where)
 
     def make_output(self, **where: Any) -> nn.Module:
         """The projection V -> D of `combine`; the identity where values are as wide as the model."""

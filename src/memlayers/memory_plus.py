@@ -13,7 +13,7 @@ from memlayers.config import MemoryConfig
 from memlayers.keys import NormalisedKeys
 from memlayers.layer import MemoryLayer
 from memlayers.ops.registry import is_transformed
-from memlayers.values import ValueTable
+from memlayers.values import TablePlace, ValueTable
 
 
 class MemoryPlus(MemoryLayer):
@@ -41,7 +41,7 @@ class MemoryPlus(MemoryLayer):
         self,
         config: MemoryConfig,
         *,
-        values: ValueTable | None = None,
+        values: ValueTable | TablePlace | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):

@@ -1,9 +1,10 @@
-"""ValueTable: the rows that a memory reads, and who trains them.
+"""ValueTable: the rows that a memory reads, and who trains them. TablePlace: where they are, if not in memory.
 
 Letters: T tokens, S slots, V value width, M rows a token reads, ... any leading shape.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -168,6 +169,16 @@ class ValueTable(nn.Module):
             )
         return self.row_gradient.register_hook(hook)
 
+    # What is asked of a table; those in other places than memory answer otherwise.
+
+    def make_states(self, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The states that an optimizer keeps for the table: what `make` returns for a tensor like the weight."""
+        return make(self.weight)
+
+    def changed_slots(self) -> Tensor | None:
+        """The slots of the rows that may have changed since the last checkpoint; None: any."""
+        return None
+
     def extra_repr(self) -> str:
         slots, dim = self.weight.shape
         return f"slots={slots}, dim={dim}" + (", row mode" if self.row_gradient is not None else "")
@@ -212,6 +223,26 @@ class ValueTable(nn.Module):
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
         self.settle_mark()
+
+
+class TablePlace(ABC):
+    """Where a table's rows are: what a `MemoryLayer` and `add_memory` take as ``values`` in place of a table."""
+
+    @abstractmethod
+    def make_table(
+        self,
+        slots: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        std: float | None = None,
+    ) -> ValueTable:
+        """The table there, with the arguments of `ValueTable`: a new one, or the one that is there already."""
+
+    @abstractmethod
+    def below(self, name: str) -> "TablePlace":
+        """The place of one of several tables, by its name."""
 
 
 def value_tables(model: nn.Module) -> list[ValueTable]:

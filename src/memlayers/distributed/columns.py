@@ -13,6 +13,7 @@ along the last one, replicas of them along the first, which exchange row gradien
 Letters: T tokens of this rank, N tokens of all ranks, M rows a token reads, S slots, V width, C columns of this rank.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,6 +199,10 @@ class ColumnTable(ValueTable):
     def like_weight(self, columns_SC: Tensor) -> Tensor:
         """A tensor of this rank's columns as one of all columns, as the weight is."""
         return _columns(columns_SC, self.weight.shape, self.weight.device_mesh)
+
+    def make_states(self, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        states = make(own_part(self.weight))
+        return {name: self.like_weight(one) if one.ndim == 2 else one for name, one in states.items()}
 
     def in_order(self, held: Held) -> Held:
         """What this rank has recorded, of all ranks' tokens, in the order of one process with their micro-batches."""

@@ -119,9 +119,15 @@ class MemoryAdamW(TableOwner):
         """
         return cls
 
+    @property
+    def tables(self) -> list[ValueTable]:
+        return [] if self._rows is None else self._rows.tables
+
     def _update(self) -> None:
         if self._idle_steps is not None:
             self._require_gradients()
+        if self._rows is not None and Ranks.of(self._process_group) is None:
+            self._rows.before_step()  # a full disk, before dense parameters change
         for part in self._parts():
             part.step()
 

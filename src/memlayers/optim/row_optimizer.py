@@ -16,6 +16,7 @@ from memlayers.distributed.wrapping import keep_out_of_ddp
 from memlayers.ops.row_gradient_tensor import RowTensor
 from memlayers.ops.row_sum import Part
 from memlayers.optim.table_owner import TableOwner
+from memlayers.storage import MappedTable
 from memlayers.values import Companion, ValueTable, value_tables
 
 if TYPE_CHECKING:
@@ -109,7 +110,6 @@ class RowOptimizer(TableOwner):
 
     @property
     def tables(self) -> list[ValueTable]:
-        """The tables that it owns."""
         return list(self._tables)
 
     @abstractmethod
@@ -132,6 +132,17 @@ class RowOptimizer(TableOwner):
         How to clip and to round, and of which columns, is for the operations of `memlayers.ops.row_step`.
         """
 
+    def before_step(self) -> None:
+        """Has tables in files keep what a step will change, in a log on the disk; called by `step`.
+
+        Raises `OSError`, as on a full disk, before anything has changed.
+        """
+        (group,) = self.param_groups
+        for table in self._tables:
+            if isinstance(table, MappedTable) and (parts := self._held(table).parts):
+                self._state_of(table, group)
+                table.before_step(parts)
+
     def _update(self) -> None:
         (group,) = self.param_groups
         replicas, columns = self._ranks()
@@ -145,6 +156,7 @@ class RowOptimizer(TableOwner):
         elif fault is not None:
             raise RuntimeError(fault)
         else:
+            self.before_step()
             held = [self._held(table).parts for table in self._tables]
         lr = float(group["lr"] if group["schedule_values"] else group["value_lr"])
         for number, table in enumerate(self._tables):
@@ -173,9 +185,7 @@ class RowOptimizer(TableOwner):
     def _state_of(self, table: ValueTable, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[table.weight]
         if not state:
-            state.update(self.new_state(own_part(table.weight), group))
-            if isinstance(table, ColumnTable):
-                state.update({name: table.like_weight(one) for name, one in state.items() if one.ndim == 2})
+            state.update(table.make_states(lambda weight_SV: self.new_state(weight_SV, group)))
         return state
 
     def _held(self, table: ValueTable) -> Held:
@@ -195,6 +205,8 @@ class RowOptimizer(TableOwner):
                 continue
             if not table.row_gradient.is_of(table.weight):
                 return _REPLACED
+            if are_several and isinstance(table, MappedTable):
+                return _IN_FILES
             grad = table.weight.grad
             if isinstance(table, ColumnTable) and grad is not None and bool(own_part(grad).any()):
                 return _DENSE_IN_COLUMNS
@@ -337,6 +349,10 @@ def _check_columns(tables: list[ValueTable], process_group: Any, *, per_row: boo
 _REPLACED = (
     "the weight of a value table was replaced after its row optimizer was built, as by load_state_dict(assign=True), "
     "so the optimizer would not train it: build the optimizer afterwards, or load without assign"
+)
+_IN_FILES = (
+    "a value table in files is trained by one process, which alone may open them: keep the table in memory (leave out "
+    "values=MappedFile(...)), or train in one process"
 )
 _DENSE_TOO = (
     "a value table in row mode has a dense gradient beside its row gradient, or in its place: DistributedDataParallel "

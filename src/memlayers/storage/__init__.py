@@ -1,0 +1,10 @@
+"""Tables that are not in memory: classes of `ValueTable`, and where they are made.
+
+Read `rows` first (a file of rows as a tensor, and the rows asked for ahead of use), then `draw` (fresh rows, by slot),
+`undo` (what a row was before it changed), `folder` (the files of one table, and its checkpoints), `mapped`
+(`MappedTable` and `MappedFile`).
+"""
+
+from memlayers.storage.mapped import MappedFile, MappedTable
+
+__all__ = ["MappedFile", "MappedTable"]

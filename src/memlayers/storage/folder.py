@@ -1,0 +1,411 @@
+"""TableFolder: the files of one table, and the checkpoints to which they can be put back.
+
+    table.json            sealed: shape, dtype, seed of fresh rows, states, the checkpoints that are kept
+    weight.rows           the rows, in the order of slots, sparse: a row that was never written takes no room
+    exp_avg.rows ...      states of the optimizer, likewise
+    written-00000001.bits the rows that had been written at checkpoint 1, a bit each
+    undo-00000001.log     what rows were before they changed (`memlayers.storage.undo`), after a checkpoint
+
+Rows change in place. A checkpoint flushes them, names what had been written, and from then on the next log keeps what
+changes; to open a folder is to put back what the logs after its last checkpoint say. Rows that have not been written
+are zeros in all files of states, and fresh ones are drawn by slot.
+
+Letters: S slots, V width.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlayers.files import file_aside, flush, read_sealed, write_sealed
+from memlayers.storage.draw import draw_rows
+from memlayers.storage.rows import Ahead, MappedRows
+from memlayers.storage.undo import UndoLog, read_log
+
+FORMAT = 1
+DESCRIPTION, WEIGHT = "table.json", "weight"
+_ROWS_AT_ONCE = 2**23  # bytes of a file's rows that are copied at a time
+
+
+class Checkpoint(NamedTuple):
+    """A state that the table can be put back to."""
+
+    number: int
+    log: int  # the first one after it
+    bits: int  # of the checkpoint whose file says which rows had been written; 0: none
+
+
+class TableFolder:
+    """One table's files, open for this process alone.
+
+    Args:
+        folder: of the table; one that is not there, or is empty, gets a new table.
+        slots: S.
+        width: V.
+        dtype: float32 or bfloat16.
+        std: standard deviation of fresh rows.
+        new_seed: called for the seed of a new table.
+        budget_bytes: as of `Ahead`.
+
+    Raises:
+        ValueError: the folder holds another table or a damaged one, or another process has it.
+        OSError: it cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        slots: int,
+        width: int,
+        *,
+        dtype: torch.dtype,
+        std: float,
+        new_seed: Callable[[], int],
+        budget_bytes: int,
+    ):
+        self.folder, self.slots, self.width, self.dtype, self.std = folder, slots, width, dtype, std
+        self.seed = 0
+        # By slot: whether a row has been written, was so at the last checkpoint, is in the log that is open.
+        self.written, self.kept, self.logged = (np.zeros(slots, np.bool_) for _ in range(3))
+        self.states: dict[str, MappedRows] = {}
+        self.checkpoints = [Checkpoint(0, 1, 0)]
+        self.ahead = Ahead(slots, budget_bytes)
+        self.logged_bytes = 0  # of all logs, as long as the folder is open
+        self._log: UndoLog | None = None
+        self._next_log = 1
+        self._unlock: Callable[[], None] | None = None
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"the folder of a table must be none or a folder, got the file {str(folder)!r}")
+        folder.mkdir(parents=True, exist_ok=True)
+        is_new = not (folder / DESCRIPTION).exists()
+        if not is_new:
+            self._checked_description()  # before a file is made longer
+        self.weight = self._open_rows(WEIGHT, (slots, width), dtype)
+        try:
+            self._lock()
+            if is_new:
+                self._begin(new_seed())
+            else:
+                self._go_on(self._checked_description())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def files(self) -> dict[str, MappedRows]:
+        """The rows and the states, by name."""
+        return {WEIGHT: self.weight, **self.states}
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the folder takes on the disk."""
+        return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir() if path.is_file())
+
+    # Rows.
+
+    def write_fresh(self, slots: np.ndarray) -> None:
+        """Writes the fresh values of rows that have not been written. Raises `OSError` on a full disk."""
+        for part in self._pieces(slots):
+            self.weight.write(part, self.as_bytes(torch.from_numpy(self._drawn(part))))
+        self.ahead.know(self.weight, slots)
+        self.written[slots] = True
+
+    def rows(self, slots: np.ndarray) -> Tensor:
+        """Rows [len(slots), V] of ascending slots, copied; those that have not been written are drawn."""
+        is_written = self.written[slots]
+        rows = torch.empty(len(slots), self.width, dtype=self.dtype)
+        rows[torch.from_numpy(is_written)] = self.weight.tensor[torch.from_numpy(slots[is_written])]
+        for part in self._pieces(np.flatnonzero(~is_written)):
+            rows[torch.from_numpy(part)] = torch.from_numpy(self._drawn(slots[part])).to(self.dtype)
+        return rows
+
+    def _drawn(self, slots: np.ndarray) -> np.ndarray:
+        return draw_rows(self.seed, slots, self.width, self.std)
+
+    def as_bytes(self, rows: Tensor) -> np.ndarray:
+        """Rows as they stand in the file."""
+        return rows.to(self.dtype).contiguous().view(torch.uint8).numpy()
+
+    def _pieces(self, slots: np.ndarray) -> Iterator[np.ndarray]:
+        step = max(1, _ROWS_AT_ONCE // self.weight.row_bytes)
+        for start in range(0, len(slots), step):
+            yield slots[start : start + step]
+
+    # Changes.
+
+    def before_change(self, slots: np.ndarray, *, drawn: bool = True) -> None:
+        """Keeps what ascending slots are, on the disk; afterwards their rows, in all files, may be changed.
+
+        drawn: whether rows that have not been written get their fresh values; else the caller writes all of them.
+        Raises `OSError`, as on a full disk; no row has changed then.
+        """
+        new = slots[~self.logged[slots]]
+        if not len(new):
+            return
+        fresh, old = new[~self.kept[new]], new[self.kept[new]]
+        if drawn:
+            self.write_fresh(fresh[~self.written[fresh]])
+        log = self._open_log()
+        before = log.nbytes
+        try:
+            if len(fresh):
+                for file in self.states.values():  # so that the disk has room for them
+                    file.fill(fresh, np.zeros(file.row_bytes, np.uint8))
+                    self.ahead.know(file, fresh)
+                log.add_fresh(fresh)
+            self.ahead.wait(self.ahead.fetch(self._large_files(), old))
+            for part in self._pieces(old):
+                rows = {name: file.take(part) for name, file in self.files.items()}
+                log.add_old(part, rows)
+                for name, file in self.states.items():
+                    empty = part[~rows[name].any(1)]  # a hole in the file, perhaps
+                    file.fill(empty, np.zeros(file.row_bytes, np.uint8))
+            log.flush()
+        except BaseException:
+            log.drop_unflushed()
+            raise
+        self.logged_bytes += log.nbytes - before
+        self.logged[new] = True
+        self.written[new] = True
+
+    def _large_files(self) -> list[MappedRows]:
+        """Those of which pages are asked for; one number a row is read as a whole."""
+        return [file for file in self.files.values() if file.tensor.ndim > 1]
+
+    def _open_log(self) -> UndoLog:
+        if self._log is None:
+            row_bytes = {name: file.row_bytes for name, file in self.files.items()}
+            self._log = UndoLog(self._log_file(self._next_log), row_bytes)
+            self._next_log += 1
+        return self._log
+
+    def _end_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+        self._log = None
+        self.logged[:] = False
+
+    # States.
+
+    def make_states(self, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The optimizer's states, of the shapes and dtypes of `likes`: those of the folder, or new ones of zeros.
+
+        Raises `ValueError` for states of another optimizer.
+        """
+        asked = {name: _described(like) for name, like in likes.items()}
+        if self.states:
+            if (held := self._described_states()) != asked:
+                raise ValueError(
+                    f"the table in {str(self.folder)!r} has the states {_in_words(held)}, this optimizer has "
+                    f"{_in_words(asked)}: build the optimizer that trained it, or call drop_states() on the table"
+                )
+            return {name: file.tensor for name, file in self.states.items()}
+        for name, like in likes.items():
+            (self.folder / f"{name}.rows").unlink(missing_ok=True)  # of a table that was killed here
+            self.states[name] = self._open_rows(name, like.shape, like.dtype)
+            self.states[name].flush()
+        flush(self.folder)
+        self._end_log()  # which knows nothing of them
+        self._describe()
+        return {name: file.tensor for name, file in self.states.items()}
+
+    def drop_states(self) -> None:
+        """Removes the optimizer's states; what the rows are is the only checkpoint then."""
+        dropped, self.states = self.states, {}
+        self.checkpoint()  # which removes their files
+        for file in dropped.values():
+            file.close()
+
+    def _described_states(self) -> dict[str, list[Any]]:
+        return {name: _described(file.tensor) for name, file in self.states.items()}
+
+    # Checkpoints.
+
+    def checkpoint(self, *, keep: int = 1) -> int:
+        """Makes what the rows are a checkpoint, once it is on the disk; returns its number. `keep` of them stay.
+
+        Raises `OSError`; the checkpoints are then those that they were.
+        """
+        for file in self.files.values():
+            file.flush()
+        last = self.checkpoints[-1]
+        number, bits = last.number + 1, last.bits
+        if not np.array_equal(self.kept, self.written):
+            bits = number
+            with file_aside(self._bits_file(number)) as aside:
+                aside.write_bytes(np.packbits(self.written).tobytes())
+        before = self.checkpoints
+        self.checkpoints = [*before, Checkpoint(number, self._next_log, bits)][-keep:]
+        try:
+            self._describe()
+        except BaseException:
+            self.checkpoints = before
+            raise
+        self._end_log()
+        self.kept = self.written.copy()
+        self._remove_unused()
+        return number
+
+    def restore(self, number: int | None = None) -> None:
+        """Puts the rows back to a checkpoint, the last one where none is named; later ones are forgotten.
+
+        Raises `ValueError` for one that is not kept.
+        """
+        kept = [one for one in self.checkpoints if number is None or one.number <= number]
+        if not kept or number not in (None, kept[-1].number):
+            numbers = ", ".join(str(one.number) for one in self.checkpoints)
+            raise ValueError(f"the table in {str(self.folder)!r} has the checkpoints {numbers}, got {number}")
+        self._end_log()
+        if kept != self.checkpoints:
+            self.checkpoints = kept
+            self._describe()  # so that what follows is gone on with by whoever opens the folder
+        self._undo()
+
+    def _undo(self) -> None:
+        """Puts back what the logs after the last checkpoint say, the newest first."""
+        last = self.checkpoints[-1]
+        logs = sorted((number for number in self._logs() if number >= last.log), reverse=True)
+        self._next_log = max([last.log, *(number + 1 for number in logs)])
+        for number in logs:
+            for slots, rows in read_log(self._log_file(number)):
+                for name, file in self.files.items():
+                    if name in rows:
+                        file.write(slots, rows[name])
+                    elif not rows:  # what is no hole has its room on the disk
+                        held = slots[file.take(slots).any(1)]
+                        file.fill(held, np.zeros(file.row_bytes, np.uint8))
+        if logs:
+            for file in self.files.values():
+                file.flush()
+        for number in logs:  # a newer one is never there without those before it
+            self._log_file(number).unlink()
+            flush(self.folder)
+        self.written = self._read_bits(last.bits)
+        self.kept = self.written.copy()
+        self.logged[:] = False
+        self.ahead.forget()
+
+    # The folder.
+
+    def _begin(self, seed: int) -> None:
+        self.seed = seed
+        self._remove_unused()
+        self.weight.flush()
+        self._describe()
+
+    def _go_on(self, description: Mapping[str, Any]) -> None:
+        self.seed = description["seed"]
+        self.checkpoints = [Checkpoint(*one) for one in description["checkpoints"]]
+        for name, (kind, ndim) in description["states"].items():
+            shape = (self.slots, self.width)[:ndim]
+            self.states[name] = self._open_rows(name, shape, getattr(torch, kind))
+        self._remove_unused()
+        self._undo()
+
+    def _checked_description(self) -> dict[str, Any]:
+        description = read_sealed(self.folder / DESCRIPTION)
+        if description.get("format") != FORMAT:
+            raise ValueError(
+                f"{self.folder} holds a table of format {description.get('format')!r}, this version reads {FORMAT}"
+            )
+        asked = {"slots": self.slots, "width": self.width, "dtype": _name(self.dtype), "std": self.std}
+        for name, value in asked.items():
+            if description[name] != value:
+                raise ValueError(f"{self.folder} holds a table whose {name} is {description[name]}, asked for {value}")
+        for name, (kind, ndim) in {WEIGHT: (asked["dtype"], 2), **description["states"]}.items():
+            file, size = self.folder / f"{name}.rows", self.slots * getattr(torch, kind).itemsize
+            size *= self.width if ndim == 2 else 1
+            if not file.is_file() or file.stat().st_size != size:
+                found = f"has {file.stat().st_size} bytes of {size}" if file.is_file() else "is missing"
+                raise ValueError(f"{self.folder} is damaged: {file.name} {found}")
+        return description
+
+    def _describe(self) -> None:
+        write_sealed(
+            self.folder / DESCRIPTION,
+            {
+                "format": FORMAT,
+                "slots": self.slots,
+                "width": self.width,
+                "dtype": _name(self.dtype),
+                "std": self.std,
+                "seed": self.seed,
+                "states": self._described_states(),
+                "checkpoints": [list(one) for one in self.checkpoints],
+            },
+        )
+
+    def _remove_unused(self) -> None:
+        """Logs and bits of checkpoints that are not kept, and states that nobody describes."""
+        used = {self._bits_file(one.bits) for one in self.checkpoints} | {file.file for file in self.files.values()}
+        used |= {self._log_file(number) for number in self._logs() if number >= self.checkpoints[0].log}
+        for path in self.folder.iterdir():
+            if re.fullmatch(r"written-\d+\.bits|undo-\d+\.log|\w+\.rows", path.name) and path not in used:
+                path.unlink()
+
+    def _read_bits(self, number: int) -> np.ndarray:
+        if not number:
+            return np.zeros(self.slots, np.bool_)
+        bits = np.fromfile(self._bits_file(number), np.uint8)
+        return np.unpackbits(bits, count=self.slots).astype(np.bool_)
+
+    def _open_rows(self, name: str, shape: Any, dtype: torch.dtype) -> MappedRows:
+        file = MappedRows(self.folder / f"{name}.rows", tuple(shape), dtype, writable=True)
+        if len(shape) == 1:  # a few bytes a row: all of it is there
+            with suppress(AttributeError):  # macOS has no such call
+                os.posix_fallocate(file.descriptor, 0, max(1, file.nbytes))
+        return file
+
+    def _lock(self) -> None:
+        import fcntl  # which Windows lacks
+
+        try:
+            fcntl.flock(self.weight.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"the table in {str(self.folder)!r} is open already, here or in another process: end that one, or call "
+                f"close() on its table"
+            ) from None
+        self._unlock = functools.partial(fcntl.flock, self.weight.descriptor, fcntl.LOCK_UN)
+
+    def _logs(self) -> list[int]:
+        names = (re.fullmatch(r"undo-(\d+)\.log", path.name) for path in self.folder.iterdir())
+        return [int(match[1]) for match in names if match]
+
+    def _log_file(self, number: int) -> Path:
+        return self.folder / f"undo-{number:08d}.log"
+
+    def _bits_file(self, number: int) -> Path:
+        return self.folder / f"written-{number:08d}.bits"
+
+    def close(self) -> None:
+        """Closes all files; what has changed since the last checkpoint is put back when the folder is opened again."""
+        self.ahead.close()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if self._unlock is not None:  # the map, which stays, would hold on to it
+            self._unlock()
+        self._unlock = None
+        for file in self.files.values():
+            file.close()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _described(tensor: Tensor) -> list[Any]:
+    return [_name(tensor.dtype), tensor.ndim]
+
+
+def _in_words(states: Mapping[str, list[Any]]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, (kind, _) in states.items()) or "none"
