@@ -56,6 +56,17 @@ def test_rows_without_a_gradient_need_not_be_written(make_block, batch, found):
     assert found(report, "written").state == "pass", report
 
 
+def test_rows_that_were_not_chosen_need_not_be_written(make_block, batch, found):
+    block = make_block(num_subkeys=8)
+    optimizer = MemoryAdamW(block)
+    table = block.mlp.values
+    optimizer.choose_rows({table: range(0, 64, 16)})
+    assert found(doctor(block, batch, optimizer=optimizer), "written").state == "pass"
+    optimizer.choose_rows({table: []})
+    finding = found(doctor(block, batch, optimizer=optimizer), "written")
+    assert (finding.state, "rows that were chosen" in finding.message) == ("warn", True)
+
+
 def test_rows_that_were_not_read_are_written(make_block, batch, fails):
     block = make_block(num_subkeys=32)
     dense = [parameter for name, parameter in block.named_parameters() if "values" not in name]

@@ -275,6 +275,30 @@ def test_hooks_of_rows_see_what_all_ranks_recorded(pair):
     del optimizer
 
 
+def chosen_in_one_of_two(rank, rows_by_rank):
+    model = Net()
+    optimizer = adamw(model, value_max_grad_norm=0.02)
+    replica = DistributedDataParallel(model)
+    optimizer.choose_rows(rows_by_rank[rank])
+    try:
+        return run(replica, optimizer, [[partial(loss_of, replica, step, 0, rank)] for step in range(2)])
+    except ValueError as error:
+        return str(error)
+
+
+def test_the_same_rows_are_chosen_on_all_ranks_or_the_step_is_refused(pair):
+    rows = list(range(0, 400, 2))
+    one, other = pair(chosen_in_one_of_two, [rows, rows])
+    same(one, other)
+    model = Net()
+    optimizer = adamw(model, value_max_grad_norm=0.02)
+    optimizer.choose_rows(rows)
+    losses = [[lambda step=step, rank=rank: loss_of(model, step, 0, rank) / 2 for rank in range(2)] for step in (0, 1)]
+    same(one, run(model, optimizer, losses))
+    for said in pair(chosen_in_one_of_two, [rows, rows[1:]]):
+        assert "replicas must step alike, but by rank the choice of rows is" in said
+
+
 def frozen_in_one_of_two(rank, what):
     model = Net()
     table = model.first.values

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from memlayers.diagnosis.collapse import LEAST_TOKENS, first_of_alike, judge
 from memlayers.diagnosis.groups import Training, is_at_zero, is_constant
 from memlayers.diagnosis.output import far_off
-from memlayers.diagnosis.subjects import Subject, has_lost_owner
+from memlayers.diagnosis.subjects import Subject, chosen_rows, has_lost_owner
 from memlayers.distributed.agreement import check_replicas, own_part
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
@@ -177,6 +177,8 @@ class Monitor(Listener):
         recent_T = (last - torch.arange(min(RECENT_TOKENS, window), device=last.device)) % window
         slots_R = self._slots_WHK[recent_T].unique().long()
         slots_R = slots_R[slots_R >= 0]
+        if (chosen := chosen_rows(self.subject.table)) is not None:
+            slots_R = slots_R[torch.isin(slots_R, chosen.to(slots_R.device))]
         slots_R = slots_R[:: max(1, len(slots_R) // RECENT_ROWS)].to(weight.device)
         if len(slots_R):
             self._before = slots_R, own_part(weight.detach())[slots_R]

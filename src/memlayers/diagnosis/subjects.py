@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from memlayers.layer import MemoryLayer, memory_layers
+from memlayers.optim.row_optimizer import RowOptimizer
 from memlayers.values import ValueTable, value_tables
 
 
@@ -40,6 +41,13 @@ class Subject:
 def has_lost_owner(table: ValueTable) -> bool:
     """It is in row mode, and the optimizer that would train it is gone."""
     return table.row_gradient is not None and table.row_gradient.owner() is None
+
+
+def chosen_rows(table: ValueTable) -> Tensor | None:
+    """The slots that its row optimizer may move; None where that is all of them."""
+    owner = None if table.row_gradient is None else table.row_gradient.owner()
+    chosen = owner.chosen_rows if isinstance(owner, RowOptimizer) else None
+    return None if chosen is None else chosen[table]
 
 
 def find_subjects(model: nn.Module) -> list[Subject]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memlayers.diagnosis.findings import NOT_REACHED, Answer, fails, not_checked, passed, warns
 from memlayers.diagnosis.groups import Training, is_at_zero, is_constant, some
-from memlayers.diagnosis.subjects import Subject, has_lost_owner
+from memlayers.diagnosis.subjects import Subject, chosen_rows, has_lost_owner
 from memlayers.diagnosis.untouched import step_untouched
 from memlayers.diagnosis.watch import Read, Watch, read_slots
 from memlayers.values import ValueTable
@@ -25,7 +25,7 @@ class Step:
     """What a step did to a memory."""
 
     read: Tensor  # slots of its table that were read
-    live: Tensor  # those whose output has a gradient
+    live: Tensor  # those whose output has a gradient, and that may be moved (choose_rows)
     changed: Tensor  # those whose rows the step changed, among all that were looked at
     spoilt: list[str]  # parameters that are not finite after it
     unwritten: list[str]  # further tables of it of which rows have a gradient, and none was changed
@@ -36,6 +36,9 @@ def take_step(subjects: Sequence[Subject], reads: Sequence[Read], training: Trai
     tables = {table: None for subject in subjects for table in subject.tables}
     read = {table: read_slots(reads, table) for table in tables}
     live = {table: read_slots(reads, table, live=True) for table in tables}
+    for table in tables:
+        if (chosen := chosen_rows(table)) is not None:
+            live[table] = live[table][torch.isin(live[table], chosen)]
     rows = {table: _looked_at(table, read[table]) for table in tables if table.row_gradient is not None}
     rows_of = {table.weight: slots for table, slots in rows.items()}
     with step_untouched(training.optimizers, subjects, rows) as before:
@@ -68,6 +71,11 @@ def written(watch: Watch, step: Step, training: Training) -> Answer:
             "train memories in float32 or bfloat16 (Adam divides zero by zero in float16), or lower the rate",
         )
     if not len(step.live):
+        if chosen_rows(watch.subject.table) is not None:
+            return warns(
+                "the batch reads none of the rows that were chosen (choose_rows), so nothing of the table is trained",
+                "choose rows that the text reads (memlayers.select_slots)",
+            )
         return fails("no row that was read has a gradient", "see the check gradients")
     if step.unwritten:
         return fails(

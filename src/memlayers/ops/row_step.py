@@ -120,7 +120,7 @@ def _rounded(
         return new.to(dtype)
     if isinstance(index, slice):
         index = torch.arange(index.start, index.stop, device=new.device)
-    return round_to_bfloat16(new.reshape(len(new), -1), index, seed, stream, first_column).view(new.shape)
+    return round_to_bfloat16(new.float().reshape(len(new), -1), index, seed, stream, first_column).view(new.shape)
 
 
 def _adam_step(

@@ -1,12 +1,14 @@
 """TableOwner: what every optimizer that may own value tables keeps, and what it refuses."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from memlayers.distributed.columns import columns_of
+from memlayers.optim.chosen_rows import CHOSEN, masks_of
 from memlayers.storage import MappedTable
 from memlayers.torch_private import is_asked_by_grad_scaler
 from memlayers.values import ValueTable
@@ -71,10 +73,47 @@ class TableOwner(torch.optim.Optimizer, ABC):
     def tables(self) -> list[ValueTable]:
         """The tables that it owns."""
 
-    def _in_files(self) -> dict[torch.Tensor, MappedTable]:
+    def choose_rows(self, rows: Mapping[ValueTable, Tensor | Sequence[int]] | Tensor | Sequence[int] | None) -> None:
+        """Has steps move these rows only; the others, and their states, stay as they are, bit for bit.
+
+            optimizer.choose_rows(select_slots(model, counts, batch, slots=500))
+
+        It holds from the next step on, also for what was recorded before, until other rows are chosen: call it once for
+        a whole set of texts, or before each step. Gradients of other rows are left out of ``max_grad_norm``, too. The
+        choice is among the states in `state_dict`: a run that is resumed goes on with it, and a state without a choice
+        leaves the one that was made. `torch.distributed.checkpoint` loads only what an optimizer has: choose before. In
+        several processes all choose the same rows, or the step is refused on all of them.
+
+        Args:
+            rows: slots [R], or a mask [S] of bool, by table, as `memlayers.select_slots` returns them; those of frozen
+                tables are ignored. For an optimizer of one table also its slots alone. None: all rows again.
+
+        Raises:
+            ValueError: slots that a table has not; a table of this optimizer without an entry; one of another. The
+                choice stays as it was.
+        """
+        if not self.tables:
+            raise ValueError("rows can be chosen where this optimizer trains value tables, and it trains none")
+        masks = {} if rows is None else masks_of(rows, self.tables)
+        for table in self.tables:
+            if rows is None:
+                self.state.get(table.weight, {}).pop(CHOSEN, None)
+            else:
+                self.state[table.weight][CHOSEN] = masks[table]
+
+    @property
+    def chosen_rows(self) -> dict[ValueTable, Tensor] | None:
+        """By table the slots that steps may move, ascending; None where all of them may."""
+        masks = zip(self.tables, self._masks(), strict=True)
+        return {table: mask.nonzero().squeeze(1) for table, mask in masks if mask is not None} or None
+
+    def _masks(self) -> list[Tensor | None]:
+        return [self.state.get(table.weight, {}).get(CHOSEN) for table in self.tables]
+
+    def _in_files(self) -> dict[Tensor, MappedTable]:
         return {table.weight: table for table in self.tables if isinstance(table, MappedTable)}
 
-    def _weights(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, torch.Tensor]]:
+    def _weights(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
         """The weights of tables by the numbers that a state dict has for them, which are in the order of the groups."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if "value_lr" in group:
@@ -85,15 +124,14 @@ class TableOwner(torch.optim.Optimizer, ABC):
         state_dict, in_files = super().state_dict(), self._in_files()
         for number, weight in self._weights(state_dict):
             if number in state_dict["state"] and weight in in_files:
-                state_dict["state"][number] = {"in_files": 1}
+                state_dict["state"][number] = {"in_files": 1} | _choice(state_dict["state"][number])
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, except that states of tables keep their own dtype, which torch would cast to a 16-bit table's.
 
-        Of the states of a whole table, one in columns takes its columns.
-
-        Those of tables in files stay what they are in the folder.
+        Of the states of a whole table, one in columns takes its columns. Those of tables in files stay what they are in
+        the folder. Rows that were chosen when the state was saved are chosen again; where none were, the choice stays.
 
         Raises `ValueError` for a state with other groups, one that version 0.1.0 saved, or one of tables elsewhere.
         """
@@ -108,6 +146,7 @@ class TableOwner(torch.optim.Optimizer, ABC):
                     f"state_dict must say {', '.join(map(repr, missing))} for its value tables: memlayers 0.1.0 saved "
                     "it, which did not. Load the weights alone, and train on with a new optimizer"
                 )
+        chosen = {weight: state[CHOSEN] for weight, state in self.state.items() if CHOSEN in state}
         in_files = self._in_files()
         saved_states = {
             weight: state_dict["state"][number]
@@ -120,16 +159,22 @@ class TableOwner(torch.optim.Optimizer, ABC):
         super().load_state_dict(state_dict)
         for weight, saved in saved_states.items():
             if weight in in_files:
-                self.state[weight] = in_files[weight].held_states()
+                self.state[weight] = in_files[weight].held_states() | _choice(saved)
                 continue
             saved = {name: columns_of(value, weight) for name, value in saved.items()}
             self.state[weight] = {name: value.to(weight.device, copy=True) for name, value in saved.items()}
+        for weight, mask_S in chosen.items():  # a state that was saved without a choice takes none away
+            self.state[weight].setdefault(CHOSEN, mask_S)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             "an optimizer that may own value tables cannot be copied or pickled, or a table would have two owners; "
             "use state_dict()"
         )
+
+
+def _choice(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name == CHOSEN}
 
 
 _IN_FILES = (
