@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from memlayers.diagnosis import doctor
     from memlayers.experts import Experts
     from memlayers.explorer import SlotTrace
+    from memlayers.finetuning import SlotCounts, select_slots
     from memlayers.keys import FlatKeys, Hits, NormalisedKeys, ProductKeys
     from memlayers.layer import MemoryLayer
     from memlayers.memory_plus import MemoryPlus
@@ -33,6 +34,7 @@ __all__ = [
     "RowAdagrad",
     "RowAdam",
     "RowSGD",
+    "SlotCounts",
     "SlotTrace",
     "UsageMeter",
     "ValueTable",
@@ -41,6 +43,7 @@ __all__ = [
     "doctor",
     "load_memory",
     "save_memory",
+    "select_slots",
 ]
 
 
@@ -58,6 +61,7 @@ _ON_DEMAND = {
     "RowAdagrad": "optim",
     "RowAdam": "optim",
     "RowSGD": "optim",
+    "SlotCounts": "finetuning",
     "SlotTrace": "explorer",
     "UsageMeter": "usage",
     "ValueTable": "values",
@@ -66,6 +70,7 @@ _ON_DEMAND = {
     "doctor": "diagnosis",
     "load_memory": "models",
     "save_memory": "models",
+    "select_slots": "finetuning",
 }
 
 

@@ -27,6 +27,11 @@ class Listener(ABC):
             self._handles = list(self.register_hooks())
         return self
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether it is attached."""
+        return bool(self._handles)
+
     def detach(self) -> None:
         """Stop listening; what was collected stays."""
         for handle in self._handles:

@@ -1,0 +1,109 @@
+"""select_slots: the slots that new text reads and old text does not.
+
+Letters: S slots, R slots that are chosen.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from memlayers.checks import require_choice, require_int
+from memlayers.finetuning.counts import SlotCounts
+from memlayers.values import ValueTable, value_tables
+
+Method = Literal["tfidf", "kl", "all"]
+
+
+def select_slots(
+    model: nn.Module,
+    counts: SlotCounts | None,
+    batch: Mapping[str, Any] | Tensor | SlotCounts,
+    *,
+    method: Method = "tfidf",
+    slots: int | None = None,
+) -> dict[ValueTable, Tensor]:
+    """The slots of each table that are most specific to some text, for `choose_rows` of an optimizer.
+
+    Of the slots that the text reads, those with the best scores are taken; of equal scores, those that it reads more
+    often. With c(i) the reads of slot i in the text, C(i) those in the background, B the batches of the background, and
+    b(i) those of them that read slot i, the score is (Lin et al. 2025, arXiv 2510.15103)
+
+        "tfidf"   c(i) / (sum of c) * log((B + 1) / (b(i) + 1))
+        "kl"      p(i) * log(p(i) / q(i)),  p(i) = c(i) / (sum of c),  q(i) = (C(i) + 1) / (sum of C + S)
+
+    and "all" takes every slot that the text reads. One is added to each C(i), so that a slot which the background never
+    reads has a score.
+
+    Args:
+        model: with memories; a memory alone. It is called once, in eval mode, without gradients.
+        counts: of the background; None only for "all".
+        batch: the arguments of the model by name, or its first one; or the `SlotCounts` of a whole set of texts, or of
+            what was read in training: then the model is not called.
+        method: of the scores.
+        slots: how many to take of each table at most; None only for "all", which takes no number.
+
+    Returns:
+        By table, slots in ascending order. Those of `Experts` have two tables with the same slots.
+
+    Raises:
+        ValueError: `slots` or `counts` that do not go with the method; counts of other tables.
+    """
+    require_choice("method", method, get_args(Method))
+    if method == "all":
+        if slots is not None:
+            raise ValueError(f"slots must be None with method='all', which takes every slot that is read, got {slots}")
+    else:
+        require_int("slots", slots, least=1)
+        if counts is None:
+            raise ValueError(f"counts must be those of background text with method={method!r}, got None")
+    if not isinstance(batch, SlotCounts) and counts is not None and counts.is_listening:
+        raise ValueError("counts must not listen while the model is called with new text, which is no background")
+    new = batch if isinstance(batch, SlotCounts) else _counted(model, batch)
+    own = SlotCounts(model).layers if new is batch else new.layers
+    for what, given in (("counts", counts), ("batch", new)):
+        if given is not None and {name: len(one) for name, one in given.reads.items()} != {
+            name: layers[0].config.slots for name, layers in own.items()
+        }:
+            raise ValueError(f"{what} must count the slots of {', '.join(own)}, got those of {', '.join(given.reads)}")
+    rows: dict[ValueTable, Tensor] = {}
+    for name, layers in own.items():
+        reads_S = new.reads[name]
+        if counts is None or method == "all":
+            chosen = reads_S.nonzero().squeeze(1)
+        else:
+            chosen = best(scores(method, reads_S, counts, name), reads_S, slots or 0)
+        for table in (table for layer in layers for table in value_tables(layer)):
+            if len(table.weight) == len(reads_S):
+                rows[table] = chosen
+    return rows
+
+
+def scores(method: Method, reads_S: Tensor, counts: SlotCounts, name: str) -> Tensor:
+    """The score [S] of each slot, in float64, as in `select_slots`."""
+    share_S = reads_S.double() / reads_S.sum().clamp(min=1)
+    background_S, with_S = (one[name].to(reads_S.device).double() for one in (counts.reads, counts.batches_with))
+    if method == "tfidf":
+        return share_S * ((counts.batches + 1) / (with_S + 1)).log()
+    before_S = (background_S + 1) / (background_S.sum() + len(background_S))
+    return torch.special.xlogy(share_S, share_S / before_S)
+
+
+def best(score_S: Tensor, reads_S: Tensor, slots: int) -> Tensor:
+    """Of the slots that are read, those with the best scores; ascending."""
+    order = torch.argsort(reads_S, descending=True, stable=True)
+    order = order[torch.argsort(score_S[order], descending=True, stable=True)]
+    return order[reads_S[order] > 0][:slots].sort().values
+
+
+@torch.no_grad()
+def _counted(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> SlotCounts:
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        model.eval()
+        with SlotCounts(model) as new:
+            model(**batch) if isinstance(batch, Mapping) else model(batch)
+    return new
