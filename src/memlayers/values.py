@@ -175,6 +175,9 @@ class ValueTable(nn.Module):
         """The states that an optimizer keeps for the table: what `make` returns for a tensor like the weight."""
         return make(self.weight)
 
+    def require_whole(self) -> None:
+        """Raises `ValueError` where the weight does not hold all rows, for who saves or copies them."""
+
     def changed_slots(self) -> Tensor | None:
         """The slots of the rows that may have changed since the last checkpoint; None: any."""
         return None

@@ -27,6 +27,7 @@ from memlayers.models.placement import MemoryPlacement, Mode
 from memlayers.models.storage import savable_base, write_memory
 from memlayers.models.targets import Layers, choose, names_of, require_suitable
 from memlayers.models.wrappers import find_wrappers
+from memlayers.values import TablePlace
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
@@ -42,6 +43,7 @@ def add_memory(
     mode: Mode = "replace",
     kind: type[MemoryLayer] = MemoryLayer,
     share_values: bool = False,
+    values: TablePlace | None = None,
     keep_original: bool = False,
 ) -> Model:
     """Puts memories into a model, in place: m(x) instead of a feed-forward network f(x), or f(x) + gate * m(x).
@@ -60,6 +62,8 @@ def add_memory(
             adds the memory behind a gate that begins at zero: the outputs are bit for bit those of `model`.
         kind: the class of the memories, `MemoryLayer` or one derived from it (`MemoryPlus`, `Experts`).
         share_values: one table of values for all of them; queries and keys stay their own.
+        values: where the tables of values are, if not in memory: `memlayers.MappedFile`, each in a folder below that
+            has the name of its module.
         keep_original: in "replace" mode, keep the replaced modules for `remove_memory`, outside of the model: they are
             in no state_dict and no optimizer.
 
@@ -69,10 +73,12 @@ def add_memory(
 
     Raises:
         ValueError: a layer that `model` does not have, named twice, or none; ``config.dim`` is another width; a model
-            that has memories already. The model is then as it was.
+            that has memories already; a place that a table cannot have there. The model is then as it was.
     """
     inner = unwrap(model)
     require_no_memory(inner)
+    if values is not None and not isinstance(values, TablePlace):
+        raise ValueError(f"values must be None or the place of tables (MappedFile), got {values!r}")
     if not (isinstance(kind, type) and issubclass(kind, MemoryLayer)):
         raise ValueError(f"kind must be MemoryLayer or a class derived from it, got {kind!r}")
     placement = MemoryPlacement(
@@ -82,7 +88,7 @@ def add_memory(
     names = names_of(inner, placement)
     for name in names:
         require_suitable(inner, name, placement)
-    memories = build_memories(inner, placement, names, kind=kind)
+    memories = build_memories(inner, placement, names, kind=kind, values=values)
     base = identity_of(inner, without=names if mode == "replace" else [], exact=True)
     add_memories(inner, placement, names, memories, base, keep_original=keep_original)
     return model

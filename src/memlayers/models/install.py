@@ -11,9 +11,10 @@ from torch import nn
 
 from memlayers.layer import MemoryLayer, layer_class
 from memlayers.models.masks import install_hooks, remove_hooks
-from memlayers.models.modules import tensor_like
+from memlayers.models.modules import base_name, tensor_like
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, ReplacingMemory
+from memlayers.values import TablePlace, ValueTable
 
 _DICTS = (dict, OrderedDict)  # of modules, parameters, buffers and hooks
 
@@ -24,17 +25,21 @@ def build_memories(
     names: Sequence[str],
     *,
     kind: type[MemoryLayer] | None = None,
+    values: TablePlace | None = None,
     device: torch.device | str | None = None,
 ) -> list[MemoryLayer]:
     """The memories of `placement`, each in the dtype of its module of `names`; `model` stays as it is.
 
     Beside float16, in which Adam divides zero by zero, a memory is float32. On `device`; None: on that of its module.
+    Tables are in memory, or below the place `values`, by the names of their modules.
     """
     kind = layer_class(placement.kind) if kind is None else kind
     memories: list[MemoryLayer] = []
     for name in names:
         like = tensor_like(model, name)
-        table = memories[0].values if placement.share_values and memories else None
+        table: ValueTable | TablePlace | None = None if values is None else values.below(base_name(name))
+        if placement.share_values and memories:
+            table = memories[0].values
         dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
         memory = kind(placement.config, values=table, device=device or like.device, dtype=dtype)
         memories.append(memory)

@@ -78,6 +78,8 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
     tensors, kind = placed.tensors, placed.placement.kind
     if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"model must hold the weights of its memories, got {meta[0]} on the meta device")
+    for table in value_tables(model):
+        table.require_whole()
     base = _base_of(model)
     # What can be built again: the same as memories that were just made, neither more (adapters) nor less.
     memories = _empty_memories(model, placed.placement, [name for name, _ in find_wrappers(model)])

@@ -4,8 +4,9 @@ Letters: T tokens, S slots, V value width, M rows a token reads, U different slo
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -118,6 +119,7 @@ class MappedTable(ValueTable):
             Path(folder), slots, dim, dtype=dtype, std=self.std, new_seed=_new_seed, budget_bytes=budget_bytes
         )
         self._begun: list[Future[None]] = []  # reads of states, for the next step
+        self._is_left_out = False
         self.weight = nn.Parameter(self._files.weight.tensor)
         self.settle_mark()
 
@@ -258,13 +260,26 @@ class MappedTable(ValueTable):
         self.settle_mark()
         return self
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Inside, the weight is in no `state_dict`: for who keeps it by `checkpoint`."""
+        before, self._is_left_out = self._is_left_out, True
+        try:
+            yield
+        finally:
+            self._is_left_out = before
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self._is_left_out:
+            self.require_whole()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def require_whole(self) -> None:
         if self._files.std and not self._files.written.all():
             raise ValueError(
                 f"the table in {str(self.folder)!r} has rows that were never written, so its weight is not whole: call "
                 f"fill() on it, which writes all of them, or checkpoint(), which copies nothing"
             )
-        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     @torch.no_grad()
     def _load_from_state_dict(
