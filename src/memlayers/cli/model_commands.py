@@ -24,6 +24,7 @@ from memlayers.lm.mesh import mesh_lines, share_on
 from memlayers.lm.presets import preset, preset_names
 from memlayers.lm.run import RunFolder
 from memlayers.lm.saved import is_saved_model, load_model, load_tokenizer, read_again
+from memlayers.lm.tables import lines as lines_of_tables
 from memlayers.optim import MemoryAdamW
 from memlayers.parameters import count_parameters
 from memlayers.presentation import Lines, perplexity_text
@@ -242,7 +243,8 @@ def _needed(config: RunConfig, vocab_size: int) -> Lines:
     ]
     kinds = f"{'row optimizer':<15}dense AdamW" if config.memory_layers else "AdamW"
     available = f"{available_memory(device) / 1e9:,.2f} GB on {device}"
-    return [("a training step needs", kinds), *rows, ("available", available)]
+    need = footprint(config, vocab_size=vocab_size, precision=precision, device=device.type)
+    return [("a training step needs", kinds), *rows, *lines_of_tables(config, need), ("available", available)]
 
 
 def _entry(content: Any, name: str, file: Path) -> Any:

@@ -29,6 +29,7 @@ _LEFT_OUT = ("data.", "training.save_every_tokens", "training.keep_checkpoints",
 _NEUTRAL = {
     "memory_kind": "memory",
     "memory_mode": "replace",
+    "memory_values": "memory",
     "training.value_schedule": "constant",
     "training.value_optimizer": "rows",
 }

@@ -17,6 +17,7 @@ from memlayers.lm.value_optimizers import DenseValues, SparseValues
 from memlayers.memory_plus import MemoryPlus
 from memlayers.models import add_memory, causal_lm
 from memlayers.optim import MemoryAdamW
+from memlayers.values import TablePlace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,9 +36,17 @@ LOGITS_BYTES = 2**22  # of logits that stand in the cache at a time, in float32 
 
 
 def build_model(
-    config: RunConfig, *, vocab_size: int, eot_id: int, device: str | torch.device = "cpu"
+    config: RunConfig,
+    *,
+    vocab_size: int,
+    eot_id: int,
+    device: str | torch.device = "cpu",
+    values: TablePlace | None = None,
 ) -> "PreTrainedModel":
-    """The model of a run with fresh weights, drawn from PyTorch's global generator; ``device="meta"``: shapes only."""
+    """The model of a run with fresh weights, drawn from PyTorch's global generator; ``device="meta"``: shapes only.
+
+    values: Where its tables are, if not in memory.
+    """
     with torch.device(device):
         model = causal_lm(
             config.model.family,
@@ -57,6 +66,7 @@ def build_model(
                 mode=config.memory_mode,
                 kind=KINDS[config.memory_kind],
                 share_values=config.memory_share_values,
+                values=values,
             )
     model.to(device)  # type: ignore[arg-type]  # the companions of value tables, too, which are not made on "meta"
     return model

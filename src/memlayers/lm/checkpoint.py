@@ -4,7 +4,7 @@ checkpoints/step-00000240/     appears by a rename, once all of it is on the dis
     checkpoint.json            sealed (`memlayers.files`): the step, the run's configuration and figures, and the
                                size and SHA-256 of every other file; written last
     model.safetensors ...      the model, as `save_pretrained` writes it: each table once, streamed from where it is
-    optimizer.pt               the optimizer's state
+    optimizer.pt               the optimizer's state; without tables in files, which have checkpoints of their own
     loop.pt                    the states of the schedule, of the loss scaler, and of all random generators, those of
                                every process
     usage.safetensors          hits since the last line of usage figures
@@ -36,6 +36,7 @@ from memlayers.files import (
     write_sealed,
 )
 from memlayers.lm.run import without_bars
+from memlayers.lm.tables import left_out, mapped_tables
 from memlayers.usage import UsageMeter
 
 if TYPE_CHECKING:
@@ -128,10 +129,11 @@ class TrainingState(NamedTuple):
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     meters: Mapping[str, UsageMeter]
+    keep: int = 1  # checkpoints of the run that stay
 
     def save(self, folder: Path, random_states: Sequence[Mapping[str, Any]]) -> None:
         """Write it to `folder`, with the `random_states` of each process."""
-        with without_bars():
+        with without_bars(), left_out(self.model):
             self.model.save_pretrained(folder)
         torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
         loop = {
@@ -139,6 +141,8 @@ class TrainingState(NamedTuple):
             "scaler": self.scaler.state_dict(),
             "random": random_states[0],
             "random_of_others": random_states[1:],
+            # One more is kept than there are checkpoints, for this one may not come to be.
+            "tables": [table.checkpoint(keep=self.keep + 1) for table in mapped_tables(self.model)],
         }
         torch.save(loop, folder / LOOP)
         totals = {f"{name}/{part}": t for name, meter in self.meters.items() for part, t in meter.state_dict().items()}
@@ -151,7 +155,10 @@ class TrainingState(NamedTuple):
         From the disk straight into place (files are mapped): a second copy of a table or of its moments may not fit.
         Raises `ValueError` for a model of other tensors.
         """
-        load_weights(self.model, folder)
+        load_weights(self.model, folder, without_tables=True)
+        loop = torch.load(folder / LOOP, map_location="cpu", weights_only=True)
+        for table, number in zip(mapped_tables(self.model), loop.get("tables", ()), strict=True):
+            table.restore(number)
         saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
         mapped = {value.data_ptr() for state in saved["state"].values() for value in _tensors(state)}
         self.optimizer.load_state_dict(saved)
@@ -159,7 +166,6 @@ class TrainingState(NamedTuple):
             for name, value in state.items():  # what was taken over as it is must not stay a file
                 if isinstance(value, Tensor) and value.data_ptr() in mapped:
                     state[name] = value.clone()
-        loop = torch.load(folder / LOOP, map_location="cpu", weights_only=True)
         self.scheduler.load_state_dict(loop["scheduler"])
         self.scaler.load_state_dict(loop["scaler"])
         totals = load_file(folder / USAGE)
@@ -172,16 +178,21 @@ class TrainingState(NamedTuple):
             _set_random_states(states)
 
 
-def load_weights(model: "PreTrainedModel", folder: Path) -> None:
-    """Take weights from a verified folder, straight from the disk. Raises `ValueError` for those of another model."""
+def load_weights(model: "PreTrainedModel", folder: Path, *, without_tables: bool = False) -> None:
+    """Take weights from a verified folder, straight from the disk. Raises `ValueError` for those of another model.
+
+    without_tables: Those of tables in files are not in the folder.
+    """
     weights: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != USAGE:
             weights |= load_file(file)
-    held = model.state_dict(keep_vars=True)
+    with left_out(model):
+        held = model.state_dict(keep_vars=True)
     result = model.load_state_dict(weights, strict=False)
     loaded = {id(held[name]) for name in weights if name in held}
-    missing = [name for name in result.missing_keys if id(held[name]) not in loaded]  # tied ones are stored once
+    missing = [name for name in result.missing_keys if name in held or not without_tables]
+    missing = [name for name in missing if name not in held or id(held[name]) not in loaded]  # tied: stored once
     if missing or result.unexpected_keys:
         raise ValueError(f"{folder} is not of this model: missing {missing}, unknown {result.unexpected_keys}")
 

@@ -18,6 +18,7 @@ ValueOptimizer = Literal["rows", "dense", "sparse"]
 MemoryKind = Literal["memory", "memory_plus", "experts"]
 MemoryMode = Literal["replace", "parallel"]
 
+MAPPED = "mapped:"  # before the folder, in `RunConfig.memory_values`
 _WITHOUT_EFFECT = ("training.save_every_tokens", "training.keep_checkpoints")  # on the result of a run
 OF_MEMORIES = ("memory", "training.value_", "training.selector_")  # without effect where there are none
 
@@ -146,6 +147,10 @@ class RunConfig:
         "replace", '"replace": a memory in place of the FFN; "parallel": beside it, behind a gate that begins at zero'
     )
     memory_share_values: bool = setting(False, "one table for all memories; queries and keys stay their own")
+    memory_values: str = setting(
+        "memory",
+        'where tables of values are trained: "memory", or "mapped:FOLDER", in files, which may be larger than memory',
+    )
     training: TrainingConfig = field(default_factory=TrainingConfig)  # the budget and the step
 
     def __post_init__(self) -> None:
@@ -163,6 +168,8 @@ class RunConfig:
             raise ValueError(
                 f"memory.keys must be 'product' with memory_kind {self.memory_kind!r}, got {self.memory.keys!r}"
             )
+        if self.memory_values != "memory":
+            self._check_tables_in_files()
         if self.memory.dim != self.model.dim:
             raise ValueError(f"memory.dim must be model.dim = {self.model.dim}, got {self.memory.dim}")
         if self.training.batch_tokens % self.model.context:
@@ -185,6 +192,22 @@ class RunConfig:
             raise ValueError(
                 "training.precision must be auto, fp32 or bf16 with a memory, got 'fp16': "
                 "loss scaling does not reach the gradients of the memory's values"
+            )
+
+    @property
+    def tables_in_files(self) -> bool:
+        """Whether tables of values are trained in files."""
+        return bool(self.memory_layers) and self.memory_values != "memory"
+
+    def _check_tables_in_files(self) -> None:
+        if not self.memory_values.startswith(MAPPED) or self.memory_values == MAPPED:
+            raise ValueError(f"memory_values must be 'memory' or 'mapped:FOLDER', got {self.memory_values!r}")
+        if self.memory_kind == "experts":
+            raise ValueError("memory_values must be 'memory' with memory_kind 'experts', whose tables are of their own")
+        if self.training.value_optimizer != "rows":
+            raise ValueError(
+                f"training.value_optimizer must be 'rows' for tables in files (memory_values), got "
+                f"{self.training.value_optimizer!r}"
             )
 
     @property

@@ -7,7 +7,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +24,11 @@ from memlayers.lm.data import Corpus
 from memlayers.lm.data.windows import Windows
 from memlayers.lm.evaluate import ComputePrecision, autocast
 from memlayers.lm.footprint import Footprint, require_memory, size_text
+from memlayers.lm.tables import lines as lines_of_tables
+from memlayers.lm.tables import mapped_tables
 from memlayers.ops import cpu
 from memlayers.parameters import count_parameters
+from memlayers.storage import MappedFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +58,7 @@ class DryRun:
     step_seconds: float
     training_seconds: float  # estimated, of the whole run
     evaluation_seconds: float  # estimated, of all evaluations
+    tables: tuple[tuple[str, str], ...] = ()  # in files: names and texts of what they take
 
     @property
     def tokens_per_s(self) -> float:
@@ -74,6 +80,7 @@ class DryRun:
         return [
             *((f"{part} parameters", f"{number:,}") for part, number in self.parameters.items()),
             *((f"memory: {name}", size) for name, size in self.footprint.lines()),
+            *self.tables,
             ("memory: available", f"{size_text(self.available_memory)} on {self.device}"),
             ("memory: measured", f"{size_text(self.measured_peak)} more at the peak of two steps"),
             ("tokens", f"{self.tokens:,} in {self.steps:,} steps of {self.tokens // self.steps:,}"),
@@ -93,7 +100,7 @@ class DryRun:
 
 
 def dry_run(config: RunConfig, *, corpus: Corpus | None, say: Callable[[str], None] = announce) -> DryRun:
-    """Take a step as training would, after one that warms up; nothing is written to disk.
+    """Take a step as training would, after one that warms up; nothing stays on disk.
 
     corpus: a prepared one, or None: the step reads random tokens of `config.data.vocab_size`. `say` is told what is
     being done. Raises `ValueError` before anything is built if the step does not fit into memory, if the precision
@@ -108,12 +115,15 @@ def dry_run(config: RunConfig, *, corpus: Corpus | None, say: Callable[[str], No
     if corpus is None:
         say("no corpus is ready: the step reads random tokens")
     say(f"building the model, which needs about {size_text(need.total)}")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), ExitStack() as held:
         torch.manual_seed(config.training.seed)
         if config.memory_layers and device.type == "cpu":
             cpu.compile_all()
         before = peak_bytes(device)
-        model = build_model(config, vocab_size=vocab_size, eot_id=0 if corpus is None else corpus.eot_id)
+        place = None
+        if config.tables_in_files:  # new ones, which do not stay
+            place = MappedFile(held.enter_context(TemporaryDirectory(prefix="memlayers-")))
+        model = build_model(config, vocab_size=vocab_size, eot_id=0 if corpus is None else corpus.eot_id, values=place)
         parameters = count_parameters(model)
         steps = training_steps(config, model, batch_BT, device, precision)
         say("two steps: one to warm up, one to measure")
@@ -122,6 +132,8 @@ def dry_run(config: RunConfig, *, corpus: Corpus | None, say: Callable[[str], No
         loss = next(steps)
         seconds = time.perf_counter() - start
         measured = peak_bytes(device) - before
+        for table in mapped_tables(model):
+            table.close()
     training = config.training
     every = training.eval_every_steps
     evaluations = math.ceil(training.steps / every)
@@ -145,6 +157,7 @@ def dry_run(config: RunConfig, *, corpus: Corpus | None, say: Callable[[str], No
         step_seconds=seconds,
         training_seconds=seconds * training.steps,
         evaluation_seconds=evaluations * evaluation_steps * seconds * _FORWARD,
+        tables=tuple(lines_of_tables(config, need)),
     )
 
 

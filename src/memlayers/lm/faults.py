@@ -22,18 +22,22 @@ class Diverged(TrainingFault):
 
 def bad_parameter(model: nn.Module, *, buffers: bool = True) -> str | None:
     """The first parameter (or buffer) of the model that is not finite, and where; None if all are."""
-    tables = {table.weight for table in value_tables(model)}
+    tables = {table.weight: table for table in value_tables(model)}
     for name, tensor in [*model.named_parameters(), *(model.named_buffers() if buffers else ())]:
-        if (found := _bad_elements(name, tensor, is_table=tensor in tables)) is not None:
+        table = tables.get(tensor)
+        slots = None if table is None else table.changed_slots()
+        if (found := _bad_elements(name, tensor, slots, is_table=table is not None)) is not None:
             return found
     return None
 
 
 def bad_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
     """The first tensor of the optimizer's state that is not finite; None if all are."""
+    changed = {table.weight: table.changed_slots() for table in value_tables(model)}
     for name, parameter in model.named_parameters():
+        slots = changed.get(parameter)
         for what, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and (found := _bad_elements(f"{what} of {name}", value)) is not None:
+            if isinstance(value, Tensor) and (found := _bad_elements(f"{what} of {name}", value, slots)) is not None:
                 return found
     return None
 
@@ -84,18 +88,21 @@ def bad_output(model: nn.Module, run: Callable[[], Any]) -> str | None:
     return found[0] if found else None
 
 
-def _bad_elements(name: str, tensor: Tensor, *, is_table: bool = False) -> str | None:
+def _bad_elements(name: str, tensor: Tensor, slots: Tensor | None = None, *, is_table: bool = False) -> str | None:
+    """slots: Of the rows that may have changed; None: of all."""
     if not tensor.is_floating_point():
         return None
     bad, first = 0, None
     rows = tensor.detach().reshape(len(tensor), -1) if tensor.ndim else tensor.detach().reshape(1, 1)
     step = max(1, ELEMENTS_AT_ONCE // max(1, rows.shape[1]))  # so that a large table needs no large mask
-    for start in range(0, len(rows), step):
-        finite = torch.isfinite(rows[start : start + step])
+    for start in range(0, len(rows) if slots is None else len(slots), step):
+        some = slice(start, start + step) if slots is None else slots[start : start + step]
+        finite = torch.isfinite(rows[some])
         if not bool(finite.all()):
             row_is_bad = ~finite.all(1)
             if first is None:
-                first = start + int(row_is_bad.nonzero()[0])
+                first = int(row_is_bad.nonzero()[0])
+                first = start + first if slots is None else int(slots[start + first])
             bad += int(row_is_bad.sum()) if is_table else int((~finite).sum())
     if first is None:
         return None

@@ -54,6 +54,7 @@ class Footprint:
     gradients: int  # of all parameters when a step's backward passes are over; recorded rows of value tables
     optimizer_state: int  # what the optimizer keeps between two steps
     activations: int  # all else at the peak: saved for backward, logits, temporaries
+    in_files: int = 0  # of tables that are trained in files, and of their states: on the disk
 
     @property
     def total(self) -> int:
@@ -62,11 +63,15 @@ class Footprint:
 
     def to_dict(self) -> dict[str, int]:
         """All figures, in bytes."""
-        return {**asdict(self), "total": self.total}
+        figures = {**asdict(self), "total": self.total}
+        if not self.in_files:
+            del figures["in_files"]
+        return figures
 
     def lines(self) -> list[tuple[str, str]]:
         """A table for people: names, and sizes as `size_text` writes them."""
-        return [(name.replace("_", " "), size_text(size)) for name, size in self.to_dict().items()]
+        figures = {name: size for name, size in self.to_dict().items() if name != "in_files"}
+        return [(name.replace("_", " "), size_text(size)) for name, size in figures.items()]
 
     def table(self) -> str:
         """The same as one text."""
@@ -154,11 +159,14 @@ def _count(
         states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         state = tensor_bytes(states)
         peak = max(peak_of_passes + state, live.take_peak())
+    in_files = [table.weight for table in value_tables(model)] if config.tables_in_files and not dense else []
+    moments = [value for one in in_files for value in optimizer.state[one].values()]
     return Footprint(
-        parameters=parameters,
+        parameters=parameters - tensor_bytes(in_files),
         gradients=gradients,
-        optimizer_state=state,
+        optimizer_state=state - tensor_bytes(moments),
         activations=peak - parameters - gradients - state,
+        in_files=tensor_bytes([*in_files, *moments]),
     )
 
 

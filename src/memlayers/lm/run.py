@@ -18,6 +18,7 @@ from memlayers.files import (
     write_sealed,
 )
 from memlayers.lm.config import RunConfig
+from memlayers.lm.tables import mapped_tables
 
 if TYPE_CHECKING:
     import torch
@@ -218,6 +219,9 @@ class RunFolder:
         """Write the model and the tokenizer of its corpus; the folder `model/` appears only once it is complete."""
         for left in (self.model, *self.path.glob(f".{self.model.name}.*.partial")):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
+        for table in mapped_tables(model):
+            table.fill()
+            table.checkpoint()
         with new_folder(self.model) as folder:
             with without_bars():
                 model.save_pretrained(folder)

@@ -30,6 +30,11 @@ def share_of(config: RunConfig, size: int) -> RunConfig:
 
     Raises `ValueError` if they cannot share each part of a step evenly.
     """
+    if size > 1 and config.tables_in_files:
+        raise ValueError(
+            f"memory_values must be 'memory' for several processes, got {config.memory_values!r}: a table in files is "
+            f"trained by one process"
+        )
     training = config.training
     windows = config.batch_windows // training.accumulate
     if windows % size:

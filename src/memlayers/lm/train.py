@@ -64,6 +64,7 @@ from memlayers.lm.start import (
     same_tokens,
     text_of,
 )
+from memlayers.lm.tables import begin_tables, place_of, weight_bytes
 from memlayers.ops import cpu
 from memlayers.parameters import count_parameters
 from memlayers.signals import Stopped, StopRequest, stop_request
@@ -174,12 +175,12 @@ def _train(
     vocab_size = corpus.vocab_size
     settings: Any = {"precision": precision, "device": device, "processes": number_on(device, processes)}
     need = processes.first(lambda: require_memory(share, vocab_size=vocab_size, **settings))
-    checkpoint_bytes = need.parameters + need.optimizer_state
     checkpoints = min(config.training.keep_checkpoints + 1, config.training.checkpoints)
-    processes.first(lambda: require_space(folder, checkpoints * checkpoint_bytes + need.parameters))
+    space = checkpoints * (need.parameters + need.optimizer_state) + need.parameters + weight_bytes(config)
+    processes.first(lambda: require_space(folder, space))
 
     set_seed(config.training.seed)
-    model = build_model(config, vocab_size=vocab_size, eot_id=corpus.eot_id)
+    model = build_model(config, vocab_size=vocab_size, eot_id=corpus.eot_id, values=place_of(config))
     parameters = count_parameters(model)
     if config.training.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -197,6 +198,7 @@ def _train(
             return processes.first(lambda: _leave(folder, say))
         checkpoint = processes.first(lambda: checkpoint_to_go_on(folder, identity, say) if resume else None)
         if checkpoint is None:
+            begin_tables(model, resume=resume)
             processes.first(lambda: folder.start(config, overwrite=overwrite or resume))
             if first is not None:
                 with processes.together():
@@ -478,7 +480,8 @@ class Loop:
 
     @property
     def _state(self) -> TrainingState:
-        return TrainingState(self.model, self.optimizer, self.scheduler, self.scaler, self.meters)
+        keep = self.config.training.keep_checkpoints
+        return TrainingState(self.model, self.optimizer, self.scheduler, self.scaler, self.meters, keep)
 
     def _save(self) -> None:
         for meter in self.meters.values():

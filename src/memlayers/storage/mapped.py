@@ -193,6 +193,11 @@ class MappedTable(ValueTable):
 
     # What its owner does.
 
+    @property
+    def checkpoints(self) -> list[int]:
+        """The numbers of the checkpoints that are kept, in their order; 0 is the table before anything was written."""
+        return [one.number for one in self._files.checkpoints]
+
     def checkpoint(self, *, keep: int = 1) -> int:
         """Makes what the rows and states are a checkpoint, on the disk when this returns.
 

@@ -1,0 +1,142 @@
+"""Runs whose tables of values are trained in files."""
+
+import dataclasses
+import gc
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from memlayers.lm.dry_run import dry_run
+from memlayers.lm.footprint import footprint
+from memlayers.lm.run import RunFolder
+from memlayers.lm.tables import lines
+from memlayers.lm.train import Loop, train
+
+TIMES = {"seconds", "tokens_per_s", "words_per_s"}
+
+
+def of(config, folder, **training):
+    """The run of a tiny model whose values are zeros at first, with its table in a folder or, None, in memory."""
+    return dataclasses.replace(
+        config,
+        memory=dataclasses.replace(config.memory, value_std=0.0),
+        memory_values="memory" if folder is None else f"mapped:{folder}",
+        training=dataclasses.replace(
+            config.training, tokens=64 * 12, eval_every_tokens=64 * 8, save_every_tokens=64 * 5, **training
+        ),
+    )
+
+
+def metrics(folder):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in RunFolder(folder).read_metrics()]
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Ends a training after so many steps."""
+    original, at = Loop.forward_backward, {}
+
+    def forward_backward(self, batches):
+        if self.step == at.get("step"):
+            raise KeyboardInterrupt
+        return original(self, batches)
+
+    monkeypatch.setattr(Loop, "forward_backward", forward_backward)
+    return lambda step: at.update(step=step)
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`memlayers train --memory_values mapped:FOLDER`",
+    "supported",
+    "the table is trained in files; `--resume` goes on bit for bit",
+)
+def test_a_run_in_files_that_was_stopped_is_bit_for_bit_one_in_memory(tiny_config, tiny_corpus, tmp_path, stop_after):
+    whole = train(of(tiny_config, None), tmp_path / "whole", corpus=tiny_corpus, progress=False)
+    config = of(tiny_config, tmp_path / "tables")
+    for step in (3, 7, 11, None):  # before the first checkpoint, after one, after two
+        stop_after(step)
+        if step is None:
+            result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True)
+        gc.collect()  # a traceback holds the model, and that the table
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert result["validation"] == whole["validation"]
+    ours, theirs = (RunFolder(tmp_path / name).load_model().state_dict() for name in ("run", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (table,) = (tmp_path / "tables").iterdir()
+    assert table.name == "transformer.h.1.mlp"
+
+
+def test_the_checkpoint_before_one_that_was_not_finished_is_gone_on_from(
+    tiny_config, tiny_corpus, tmp_path, stop_after, monkeypatch
+):
+    config = of(tiny_config, tmp_path / "tables", keep_checkpoints=1)
+    expected = train(of(tiny_config, None), tmp_path / "whole", corpus=tiny_corpus, progress=False)
+    with monkeypatch.context() as patch:  # the second checkpoint breaks off after that of the table
+        patch.setattr("memlayers.lm.checkpoint.save_file", _fail_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    gc.collect()
+    said = []
+    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True, say=said.append)
+    assert said == ["going on from the checkpoint of step 5"]
+    assert result["validation"] == expected["validation"]
+
+
+def _fail_at(number):
+    calls = []
+
+    def save(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        save_file(*args)
+
+    return save
+
+
+def test_a_run_that_begins_wants_new_tables(tiny_config, tiny_corpus, tmp_path):
+    config = of(tiny_config, tmp_path / "tables")
+    train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    gc.collect()
+    with pytest.raises(ValueError, match=r"memory_values must name a folder without tables for a run that begins"):
+        train(config, tmp_path / "other", corpus=tiny_corpus, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"memory_values": "mapped:"}, "memory_values must be 'memory' or 'mapped:FOLDER', got 'mapped:'"),
+        ({"memory_values": "disk"}, "memory_values must be 'memory' or 'mapped:FOLDER', got 'disk'"),
+        ({"memory_kind": "experts", "memory_values": "mapped:x"}, "memory_values must be 'memory' with memory_kind"),
+    ],
+)
+def test_what_tables_in_files_cannot_be_is_refused(tiny_config, changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(tiny_config, **changes)
+
+
+def test_the_footprint_has_tables_in_files_on_the_disk(tiny_config):
+    need = [footprint(of(tiny_config, folder), vocab_size=300) for folder in (None, "tables")]
+    rows = 16 * 16 * 4  # slots, width, bytes
+    assert need[1].in_files == 3 * rows + 16 * 4  # weight, two moments, counts
+    assert need[0].parameters - need[1].parameters == rows
+    assert need[0].optimizer_state - need[1].optimizer_state == 2 * rows + 16 * 4
+    assert need[0].total - need[1].total == need[1].in_files
+    assert "in_files" not in need[0].to_dict()
+    said = dict(lines(of(tiny_config, "tables"), need[1]))
+    assert said["a step"] == "reads and writes at most 16 rows a table, 3 kB"
+    assert "in tables, once" in said["tables in files"]
+    assert lines(of(tiny_config, None), need[0]) == []
+
+
+def test_a_dry_run_makes_no_tables(tiny_config, tmp_path):
+    config = of(tiny_config, tmp_path / "tables")
+    said = dry_run(config, say=lambda text: None).lines()
+    assert "tables in files" in dict(said)
+    assert not list(tmp_path.iterdir())
