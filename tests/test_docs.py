@@ -66,7 +66,7 @@ def test_every_page_is_in_the_navigation_once():
 
 @pytest.mark.parametrize(
     "module",
-    [memlayers, memlayers.diagnosis, memlayers.distributed, memlayers.models, memlayers.optim],
+    [memlayers, memlayers.diagnosis, memlayers.distributed, memlayers.explorer, memlayers.models, memlayers.optim],
     ids=lambda module: module.__name__,
 )
 def test_every_public_name_is_in_the_reference(module):

@@ -40,9 +40,9 @@ HEIGHT = {module: height for height, modules in enumerate(LAYERS.values()) for m
 
 # What may be imported inside a function: what is optional, slow to import, or not on every system ...
 LATE = {
-    "accelerate", "datasets", "fcntl", "huggingface_hub", "jsonargparse", "matplotlib", "numba", "numpy", "pandas",
-    "pyarrow", "resource", "safetensors", "tensorboard", "tokenizers", "torch", "tqdm", "transformers", "triton",
-    "zstandard",
+    "accelerate", "datasets", "fcntl", "huggingface_hub", "jinja2", "jsonargparse", "matplotlib", "numba", "numpy",
+    "pandas", "pyarrow", "resource", "safetensors", "tensorboard", "tokenizers", "torch", "tqdm", "transformers",
+    "triton", "zstandard",
 }  # fmt: skip
 # ... and who may import the package's own modules there: public names that need transformers, and commands.
 LATE_HERE = (

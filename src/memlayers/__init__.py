@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from memlayers.config import MemoryConfig
     from memlayers.diagnosis import doctor
     from memlayers.experts import Experts
-    from memlayers.explorer import SlotTrace
+    from memlayers.explorer import SlotTrace, explore
     from memlayers.finetuning import SlotCounts, select_slots
     from memlayers.keys import FlatKeys, Hits, NormalisedKeys, ProductKeys
     from memlayers.layer import MemoryLayer
@@ -41,6 +41,7 @@ __all__ = [
     "add_memory",
     "disable_memory",
     "doctor",
+    "explore",
     "load_memory",
     "save_memory",
     "select_slots",
@@ -68,6 +69,7 @@ _ON_DEMAND = {
     "add_memory": "models",
     "disable_memory": "models",
     "doctor": "diagnosis",
+    "explore": "explorer",
     "load_memory": "models",
     "save_memory": "models",
     "select_slots": "finetuning",

@@ -164,7 +164,8 @@ def test_generation_has_the_same_defaults_as_a_function():
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "compare", "reproduce", "prepare", "eval", "generate", "doctor", "bench", "info"]
+    "command",
+    ["train", "compare", "reproduce", "prepare", "eval", "generate", "explore", "doctor", "bench", "info"],
 )
 def test_every_command_has_a_help(command, capsys):
     assert main([command, "--help"]) == 0
@@ -175,5 +176,16 @@ def test_every_command_has_a_help(command, capsys):
 def test_the_overview_names_every_command(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("train", "compare", "reproduce", "prepare", "eval", "generate", "doctor", "bench", "info"):
+    for command in (
+        "train",
+        "compare",
+        "reproduce",
+        "prepare",
+        "eval",
+        "generate",
+        "explore",
+        "doctor",
+        "bench",
+        "info",
+    ):
         assert f"\n  {command} " in shown

@@ -35,6 +35,10 @@ OPTIONS = [
     (["reproduce", "depth", "--output", "new", "--jobs", "0"], "jobs must be an integer of at least 1, got 0"),
     (["eval"], "memlayers eval needs RUN .folder of a finished run, or .*"),
     (["generate", "run"], "memlayers generate needs --prompt .*"),
+    (["explore", "run"], "memlayers explore needs --text .*"),
+    (["explore", "nowhere", "--text", "a"], "run must be the folder of a run, .*, got 'nowhere'"),
+    (["explore", "/", "--text", "nowhere.txt"], "sources: no such file or folder: nowhere.txt"),
+    (["explore", "/", "--text", __file__, "--output", "/"], "output must be a file in a folder that is there, got '/'"),
     ([*NEW, "--memory.topk"], "argument --memory.topk: expected one argument"),
     # Values of another type.
     ([*NEW, "--memory.topk", "many"], "memory.topk must be an integer of at least 1, got 'many'"),

@@ -1,4 +1,4 @@
-"""The command line: ``memlayers train | compare | prepare | eval | generate | doctor | bench | info``.
+"""The command line: ``memlayers train | compare | prepare | eval | generate | explore | doctor | bench | info``.
 
 In the order of a command's way:
 
@@ -8,7 +8,7 @@ arguments          what was typed becomes values; the help
 configuration      the configuration of a run from its preset, its files and its options
 options_file       a file of options
 training_commands  train, compare, prepare
-model_commands     eval, generate, doctor
+model_commands     eval, generate, explore, doctor
 machine_commands   bench, info
 """
 

@@ -189,6 +189,18 @@ COMMANDS = {
         },
         placed="run",
     ),
+    "explore": Command(
+        summary="a page in HTML about what a model's memories read of a text, and what their slots say",
+        run="memlayers.cli.model_commands:run_explore",
+        options={
+            "run": _option("folder of a finished run, a checkpoint in a run, or what save_pretrained wrote"),
+            "text": _option("file of text, or a folder, as --data.sources takes them"),
+            "output": _option("file of the page, which is written", default="explorer.html"),
+            "compare": _option("folder of another model with the same memories, to compare with", default=None),
+            "tokens": _option("tokens of the text to read, at most", int, 50_000, least=1),
+        },
+        placed="run",
+    ),
     "doctor": Command(
         summary="whether a model's memories are reached, trained and used",
         run="memlayers.cli.model_commands:run_doctor",
@@ -276,6 +288,15 @@ def _refuse_early(name: str, call: Call) -> None:
             raise ValueError("output must be given: --output FOLDER, for the experiments on one text")
     elif name in ("eval", "generate") and not Path(call.options["run"]).is_dir():
         RunFolder(call.options["run"]).read_result()
+    elif name == "explore":
+        for folder in filter(None, (call.options["run"], call.options["compare"])):
+            if not Path(folder).is_dir():
+                raise ValueError(
+                    f"{'run' if folder == call.options['run'] else 'compare'} must be {_CHECKPOINT}, got {folder!r}"
+                )
+        open_sources([call.options["text"]], text_field="text", id_field="id")
+        if Path(call.options["output"]).is_dir() or not Path(call.options["output"]).absolute().parent.is_dir():
+            raise ValueError(f"output must be a file in a folder that is there, got {call.options['output']!r}")
     elif name == "doctor" and not Path(call.options["checkpoint"]).is_dir():
         raise ValueError(f"checkpoint must be {_CHECKPOINT}, got {call.options['checkpoint']!r}")
     elif (

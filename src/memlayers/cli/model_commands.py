@@ -1,4 +1,4 @@
-"""eval, generate, doctor: the commands that use a trained model; and what info says of one."""
+"""eval, generate, explore, doctor: the commands that use a trained model; and what info says of one."""
 
 import json
 import math
@@ -9,21 +9,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlayers.cli.configuration import Base, Call
 from memlayers.diagnosis import DoctorError, doctor
+from memlayers.explorer import explore
 from memlayers.lm.build import KINDS, build_model, build_optimizer, pick_device, resolve_precision
 from memlayers.lm.checkpoint import DESCRIPTION, Checkpoints
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus, open_corpus
+from memlayers.lm.data.sources import open_sources
 from memlayers.lm.evaluate import evaluate
 from memlayers.lm.footprint import available_memory, footprint
 from memlayers.lm.generate import generate
 from memlayers.lm.mesh import mesh_lines, share_on
 from memlayers.lm.presets import preset, preset_names
 from memlayers.lm.run import RunFolder
-from memlayers.lm.saved import is_saved_model, load_model, load_tokenizer, read_again
+from memlayers.lm.saved import TOKENIZERS, is_saved_model, load_model, load_tokenizer, read_again
 from memlayers.lm.tables import lines as lines_of_tables
 from memlayers.optim import MemoryAdamW
 from memlayers.parameters import count_parameters
@@ -72,6 +74,34 @@ def _evaluate_saved(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 def run_generate(call: Call) -> None:
     """memlayers generate"""
     print(generate(**call.options))
+
+
+def run_explore(call: Call) -> None:
+    """memlayers explore"""
+    options, device = call.options, pick_device()
+    folder, other = Path(options["run"]), options["compare"] and Path(options["compare"])
+    tokenizer = _tokenizer_of(folder)
+    if tokenizer is None:
+        raise ValueError(f"run must have the tokenizer of its model, or a corpus that has it, got {str(folder)!r}")
+    theirs = _tokenizer_of(other) if other else None
+    if theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"compare must have the tokenizer of {str(folder)!r}, got {str(other)!r}, which has another one"
+        )
+    models: list[Any] = [open_saved(one).load() for one in (folder, other) if one]
+    (group,) = open_sources([options["text"]], text_field="text", id_field="id")
+    texts = (document.text for source in group for document in source.documents())
+    page = explore(
+        models[0].to(device),
+        tokenizer,
+        texts,
+        options["output"],
+        name=folder.resolve().name,
+        compare=models[1].to(device) if other else None,
+        compare_name=other.resolve().name if other else "",
+        tokens=options["tokens"],
+    )
+    print(f"{options['output']}: {len(page.encode()) / 1e6:.1f} MB, to be opened in a browser")
 
 
 def run_doctor(call: Call) -> None:
@@ -129,6 +159,17 @@ def open_saved(folder: Path) -> Saved:
             f"checkpoint must be the folder of a run, of a checkpoint in one, or of a saved model, got {str(folder)!r}"
         )
     return Saved(lambda: load_model(folder))
+
+
+def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a run, of a saved model, or of the corpus of a checkpoint; None if there is none."""
+    run = RunFolder(folder)
+    if run.finished:
+        return run.load_tokenizer()
+    if any((folder / name).is_file() for name in TOKENIZERS):
+        return load_tokenizer(folder)
+    corpus = open_saved(folder).corpus
+    return open_corpus(corpus).tokenizer() if corpus and Path(corpus).is_dir() else None
 
 
 def _open_corpus(folder: str, tokenizer_sha256: str | None) -> Corpus:

@@ -63,7 +63,7 @@ def doctor(
         ValueError: a model without memories, or an optimizer that is none. What the model, the loss or an optimizer
             raises goes through.
     """
-    training = Training(_as_optimizers(optimizer))
+    training = Training(as_optimizers(optimizer))
     subjects = find_subjects(model)
     with (
         untouched(model, subjects),
@@ -123,7 +123,8 @@ def _open_gate(subject: Subject) -> bool:
     return True
 
 
-def _as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """One optimizer, several, or none, without what accelerate wraps around them. Raises `ValueError` for others."""
     given = [] if optimizer is None else [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
     optimizers = []
     for one in given if isinstance(given, Iterable) else [given]:

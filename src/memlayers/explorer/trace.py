@@ -63,7 +63,7 @@ class SlotTrace(Listener):
         require_int("strongest", strongest, least=1)
         self._model = model
         self._subjects = find_subjects(model)
-        self._size = tokens, strongest
+        self.size, self.strongest_of_each = tokens, strongest
         self._in_thread = threading.local()  # the call in progress
         self._adding = threading.Lock()
         self._eager: AbstractContextManager[Any] = nullcontext()
@@ -72,7 +72,9 @@ class SlotTrace(Listener):
     def reset(self) -> None:
         """Forgets everything; the next token has position 0."""
         self.usage = {subject.name: UsageMeter(subject.layer) for subject in self._subjects}
-        self._of = {subject.name: _Reads(subject.layer, *self._size) for subject in self._subjects}
+        self._of = {
+            subject.name: _Reads(subject.layer, self.size, self.strongest_of_each) for subject in self._subjects
+        }
         self._passed = 0
         if self._handles:  # those of the meters that were there before
             self.detach()

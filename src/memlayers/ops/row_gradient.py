@@ -136,6 +136,11 @@ class RowGradient:
         """Nothing to step on: nothing was recorded, or it was discarded by clearing the companion's gradient."""
         return not self._parts
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether somebody changes the gradient on its way, by `register_hook`."""
+        return bool(self._hooks)
+
     def scale(self, factor: float | Tensor) -> None:
         """Multiply the gradient by a number."""
         if self._recorded is not None:
