@@ -204,8 +204,8 @@ def grow_table(model: Model, *, optimizer: Optimizers = None) -> Model:
         `model` itself.
 
     Raises:
-        ValueError: a table that one head alone reads; a ``topk`` above an eighth of N; more than 2**16 sub-keys; keys or
-            tables of other classes, in columns or quantised; a model in `DistributedDataParallel`; an optimizer that
+        ValueError: a table that one head alone reads; a ``topk`` above an eighth of N; more than 2**16 sub-keys; keys
+            or tables of other classes, in columns or quantised; a model in `DistributedDataParallel`; an optimizer that
             does not hold a table that is trained; gradients that were not used yet; frozen slots. The model is then as
             it was.
     """
