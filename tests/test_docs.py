@@ -66,7 +66,15 @@ def test_every_page_is_in_the_navigation_once():
 
 @pytest.mark.parametrize(
     "module",
-    [memlayers, memlayers.diagnosis, memlayers.distributed, memlayers.explorer, memlayers.models, memlayers.optim],
+    [
+        memlayers,
+        memlayers.diagnosis,
+        memlayers.distributed,
+        memlayers.explorer,
+        memlayers.finetuning,
+        memlayers.models,
+        memlayers.optim,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_every_public_name_is_in_the_reference(module):
@@ -90,6 +98,14 @@ def test_the_page_about_gpus_runs_on_what_there_is():
     names = {}
     for code in re.findall(r"```python\n(.*?)```", (DOCS / "how-to" / "gpu.md").read_text(), re.DOTALL):
         exec(compile(code, "gpu.md", "exec"), names)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")  # of Trainer, where there is no GPU
+def test_the_page_about_facts_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "how-to" / "facts.md").read_text(), re.DOTALL):
+        exec(compile(code, "facts.md", "exec"), names)
 
 
 def test_the_tutorial_runs_and_prints_what_it_shows(capsys):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from memlayers.diagnosis import doctor
     from memlayers.experts import Experts
     from memlayers.explorer import SlotTrace, explore
-    from memlayers.finetuning import SlotCounts, select_slots
+    from memlayers.finetuning import MemoryPatch, SlotCounts, memory_diff, select_slots
     from memlayers.keys import FlatKeys, Hits, NormalisedKeys, ProductKeys
     from memlayers.layer import MemoryLayer
     from memlayers.memory_plus import MemoryPlus
@@ -28,6 +28,7 @@ __all__ = [
     "MappedFile",
     "MemoryConfig",
     "MemoryLayer",
+    "MemoryPatch",
     "MemoryPlus",
     "NormalisedKeys",
     "ProductKeys",
@@ -43,6 +44,7 @@ __all__ = [
     "doctor",
     "explore",
     "load_memory",
+    "memory_diff",
     "save_memory",
     "select_slots",
 ]
@@ -56,6 +58,7 @@ _ON_DEMAND = {
     "MappedFile": "storage",
     "MemoryConfig": "config",
     "MemoryLayer": "layer",
+    "MemoryPatch": "finetuning",
     "MemoryPlus": "memory_plus",
     "NormalisedKeys": "keys",
     "ProductKeys": "keys",
@@ -71,6 +74,7 @@ _ON_DEMAND = {
     "doctor": "diagnosis",
     "explore": "explorer",
     "load_memory": "models",
+    "memory_diff": "finetuning",
     "save_memory": "models",
     "select_slots": "finetuning",
 }

@@ -177,8 +177,6 @@ class Monitor(Listener):
         recent_T = (last - torch.arange(min(RECENT_TOKENS, window), device=last.device)) % window
         slots_R = self._slots_WHK[recent_T].unique().long()
         slots_R = slots_R[slots_R >= 0]
-        if (chosen := chosen_rows(self.subject.table)) is not None:
-            slots_R = slots_R[torch.isin(slots_R, chosen.to(slots_R.device))]
         slots_R = slots_R[:: max(1, len(slots_R) // RECENT_ROWS)].to(weight.device)
         if len(slots_R):
             self._before = slots_R, own_part(weight.detach())[slots_R]
@@ -189,6 +187,11 @@ class Monitor(Listener):
         if before is None or getattr(optimizer, "step_was_skipped", False):
             return None
         (slots_R, rows_RV), weight = before, self.subject.table.weight
+        if (chosen := chosen_rows(self.subject.table)) is not None:  # by now, whoever chose them for this step
+            is_chosen_R = torch.isin(slots_R, chosen)
+            if not is_chosen_R.any():
+                return None
+            slots_R, rows_RV = slots_R[is_chosen_R], rows_RV[is_chosen_R]
         if torch.equal(own_part(weight.detach())[slots_R], rows_RV):
             frozen = "" if weight.requires_grad else ": its table is frozen"
             return "written", f"a step of the optimizer wrote none of {len(slots_R):,} rows that were read{frozen}"

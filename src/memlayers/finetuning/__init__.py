@@ -13,6 +13,7 @@ what is wrong with others) and `trainer_callback` (all of it in `transformers.Tr
 from typing import TYPE_CHECKING, Any
 
 from memlayers.finetuning.counts import SlotCounts
+from memlayers.finetuning.facts import facts_batch
 from memlayers.finetuning.patch import MemoryPatch, memory_diff
 from memlayers.finetuning.select import select_slots
 

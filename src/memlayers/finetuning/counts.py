@@ -110,7 +110,7 @@ class SlotCounts(Listener):
         """Writes a file in safetensors: 8 bytes a slot, 12 where a slot was read over 2 ** 31 times."""
         from safetensors.torch import save_file  # optional
 
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, reads_S in self.reads.items():
             narrow = reads_S.to(torch.int32) if int(reads_S.max()) < 2**31 else reads_S
             tensors |= {f"reads {name}": narrow.cpu(), f"batches {name}": self.batches_with[name].cpu()}

@@ -270,5 +270,5 @@ def _table_digest(weight_SV: Tensor, slots_R: Tensor | None = None, rows_RV: Ten
 def _sha256(text: str, tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for tensor in tensors:
-        digest.update(_bits(tensor).numpy() if tensor.numel() else b"")
+        digest.update(_bits(tensor).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

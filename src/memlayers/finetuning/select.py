@@ -51,14 +51,7 @@ def select_slots(
     Raises:
         ValueError: `slots` or `counts` that do not go with the method; counts of other tables.
     """
-    require_choice("method", method, get_args(Method))
-    if method == "all":
-        if slots is not None:
-            raise ValueError(f"slots must be None with method='all', which takes every slot that is read, got {slots}")
-    else:
-        require_int("slots", slots, least=1)
-        if counts is None:
-            raise ValueError(f"counts must be those of background text with method={method!r}, got None")
+    require_method(method, slots, counts)
     if not isinstance(batch, SlotCounts) and counts is not None and counts.is_listening:
         raise ValueError("counts must not listen while the model is called with new text, which is no background")
     new = batch if isinstance(batch, SlotCounts) else _counted(model, batch)
@@ -79,6 +72,18 @@ def select_slots(
             if len(table.weight) == len(reads_S):
                 rows[table] = chosen
     return rows
+
+
+def require_method(method: str, slots: int | None, counts: SlotCounts | None) -> None:
+    """Raises `ValueError` unless slots and counts go with the method."""
+    require_choice("method", method, get_args(Method))
+    if method == "all":
+        if slots is not None:
+            raise ValueError(f"slots must be None with method='all', which takes every slot that is read, got {slots}")
+    else:
+        require_int("slots", slots, least=1)
+        if counts is None:
+            raise ValueError(f"counts must be those of background text with method={method!r}, got None")
 
 
 def scores(method: Method, reads_S: Tensor, counts: SlotCounts, name: str) -> Tensor:
