@@ -130,8 +130,8 @@ def _is_number(value: object) -> TypeGuard[float]:
     return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
-def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """One of a few words."""
+def require_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """One of a few words, or numbers."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 

@@ -5,13 +5,14 @@ operations, and nothing depends on how many tokens there are, or on the bits of 
 have what ours lack: tangents (`torch.func.jvp`, dual numbers) and rules for `vmap`.
 
 Letters: T tokens, H heads, Q query width of a head, C = Q / 2, N sub-keys a codebook, S slots, K rows a head reads,
-P pairs of the staircase, M rows a token reads, V value width.
+P pairs of the staircase, M rows a token reads, V value width, R bytes of codes of a row.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memlayers.ops.low_bits import rows_of
 from memlayers.ops.precision import widened, without_autocast
 from memlayers.ops.registry import compositions
 from memlayers.ops.search import for_scores, half_scores, search_backward_reference
@@ -89,6 +90,20 @@ class _NoRowGradient(torch.autograd.Function):
         )
 
 
+def read_low_bits(
+    codes_SR: Tensor, scales_S: Tensor, slots_TM: Tensor, weights_TM: Tensor, width: int, bits: int
+) -> Tensor:
+    """As the operation `read_low_bits`: y [T, V]; holds the rows [T, M, V]."""
+    rows_TMV = rows_of(codes_SR, scales_S, slots_TM, width, bits)
+    return (weights_TM.to(rows_TMV.dtype)[..., None] * rows_TMV).sum(1)
+
+
+def dot_low_bits(codes_SR: Tensor, scales_S: Tensor, slots_TM: Tensor, outputs_TV: Tensor, bits: int) -> Tensor:
+    """As the operation `dot_low_bits`: [T, M]; holds the rows [T, M, V]."""
+    rows_TMV = rows_of(codes_SR, scales_S, slots_TM, outputs_TV.shape[1], bits)
+    return (rows_TMV * outputs_TV.to(rows_TMV.dtype)[:, None]).sum(-1)
+
+
 def dot(table_SV: Tensor, slots_TM: Tensor, outputs_TV: Tensor, mark_1: Tensor | None = None) -> Tensor:
     """As the operation `dot`: [T, M]; holds the rows [T, M, V]. The mark is left without a gradient."""
     rows_TMV = widened(F.embedding(slots_TM, table_SV))
@@ -128,5 +143,7 @@ compositions.update(
     read_row_mode=read_row_mode,
     dot=dot,
     dot_row_mode=dot_row_mode,
+    read_low_bits=read_low_bits,
+    dot_low_bits=dot_low_bits,
     sum_rows=sum_rows,
 )

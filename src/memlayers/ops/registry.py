@@ -29,6 +29,7 @@ from memlayers.torch_private import is_in_dual_level, transforms_are_active
 class Operation(NamedTuple):
     """A line of `OPERATIONS`. kernels: module and function in `cpu` and `gpu`, with the dtypes that each knows.
 
+    gpu: Empty where there is no kernel for a GPU.
     is_slow: On a CPU the reference takes over 10 times as long as the kernel (docs/performance.md).
     """
 
@@ -41,6 +42,7 @@ class Operation(NamedTuple):
 
 _16 = "float32, bfloat16, float16"
 _TABLES = f"tables in {_16}"
+_INTEGERS = "rows of 8 and 4 bits"
 _STEPS: Any = {"kernels": "rows.step_", "cpu": _TABLES, "gpu": _TABLES, "is_slow": True}
 _FACTORS = "Tensor[] slots, Tensor[] weights, Tensor[] grads"
 _HOW = "float? max_norm=None, int seed=-1, int first_column=0, Tensor? norm=None"
@@ -85,6 +87,16 @@ OPERATIONS = {
         _TABLES,
         _TABLES,
     ),
+    "read_low_bits": Operation(
+        "(Tensor codes_SR, Tensor scales_S, Tensor slots_TK, Tensor weights_TK, int width, int bits) -> Tensor",
+        "low_bits.read",
+        _INTEGERS,
+    ),
+    "dot_low_bits": Operation(
+        "(Tensor codes_SR, Tensor scales_S, Tensor slots_TK, Tensor outputs_TV, int bits) -> Tensor",
+        "low_bits.dot",
+        _INTEGERS,
+    ),
     "sum_rows": Operation(
         "(Tensor slots_TK, Tensor weights_TK, Tensor outputs_TV, int num_slots) -> Tensor", "rows.sum_rows", _16, _16
     ),
@@ -104,9 +116,10 @@ OPERATIONS = {
     # A whole layer.
     "infer": Operation(
         "(Tensor x_TD, Tensor projection_FD, Tensor? bias_F, Tensor mean_HQ, Tensor var_HQ, Tensor gain_HQ, "
-        "Tensor shift_HQ, float eps, Tensor keys_2HNC, int topk, Tensor table_SV) -> Tensor",
+        "Tensor shift_HQ, float eps, Tensor keys_2HNC, int topk, Tensor table_SV, "
+        "Tensor? scales_S=None, int bits=0, int width=0) -> Tensor",
         "infer.infer",
-        f"float32, bfloat16, {_TABLES}",
+        f"float32, bfloat16, {_TABLES}, {_INTEGERS}",
         _16,
     ),
 }
@@ -199,8 +212,8 @@ def run(device: str | None, name: str, *arguments: Any, **keywords: Any) -> Any:
 
 
 def _compute(device: str | None, name: str, given: tuple[Any, ...]) -> Any:
-    where = OPERATIONS[name].kernels
-    if device is not None and where is not None:
+    _, where, _, on_gpu, _ = OPERATIONS[name]
+    if device is not None and where is not None and (device == "cpu" or on_gpu):
         module, function = where.split(".")
         kernels = DEVICES[device].kernels(module)
         result = NotImplemented if kernels is None else getattr(kernels, function)(*given)
@@ -243,7 +256,10 @@ def describe() -> dict[str, str]:
             continue
         if is_slow:
             on_cpu += "; PyTorch for others, over 10 times slower"
-        runs = (("CPU", "Numba", cpu.why_not(), on_cpu), ("GPU", "Triton", gpu.why_not(), on_gpu))
+        runs = (
+            ("CPU", "Numba", cpu.why_not(), on_cpu),
+            ("GPU", "Triton", gpu.why_not() if on_gpu else "it has no kernel there", on_gpu),
+        )
         found[name] = ", ".join(
             f"{kernels} on a {device} ({dtypes})" if why_not is None else f"PyTorch on a {device} ({why_not})"
             for device, kernels, why_not, dtypes in runs

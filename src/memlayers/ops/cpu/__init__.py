@@ -11,13 +11,13 @@ IMPORTED_IN = os.getpid()  # threads do not survive a fork: how `launch` tells a
 
 
 def kernels(operation: str) -> ModuleType | None:
-    """The module of an operation's kernels (select, search, infer, read, rows), or None: use the reference."""
+    """The module of an operation's kernels (select, search, infer, read, low_bits, rows), or None: use the reference."""
     return None if why_not() else importlib.import_module(f"memlayers.ops.cpu.{operation}")
 
 
 def compile_all() -> None:
     """Compile the kernels of all operations, or take them from disk, before they are needed."""
-    for operation in ("select", "search", "infer", "read", "rows"):
+    for operation in ("select", "search", "infer", "read", "low_bits", "rows"):
         kernels(operation)
     if (search := kernels("search")) is not None:
         search.matrix_units()

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from memlayers.ops.cpu.intrinsics import f32, i64, kernel, next_task, part, task_done, tasks_done
 from memlayers.ops.cpu.launch import launch, threads_for
+from memlayers.ops.cpu.low_bits import add_low_rows, scale_weights, takes, whole_width
 from memlayers.ops.cpu.products import ROUNDED, ROWS, nearest_bfloat16, products
-from memlayers.ops.cpu.read import BFLOAT16, FLOAT32, KINDS, add_rows, read
+from memlayers.ops.cpu.read import BFLOAT16, FLOAT32, KINDS, add_rows
 from memlayers.ops.cpu.search import matrix_units, search
 from memlayers.ops.cpu.select import best_of_half, best_pairs, pair_plan, scratch_width, softmax_of
-from memlayers.ops.infer import Layer
+from memlayers.ops.infer import Layer, read_rows
 
 FEW_TOKENS = 4  # up to which reading the weights is what costs
 
@@ -46,7 +47,7 @@ def infer(layer: Layer) -> Tensor:
     query_THQ = torch.mm(layer.x_TD, layer.projection_FD.t()).view(-1, *scale_HQ.shape)
     torch.addcmul(offset_HQ, query_THQ, scale_HQ, out=query_THQ)
     weights_THK, slots_THK = search(query_THQ, layer.keys_2HNC, layer.topk, softmax=True)
-    return read(layer.table_SV, slots_THK.flatten(1), weights_THK.flatten(1))
+    return read_rows(layer, slots_THK.flatten(1), weights_THK.flatten(1))
 
 
 def _prefill_bfloat16(layer: Layer) -> Tensor:
@@ -57,7 +58,7 @@ def _prefill_bfloat16(layer: Layer) -> Tensor:
     query_TF = F.batch_norm(query_TF, mean_F, var_F, gain_F, shift_F, eps=layer.eps)
     query_THQ = query_TF.view(-1, *layer.mean_HQ.shape)
     weights_THK, slots_THK = search(query_THQ, layer.keys_2HNC.bfloat16(), layer.topk, softmax=True)
-    return read(layer.table_SV, slots_THK.flatten(1), weights_THK.flatten(1))
+    return read_rows(layer, slots_THK.flatten(1), weights_THK.flatten(1))
 
 
 def _takes(layer: Layer) -> bool:
@@ -69,7 +70,7 @@ def _takes(layer: Layer) -> bool:
         and layer.keys_2HNC.dtype in (dtype, torch.float32)
         and all(factor.dtype == layer.keys_2HNC.dtype for factor in factors)
         and all(stat_HQ.dtype in (dtype, torch.float32) for stat_HQ in layer.stats)
-        and layer.table_SV.dtype in KINDS
+        and (layer.table_SV.dtype in KINDS if layer.scales_S is None else takes(layer.table_SV, layer.width, layer.bits))
         and all(tensor.is_contiguous() for tensor in given[1:])
         and len(layer.table_SV) == num_subkeys**2
         and 1 <= layer.topk <= num_subkeys <= 2**16
@@ -88,7 +89,8 @@ def _decode(layer: Layer) -> Tensor:
     x_TD, keys_2HNC, table_SV, topk = layer.x_TD.contiguous(), layer.keys_2HNC, layer.table_SV, layer.topk
     tokens, dim = x_TD.shape
     _, heads, num_subkeys, half = keys_2HNC.shape
-    width, features = table_SV.shape[1], 2 * heads * half
+    features = 2 * heads * half
+    width = whole_width(table_SV, layer.bits) if layer.bits else table_SV.shape[1]
     scratch = scratch_width(num_subkeys, topk)
     # Query, half scores, weights, and slots behind them; then what each selection needs.
     sizes = features * tokens, 2 * heads * num_subkeys * tokens, heads * topk * tokens
@@ -100,11 +102,12 @@ def _decode(layer: Layer) -> Tensor:
         factor_kind=kind,
         x=x_TD, projection=layer.projection_FD, bias=layer.bias_F,
         means=layer.mean_HQ, variances=layer.var_HQ, gains=layer.gain_HQ, shifts=layer.shift_HQ, eps=layer.eps,
-        keys=keys_2HNC, table=table_SV, kind=KINDS[table_SV.dtype], y=y_TV,
+        keys=keys_2HNC, table=table_SV, scales=layer.scales_S, bits=layer.bits,
+        kind=KINDS.get(table_SV.dtype, FLOAT32), row_bytes=table_SV.shape[1], y=y_TV,
         tokens=tokens, dim=dim, heads=heads, num_subkeys=num_subkeys, half=half, topk=topk, width=width,
         memory=memory, scratch=scratch, plan=pair_plan(topk),
     )  # fmt: skip
-    return y_TV
+    return y_TV[:, : layer.width].contiguous() if layer.bits else y_TV
 
 
 @part
@@ -115,8 +118,8 @@ def _wait_for(counters, tasks):
 
 @kernel
 def _decode_kernel(
-    counters, factor_kind, x, projection, bias, means, variances, gains, shifts, eps: float, keys, table, kind, y,
-    tokens, dim, heads, num_subkeys, half, topk, width, memory, scratch, plan,
+    counters, factor_kind, x, projection, bias, means, variances, gains, shifts, eps: float, keys, table, scales,
+    bits, kind, row_bytes, y, tokens, dim, heads, num_subkeys, half, topk, width, memory, scratch, plan,
 ):  # fmt: skip
     step, eps_32, features = scratch * 4, np.float32(eps), 2 * heads * half
     query, halves = memory, memory + features * tokens * 4
@@ -171,13 +174,19 @@ def _decode_kernel(
             best_of_half(row, num_subkeys, topk, codes, step, best2)
             best_pairs(best1, best2, num_subkeys, topk, plan, codes, step, weights + out * 4, slots + out * 8)
             softmax_of(f32(weights + out * 4), topk)
+            if bits > 0:
+                scale_weights(f32(scales), i64(slots), f32(weights), f32(weights), out, out + topk)
         else:
             _wait_for(counters, first_read)
             token, first = (task - first_read) // column_blocks, (task - first_read) % column_blocks * _COLUMNS
             last, out = min(width, first + _COLUMNS), y + token * width * 4
             for v in range(first, last):
                 f32(out)[v] = np.float32(0)
-            for k in range(token * heads * topk, (token + 1) * heads * topk, _SIDE_BY_SIDE):
-                stop = min(k + _SIDE_BY_SIDE, (token + 1) * heads * topk)
-                add_rows(table, i64(slots), f32(weights), k, stop, out, first, last, width, kind)
+            known = (token + 1) * heads * topk
+            for k in range(token * heads * topk, known, _SIDE_BY_SIDE):
+                stop = min(k + _SIDE_BY_SIDE, known)
+                if bits > 0:
+                    add_low_rows(table, i64(slots), f32(weights), k, stop, known, out, first, last, row_bytes, bits)
+                else:
+                    add_rows(table, i64(slots), f32(weights), k, stop, out, first, last, width, kind)
         task_done(counters)

@@ -251,6 +251,29 @@ def load_float16(builder, address):
 
 
 @lowered(FLOATS(types.int64))
+def load_int8(builder, address):
+    """16 int8."""
+    return builder.sitofp(builder.sext(_load(builder, address, ir.IntType(8)), ir.VectorType(_INT32, LANES)), _VECTOR)
+
+
+def _nibble(number):
+    """Loads 16 words of 32 bits, of each its four bits of this number, in their place of 16 bits."""
+
+    @lowered(FLOATS(types.int64))
+    def load_nibble(builder, address):
+        words = _load(builder, address, _INT32)
+        if number >= 4:
+            words = builder.lshr(words, all_lanes(_INT32, 16))
+        return builder.sitofp(builder.and_(words, all_lanes(_INT32, 15 << 4 * (number % 4))), _VECTOR)
+
+    return load_nibble
+
+
+# 16 integers from 0 to 15 each, times 16 ** (number % 4).
+nibble0, nibble1, nibble2, nibble3, nibble4, nibble5, nibble6, nibble7 = map(_nibble, range(8))
+
+
+@lowered(FLOATS(types.int64))
 def load_rounded(builder, address):
     """16 float32, each rounded to the nearest bfloat16, ties to even."""
     values = _load(builder, address, _FLOAT)

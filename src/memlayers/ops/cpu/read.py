@@ -114,7 +114,8 @@ def number(row, v, kind):
 
 
 @part
-def _are_slots(slot, start, end, num_slots):
+def are_slots(slot, start, end, num_slots):
+    """Whether entries start to end are rows of the table."""
     bad = 0
     for k in range(start, end):
         bad += (slot[k] < 0) | (slot[k] >= num_slots)
@@ -204,7 +205,7 @@ def _read(counters, table, slots, weights, outputs, num_tokens, topk, num_slots,
         last = min(width, column + columns)
         for token in range(first, min(num_tokens, first + tokens)):
             start, end = token * topk, (token + 1) * topk
-            if not _are_slots(slot, start, end, num_slots):
+            if not are_slots(slot, start, end, num_slots):
                 fail(counters)
                 return
             out = outputs + token * width * 4
@@ -223,7 +224,7 @@ def _dot(counters, table, slots, weights, outputs, num_tokens, topk, num_slots, 
             return
         for token in range(first, min(num_tokens, first + tokens)):
             start, end = token * topk, (token + 1) * topk
-            if not _are_slots(slot, start, end, num_slots):
+            if not are_slots(slot, start, end, num_slots):
                 fail(counters)
                 return
             output = outputs + token * width * 4
