@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from memlayers.keys import FlatKeys, Hits, NormalisedKeys, ProductKeys
     from memlayers.layer import MemoryLayer
     from memlayers.memory_plus import MemoryPlus
-    from memlayers.models import add_memory, disable_memory, load_memory, save_memory
+    from memlayers.models import add_memory, disable_memory, load_memory, quantize_memory, save_memory
     from memlayers.optim import RowAdagrad, RowAdam, RowSGD
     from memlayers.storage import MappedFile
     from memlayers.usage import UsageMeter
@@ -45,6 +45,7 @@ __all__ = [
     "explore",
     "load_memory",
     "memory_diff",
+    "quantize_memory",
     "save_memory",
     "select_slots",
 ]
@@ -75,6 +76,7 @@ _ON_DEMAND = {
     "explore": "explorer",
     "load_memory": "models",
     "memory_diff": "finetuning",
+    "quantize_memory": "models",
     "save_memory": "models",
     "select_slots": "finetuning",
 }

@@ -47,8 +47,8 @@ class Experts(MemoryLayer):
         dtype: torch.dtype | None = None,
     ):
         inputs = getattr(values, "inputs", None)
-        if isinstance(values, ValueTable) and (inputs is None or inputs.weight.shape != (config.slots, config.dim)):
-            what = "none" if inputs is None else f"{inputs.weight.shape[0]} x {inputs.weight.shape[1]}"
+        if isinstance(values, ValueTable) and (inputs is None or inputs.shape != (config.slots, config.dim)):
+            what = "none" if inputs is None else f"{inputs.shape[0]} x {inputs.shape[1]}"
             raise ValueError(
                 f"values must be the table of Experts, whose inputs are {config.slots} x {config.dim}, got {what}"
             )

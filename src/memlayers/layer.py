@@ -21,8 +21,9 @@ from memlayers.query import MaskedBatchNorm, QueryNetwork
 from memlayers.torch_private import has_forward_hooks, has_global_forward_hooks, is_exporting
 from memlayers.values import TablePlace, ValueTable, modules_of
 
-# The parts whose work `infer` does. A part of another class (wrapped, reparametrised, of a subclass) is called.
-_PARTS = (QueryNetwork, nn.Linear, MaskedBatchNorm, ProductKeys, ValueTable)
+# The parts whose work `infer` does, beside the table. One of another class (wrapped, reparametrised, of a subclass) is
+# called.
+_PARTS = (QueryNetwork, nn.Linear, MaskedBatchNorm, ProductKeys)
 
 _NO_TORCHSCRIPT = (
     "TorchScript cannot hold a memory layer: use torch.export.export(model, ...) or torch.onnx.export(..., "
@@ -89,10 +90,10 @@ class MemoryLayer(nn.Module):
         self.owns_values = not isinstance(values, ValueTable)
         if isinstance(values, TablePlace):
             values = self.put_values(values, **where)
-        if values is not None and values.weight.shape != (config.slots, config.width):
+        if values is not None and values.shape != (config.slots, config.width):
             raise ValueError(
                 f"values must be a table of {config.slots} slots of width {config.width}, "
-                f"got {' x '.join(map(str, values.weight.shape))}"
+                f"got {' x '.join(map(str, values.shape))}"
             )
         self.values = self.make_values(**where) if values is None else values
         self.output = self.make_output(**where)
@@ -215,7 +216,7 @@ def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
     query, keys, values = layer.query, layer.keys, layer.values
     norm, projections = query.norm, query.projections
     projection = projections[0]
-    for part, kind in zip((query, projection, norm, keys, values), _PARTS, strict=True):
+    for part, kind in zip((query, projection, norm, keys, values), (*_PARTS, type(values)), strict=True):
         # A forward of its own: `accelerate` gives modules one where it keeps their weights on another device.
         if type(part) is not kind or has_forward_hooks(part) or "forward" in part.__dict__:
             return None
@@ -224,8 +225,10 @@ def try_infer(layer: MemoryLayer, x_TD: Tensor) -> Tensor | None:
             return None
     if len(projections) > 1 or norm.training or norm.running_mean is None:
         return None
+    if not isinstance(values, ValueTable) or (table := values.operands()) is None:
+        return None
     stats = norm.running_mean, norm.running_var, norm.weight, norm.bias
-    arguments = (projection.weight, projection.bias, *stats, norm.eps, keys.weight, keys.topk, values.weight)
+    arguments = (projection.weight, projection.bias, *stats, norm.eps, keys.weight, keys.topk, *table)
     for tensor in arguments:
         # A tensor of another class (a quantised weight, say) knows what to do with the operations of a module only.
         if isinstance(tensor, Tensor) and type(tensor) not in (Tensor, nn.Parameter):

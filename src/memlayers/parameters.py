@@ -15,10 +15,11 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     parts = {
         "query": {parameter for layer in memories for parameter in layer.query.parameters()},
         "keys": {parameter for layer in memories for parameter in layer.keys.parameters()},
-        "values": {table.weight for layer in memories for table in value_tables(layer.values)},
     }
+    tables = {table for layer in memories for table in value_tables(layer.values)}
     # All parameters of a table: it has a companion that is no weight.
     owned = parts["query"] | parts["keys"] | {other for layer in memories for other in layer.values.parameters()}
-    parts["rest"] = set(model.parameters()) - owned
     counts = {part: sum(parameter.numel() for parameter in parameters) for part, parameters in parts.items()}
+    counts["values"] = sum(table.shape.numel() for table in tables)
+    counts["rest"] = sum(parameter.numel() for parameter in set(model.parameters()) - owned)
     return {**counts, "total": sum(counts.values())}

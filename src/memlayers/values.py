@@ -96,6 +96,25 @@ class ValueTable(nn.Module):
         """The companion parameter."""
         return self.companion.row_mark
 
+    @property
+    def shape(self) -> torch.Size:
+        """[S, V]."""
+        return self.weight.shape
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the rows."""
+        return (self.weight,)
+
+    @property
+    def untrainable(self) -> str:
+        """Why nobody can train the rows, and what to do; empty where they can be trained."""
+        return ""
+
+    def operands(self) -> tuple[Any, ...] | None:
+        """What `memlayers.ops.infer` is given of the table; None if the table must be called."""
+        return (self.weight,) if type(self) is ValueTable else None
+
     def reset_parameters(self) -> None:
         """Normal with standard deviation `std`."""
         nn.init.normal_(self.weight, std=self.std)

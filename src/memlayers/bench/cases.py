@@ -34,8 +34,10 @@ from memlayers.bench.training import (
     row_step_bytes,
     takes_part,
 )
+from memlayers.ops.low_bits import BITS
 from memlayers.ops.row_sum import Part
 from memlayers.ops.select import select_pairs
+from memlayers.storage.low_bits import LowBitTable
 from memlayers.values import ValueTable
 
 _ROWS, _IN_ORDER = "random rows (limit)", "as many bytes in order (limit)"
@@ -91,7 +93,7 @@ def select(bench: Bench, shape: Shape) -> Iterator[Result]:
 
 @torch.no_grad()
 def read(bench: Bench, shape: Shape) -> Iterator[Result]:
-    """The weighted sum of H * K rows a token; float32 and bfloat16 tables."""
+    """The weighted sum of H * K rows a token; float32 and bfloat16 tables, and beside float32 those of few bits."""
     table_SV = make_table(shape, bench.device)
     slots_TR, weights_TR = _hits(shape, table_SV)
     for dtype in (torch.float32, torch.bfloat16):
@@ -99,6 +101,8 @@ def read(bench: Bench, shape: Shape) -> Iterator[Result]:
         table = table_of(table_SV)
         gate.check_read(shape, table, slots_TR, weights_TR)
         yield _read(bench, shape, table, slots_TR, weights_TR)
+        if dtype == torch.float32:
+            yield _read_low_bits(bench, shape, table, slots_TR, weights_TR)
 
 
 def _read(bench: Bench, shape: Shape, table: ValueTable, slots_TR: Tensor, weights_TR: Tensor) -> Result:
@@ -125,6 +129,27 @@ def _read(bench: Bench, shape: Shape, table: ValueTable, slots_TR: Tensor, weigh
         work={**dict.fromkeys(samples, (moved, "GB/s")), _COPY: (copied, "GB/s")},
         limit=_COPY,
         notes=tuple(notes),
+    )
+
+
+def _read_low_bits(bench: Bench, shape: Shape, table: ValueTable, slots_TR: Tensor, weights_TR: Tensor) -> Result:
+    """Rows of any 8 and 4 bits beside those of floats, in one round."""
+    contenders: dict[str, Call] = {OURS: lambda: table.read(slots_TR, weights_TR)}
+    for bits in BITS:
+        rounded = LowBitTable(shape.slots, shape.value_dim, bits, device=bench.device)
+        rounded.codes.random_(256)
+        rounded.scales.copy_(torch.rand(shape.slots, 1, device=bench.device).view(torch.uint8))
+        gate.check_low_bits(shape, rounded, slots_TR, weights_TR)
+        contenders[f"{bits} bits"] = _bind(rounded.read, slots_TR, weights_TR)
+    samples = bench.watch.rounds(contenders)
+    rows = float(slots_TR.numel()) / 1e6
+    return Result(
+        case="read",
+        part="float32 table, and few bits",
+        shape=shape,
+        samples=samples,
+        work=dict.fromkeys(samples, (rows * 1e9, "M rows/s")),
+        notes=(_how_many(slots_TR),),
     )
 
 

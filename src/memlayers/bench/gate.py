@@ -20,6 +20,7 @@ from memlayers.ops.row_step import adam, row_adam_
 from memlayers.ops.row_sum import Part
 from memlayers.ops.select import select_pairs
 from memlayers.optim import RowAdam
+from memlayers.storage.low_bits import LowBitTable
 from memlayers.values import ValueTable
 
 # Of float32 sums in another order: relative to the number, and to the largest of its tensor.
@@ -84,6 +85,15 @@ def check_read(shape: Shape, table: ValueTable, slots_TK: Tensor, weights_TK: Te
     rows_TKV = F.embedding(slots_TK[few], table.weight).double()
     expected_TV = (rows_TKV * weights_TK[few, :, None].double()).sum(1)
     _require(shape, f"read of a {table.weight.dtype} table", table.read(slots_TK, weights_TK)[few], expected_TV)
+
+
+@torch.no_grad()
+def check_low_bits(shape: Shape, table: LowBitTable, slots_TK: Tensor, weights_TK: Tensor) -> None:
+    """The same of a table of few bits, and the floats that its rows stand for."""
+    few = slice(min(_TOKENS, len(slots_TK)))
+    rows_TKV = table.dequantised(slots_TK[few]).double()
+    expected_TV = (rows_TKV * weights_TK[few, :, None].double()).sum(1)
+    _require(shape, f"read of a table of {table.bits} bits", table.read(slots_TK, weights_TK)[few], expected_TV)
 
 
 @torch.no_grad()

@@ -64,6 +64,8 @@ def find_subjects(model: nn.Module) -> list[Subject]:
             place, base, gate = wrapper_name, wrapper._modules.get("base"), wrapper._parameters.get("gate")
         beside = (base,) if base is not None else tuple(_siblings(place, modules))
         table, *_ = value_tables(layer.values)
+        if table.untrainable:
+            raise ValueError(f"what is examined is the training of {_shown(name)}: {table.untrainable}")
         subjects.append(Subject(_shown(name), layer, table, gate, beside, base is not None, wrapper))
     if not subjects:
         raise ValueError(

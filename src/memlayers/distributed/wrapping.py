@@ -55,9 +55,13 @@ class _InRowMode:
 
 
 def _in_row_mode(model: nn.Module) -> Iterator[str]:
+    # Also columns that nobody trains: DDP would broadcast those of rank 0 to all.
     for name, module in model.named_modules(remove_duplicate=False):
-        # Also columns that nobody trains: DDP would broadcast those of rank 0 to all.
-        if isinstance(module, ValueTable) and (module.row_gradient is not None or hasattr(module.weight, "placements")):
-            for parameter in ("weight", "companion.row_mark"):
-                yield f"{name}.{parameter}"
-                yield f"_orig_mod.{name}.{parameter}"  # of a model that is compiled before it is wrapped
+        if not isinstance(module, ValueTable):
+            continue
+        tensors = [*module._buffers]  # of a table of few bits: DDP would send them before each forward pass
+        if module.row_gradient is not None or any(hasattr(part, "placements") for part in module.stored):
+            tensors += ["weight", "companion.row_mark"]
+        for tensor in tensors:
+            yield f"{name}.{tensor}"
+            yield f"_orig_mod.{name}.{tensor}"  # of a model that is compiled before it is wrapped

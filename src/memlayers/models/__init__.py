@@ -4,8 +4,8 @@ Read `add` first: what people call, and `disable`. Below, each imports those bef
 go), `calls` (what calls in progress say, and which memories are off), `masks` (how padding reaches memories),
 `wrappers` (what stands in the model), `modules` (what is in a model), `targets` (which modules can take one), `install`
 (put in, take out), `identity` (is it the same base), `folder` (the format on disk), `storage` (memory <-> folder),
-`classes` (what `transformers` must know). `adapters` (what PEFT must know), `summary`, `presets`, `checkpoints` and
-`carriers` stand beside it.
+`classes` (what `transformers` must know), `quantise` (tables of few bits). `adapters` (what PEFT must know), `summary`,
+`presets`, `checkpoints` and `carriers` stand beside it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from memlayers.models.carriers import causal_lm
 from memlayers.models.disable import disable_memory
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.presets import memory_preset
+from memlayers.models.quantise import quantize_memory
 from memlayers.models.summary import MemorySummary, memory_summary
 from memlayers.models.targets import default_layer
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, ReplacingMemory
@@ -47,6 +48,7 @@ __all__ = [
     "memory_layers",
     "memory_preset",
     "memory_summary",
+    "quantize_memory",
     "remove_memory",
     "save_memory",
 ]

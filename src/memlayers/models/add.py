@@ -24,10 +24,11 @@ from memlayers.models.modules import (
     unwrap,
 )
 from memlayers.models.placement import MemoryPlacement, Mode
-from memlayers.models.storage import savable_base, write_memory
+from memlayers.models.storage import Values, savable_base, write_memory
 from memlayers.models.targets import Layers, choose, names_of, require_suitable
 from memlayers.models.wrappers import find_wrappers
-from memlayers.values import TablePlace
+from memlayers.storage.low_bits import rounded_numbers
+from memlayers.values import TablePlace, value_tables
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
@@ -163,7 +164,12 @@ def save_memory(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_s
 
 
 def load_memory(
-    model: Model, folder: str | os.PathLike[str], *, check_base: bool = True, mesh: "DeviceMesh | None" = None
+    model: Model,
+    folder: str | os.PathLike[str],
+    *,
+    check_base: bool = True,
+    mesh: "DeviceMesh | None" = None,
+    values: Values = "memory",
 ) -> Model:
     """Puts the memories that `save_memory` saved into their base model, in place.
 
@@ -176,19 +182,21 @@ def load_memory(
         check_base: compare a few values of every tensor of `model` with those of the base that was saved with. False:
             take any base into which the memories fit.
         mesh: the tables go straight into columns, as by `memlayers.distributed.shard_tables`; all ranks call it then.
+        values: "memory" loads tables as they were saved. "int8" and "int4" round those of floats on the way to the
+            nearest rows of 8 or 4 bits, as `quantize_memory` does, some rows at a time: for inference.
 
     Returns:
         `model` itself. Memories stand on the device, in the dtype and in the mode (train or eval) of their module.
 
     Raises:
         ValueError: a folder that `save_memory` did not write, or a file of it that is missing or damaged; another base;
-            a model that has memories already. The model is then as it was.
+            a model that has memories already; values that its tables cannot have. The model is then as it was.
     """
     inner = unwrap(model)
     require_no_memory(inner)
     path = local_folder(folder)
-    load_memories(inner, path, read_description(path), check_base=check_base, mesh=mesh)
-    if mesh is not None:
+    load_memories(inner, path, read_description(path), check_base=check_base, mesh=mesh, values=values)
+    if mesh is not None or rounded_numbers(inner):
         keep_out_of_ddp(inner)
     return model
 
@@ -204,13 +212,16 @@ def freeze_base(model: Model) -> Model:
     of its BatchNorms move.
 
     Raises:
-        ValueError: a model without memories, or with a memory that ``modules_to_save`` has copied. The model is then as
-            it was.
+        ValueError: a model without memories, with tables that nobody can train, or with one that
+            ``modules_to_save`` has copied. The model is then as it was.
     """
     inner = unwrap(model)
     memories = memory_parameters(inner)
     if not memories:
         raise ValueError(f"model must have memories (add_memory), got a {type(inner).__name__} without")
+    for table in value_tables(inner):
+        if table.untrainable:
+            raise ValueError(f"{table.untrainable}; or choose what else to train by requires_grad_")
     adapters = adapter_parameters(inner)
     if copied := [name for name, parameter in inner.named_parameters() if parameter in memories & adapters]:
         raise ValueError(

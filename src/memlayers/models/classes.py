@@ -12,12 +12,14 @@ In this order: the configuration (`MemoryConfigMixin`), the model (`MemoryMixin`
 """
 
 import copy
+import dataclasses
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -51,6 +53,7 @@ from memlayers.models.placement import MemoryPlacement
 from memlayers.models.storage import check_values, read_memory
 from memlayers.models.targets import names_of
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
+from memlayers.storage.low_bits import LowBitTable, rounded_numbers
 from memlayers.values import ValueTable, value_tables
 
 PREFIX = "Memory"
@@ -206,10 +209,9 @@ class MemoryMixin(PreTrainedModel):
         first: dict[ValueTable, str] = {}
         tied = {}
         for name, module in self.named_modules(remove_duplicate=False):
-            if isinstance(module, ValueTable):
-                source = first.setdefault(module, f"{name}.weight")
-                if source != f"{name}.weight":
-                    tied[f"{name}.weight"] = source
+            if isinstance(module, ValueTable) and (source := first.setdefault(module, name)) != name:
+                parts = ("codes", "scales") if isinstance(module, LowBitTable) else ("weight",)
+                tied.update({f"{name}.{part}": f"{source}.{part}" for part in parts})
         return tied
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -220,10 +222,16 @@ class MemoryMixin(PreTrainedModel):
         # A shared table is one parameter under two names. Marking the tied name marks the other, too, which is then no
         # longer counted as missing: a file without the table would leave it on the meta device, and say nothing.
         missing = [set(info.missing_keys) for info in loading_info]
+        # The plain rules take what is tied for parameters. Tables of few bits are buffers: one module has them anyway.
+        buffers = {name for name in self._tied_tables() if not name.endswith(".weight")}
+        tied = self.all_tied_weights_keys
+        self.all_tied_weights_keys = {name: source for name, source in tied.items() if name not in buffers}
+        for info in loading_info:
+            info.missing_keys -= buffers
         super().mark_tied_weights_as_initialized(*loading_info)
         for info, before in zip(loading_info, missing, strict=True):
             sources = set(self._tied_tables().values()) & before
-            info.missing_keys |= {name for name in sources if self.get_parameter(name).is_meta}
+            info.missing_keys |= {name for name in sources if attrgetter(name)(self).is_meta}
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -248,8 +256,10 @@ class MemoryMixin(PreTrainedModel):
         """
         count = super().num_parameters(only_trainable, exclude_embeddings)
         tables = value_tables(self)
-        left_out = [table.row_mark for table in tables] + [table.weight for table in tables if exclude_embeddings]
-        return count - sum(one.numel() for one in left_out if one.requires_grad or not only_trainable)
+        of_floats = [table for table in tables if not isinstance(table, LowBitTable)]
+        left_out = [table.row_mark for table in tables] + [table.weight for table in of_floats if exclude_embeddings]
+        count -= sum(one.numel() for one in left_out if one.requires_grad or not only_trainable)
+        return count if only_trainable or exclude_embeddings else count + rounded_numbers(self)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `transformers.PreTrainedModel.save_pretrained`, except that a save that fails leaves the folder as it was.
@@ -560,6 +570,18 @@ def _change_class(model: PreTrainedModel, placement: MemoryPlacement) -> None:
     _exchange_config(model, config)
     assert isinstance(model, MemoryMixin)
     model.declare_memories()
+
+
+@contextmanager
+def redeclared(model: MemoryMixin, **fields: Any) -> Iterator[None]:
+    """In its block, the tables of a model are exchanged; its configuration then has these fields of its placement."""
+    with all_or_nothing(model):
+        model.undeclare_memories()
+        config: Any = copy.copy(model.config)  # which others may have
+        config.set_placement(dataclasses.replace(config.placement, **fields))
+        yield
+        _exchange_config(model, config)
+        model.declare_memories()
 
 
 def remove_memories(model: nn.Module, originals: Mapping[str, nn.Module], name_or_path: str) -> None:

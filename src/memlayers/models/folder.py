@@ -263,6 +263,8 @@ def check_whole_model(folder: Path) -> None:
             and stored.dtype not in FLOATS
         ):
             raise ValueError(f"{name!r} in {stored.file} must be of {', '.join(FLOATS)}, got {stored.dtype}")
+        if ".memory." in name and part in ("codes", "scales") and stored.dtype != "U8":
+            raise ValueError(f"{name!r} in {stored.file} must be of U8, got {stored.dtype}")
 
 
 def keeps_card(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from memlayers.models.masks import install_hooks, remove_hooks
 from memlayers.models.modules import base_name, tensor_like
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, ReplacingMemory
+from memlayers.storage.low_bits import empty_like
 from memlayers.values import TablePlace, ValueTable
 
 _DICTS = (dict, OrderedDict)  # of modules, parameters, buffers and hooks
@@ -41,7 +42,11 @@ def build_memories(
         if placement.share_values and memories:
             table = memories[0].values
         dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
-        memory = kind(placement.config, values=table, device=device or like.device, dtype=dtype)
+        where = device or like.device
+        if placement.value_bits is not None and table is None:
+            of_floats = kind(placement.config, device="meta").values
+            table = empty_like(of_floats, placement.value_bits, device=where)
+        memory = kind(placement.config, values=table, device=where, dtype=dtype)
         memories.append(memory)
     return memories
 

@@ -128,6 +128,9 @@ def _placement(
                 f"model must have memories of one kind, configuration and mode, as add_memory makes them, got another "
                 f"one at {name}"
             )
+    bits = {getattr(memory.values, "bits", None) for memory in memories.values()}
+    if len(bits) > 1:
+        raise ValueError(f"model must have tables of the same bits, got some of {bits}: quantise all of them")
     tables = len({id(memory.values) for memory in memories.values()})
     if tables not in (1, len(memories)):
         raise ValueError(f"model must have memories that share one table or none, got {tables} for {len(memories)}")
@@ -140,6 +143,7 @@ def _placement(
         layers=declared.layers if declared and declared.is_numbered else list(memories),
         mode=mode,
         share_values=declared.share_values if declared and len(memories) == 1 else tables < len(memories),
+        value_bits=bits.pop(),
     )
 
 

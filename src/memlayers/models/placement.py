@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from memlayers.checks import require_bool, require_choice
 from memlayers.config import MemoryConfig
+from memlayers.ops.low_bits import BITS
 
 Mode = Literal["replace", "parallel"]
 
@@ -26,6 +27,7 @@ class MemoryPlacement:
     layers: Sequence[int] | Sequence[str]  # blocks counted from 1 as in the paper, ascending; or names of modules
     mode: Mode = "replace"  # "replace": in place of the module; "parallel": beside it, behind a gate
     share_values: bool = False  # one table of values for all of them (queries and keys stay their own)
+    value_bits: int | None = None  # of a number of the tables, 8 or 4; None: floats
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, MemoryConfig):
@@ -54,6 +56,7 @@ class MemoryPlacement:
             raise ValueError(f"layers must not name a module twice, got {list(layers)}")
         require_choice("mode", self.mode, get_args(Mode))
         require_bool("share_values", self.share_values)
+        require_choice("value_bits", self.value_bits, (None, *BITS))
 
     def check_fits(self, *, num_blocks: int, hidden_size: int) -> None:
         """Raises `ValueError` unless a model of so many blocks of that width has the blocks of `layers`."""
@@ -76,13 +79,15 @@ class MemoryPlacement:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives an equal placement back."""
-        return {
+        section = {
             "config": self.config.to_dict(),
             "kind": self.kind,
             "layers": list(self.layers),
             "mode": self.mode,
             "share_values": self.share_values,
         }
+        # Left out of other folders, which earlier versions can load.
+        return section if self.value_bits is None else {**section, "value_bits": self.value_bits}
 
     @classmethod
     def from_dict(cls, section: object) -> "MemoryPlacement":
@@ -90,8 +95,8 @@ class MemoryPlacement:
         if not isinstance(section, dict):
             raise ValueError(f"memory must be a dictionary of {', '.join(_KEYS)}, got {section!r}")
         for key in section:
-            if key not in _KEYS:
-                raise ValueError(f"unknown key {key!r} in memory; allowed: {', '.join(_KEYS)}")
+            if key not in (*_KEYS, "value_bits"):
+                raise ValueError(f"unknown key {key!r} in memory; allowed: {', '.join(_KEYS)}, value_bits")
         for key in _KEYS:
             if key not in section:
                 raise ValueError(f"memory must have the keys {', '.join(_KEYS)}; {key!r} is missing")

@@ -5,10 +5,11 @@ already.
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from memlayers.checks import require_choice
 from memlayers.distributed.agreement import own_part
 from memlayers.distributed.columns import own_bounds, put_in_columns
 from memlayers.files import describe_files, replaced_together, verify_files
@@ -41,10 +43,13 @@ from memlayers.models.modules import PlacedMemories, base_name, memory_tensors, 
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.targets import names_of
 from memlayers.models.wrappers import find_wrappers
+from memlayers.storage.low_bits import LowBitTable, rounded_numbers
 from memlayers.values import value_tables
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
+
+Values = Literal["memory", "int8", "int4"]
 
 CHUNK = 2**25  # bytes of a file that are read at once
 
@@ -69,6 +74,7 @@ def write_memory(
         write_description(aside, description)
         if not keeps_card(folder):
             parameters = sum(tensor.numel() for tensor in placed.tensors.values() if isinstance(tensor, nn.Parameter))
+            parameters += rounded_numbers(model)
             text = card(description, parameters, auto_class=auto_class)
             (aside / CARD).write_bytes(text.encode())
 
@@ -190,12 +196,14 @@ def read_memory(
     *,
     check_base: bool = True,
     mesh: "DeviceMesh | None" = None,
+    values: Values = "memory",
 ) -> StoredMemories:
     """What `write_memory` wrote, each memory on the device of its module; `model`, its base, stays as it is.
 
-    Weights go straight to their device, and with a mesh into columns: no table is held twice. Raises the `ValueError`
-    of `load_memory`.
+    Weights go straight to their device, and with a mesh into columns, or are rounded on the way: no table is held
+    twice. Raises the `ValueError` of `load_memory`.
     """
+    placement = _placement_of(folder, description, values, mesh)
     verify_files(folder, description.files, links=True)
     names = _names_in(model, description)
     base = identity_of(model, names if description.placement.mode == "replace" else [], exact=True)
@@ -205,12 +213,15 @@ def read_memory(
             f"{base}: {len(differing)} of {len(description.base.tensors)} tensors differ, the first is "
             f"{differing[0]!r}. check_base=False loads it all the same"
         )
-    placement = description.placement.at(names)
+    placement = placement.at(names)
     by_name = dict(zip(description.names, _empty_memories(model, placement, names), strict=True))
     gates = [f"{name}.gate" for name in by_name] if placement.mode == "parallel" else []
     stored = stored_tensors(folder, description.files)
     gate_like = torch.empty(placement.config.dim, device="meta")
-    _check_stored(folder, stored, {**memory_tensors(by_name), **dict.fromkeys(gates, gate_like)})
+    rounded = _rounded_on_the_way(by_name, stored)
+    expected = {name: like for name, like in memory_tensors(by_name).items() if _float_name(name) not in rounded}
+    expected |= {name: torch.empty(table.shape, device="meta") for name, table in rounded.items()}
+    _check_stored(folder, stored, {**expected, **dict.fromkeys(gates, gate_like)})
     if mesh is not None:
         put_in_columns(value_tables(nn.ModuleList(by_name.values())), mesh)
     for name, memory in zip(names, by_name.values(), strict=True):
@@ -218,12 +229,48 @@ def read_memory(
         if like.is_meta:
             raise ValueError(f"model must hold its weights, got {name} on the meta device")
         _allocate(memory, like.device)
-    for key, tensor in memory_tensors(by_name).items():
+    for key, table in rounded.items():
+        for start, part in _chunks(stored[key].file, key):
+            check_values(part, f"{key!r} in {stored[key].file}")
+            table.fill(start, part.to(table.codes.device))
+    loaded = {key: tensor for key, tensor in memory_tensors(by_name).items() if key in expected}
+    for key, tensor in loaded.items():
         _fill(tensor, stored[key].file, key)
     read_gates = [_read(stored[gate].file, gate) for gate in gates]
-    for key, tensor in {**memory_tensors(by_name), **dict(zip(gates, read_gates, strict=True))}.items():
+    for key, tensor in {**loaded, **dict(zip(gates, read_gates, strict=True))}.items():
         check_values(tensor, f"{key!r} in {stored[key].file}")
     return StoredMemories(placement, names, list(by_name.values()), read_gates, base)
+
+
+def _placement_of(folder: Path, description: Description, values: Values, mesh: "DeviceMesh | None") -> MemoryPlacement:
+    """What is in the folder, with tables as they are asked for. Raises `ValueError` where they cannot be had."""
+    require_choice("values", values, get_args(Values))
+    placement = description.placement
+    asked = {"int8": 8, "int4": 4}.get(values, placement.value_bits)
+    if asked != placement.value_bits and placement.value_bits is not None:
+        raise ValueError(
+            f"values must be 'memory' or 'int{placement.value_bits}' for {str(folder)!r}, whose tables have "
+            f"{placement.value_bits} bits, got {values!r}: quantise from a folder of floats"
+        )
+    if asked is not None and mesh is not None:
+        raise ValueError(f"mesh must be None for tables of {asked} bits, which are whole on each rank, got one")
+    return dataclasses.replace(placement, value_bits=asked)
+
+
+def _rounded_on_the_way(memories: Mapping[str, MemoryLayer], stored: Mapping[str, Stored]) -> dict[str, LowBitTable]:
+    """By their names in the files, the tables that are floats there and of fewer bits in the memories."""
+    tables: dict[LowBitTable, str] = {}
+    for name, memory in memories.items():
+        for part, module in memory.named_modules():
+            if isinstance(module, LowBitTable):
+                tables.setdefault(module, f"{name}.memory.{part}.weight")
+    return {name: table for table, name in tables.items() if name in stored}
+
+
+def _float_name(name: str) -> str:
+    """The name of a table of floats, of the name of a part of one of fewer bits."""
+    place, _, last = name.rpartition(".")
+    return f"{place}.weight" if last in ("codes", "scales") else ""
 
 
 def refill_memory(model: nn.Module, folder: Path) -> None:
@@ -299,7 +346,11 @@ def _check_stored(folder: Path, stored: Mapping[str, Stored], expected: Mapping[
 
 def check_values(tensor: Tensor, what: str) -> None:
     """Raises `ValueError` for a weight that is no finite number, and for a variance below zero."""
-    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+    if tensor.is_meta or not tensor.numel():
+        return
+    if ".scales'" in what and tensor.dtype == torch.uint8:  # of a table of few bits
+        tensor = tensor.view(torch.float32)
+    if not tensor.is_floating_point():
         return
     low, high = own_part(tensor.detach()).aminmax()  # which a NaN is both of; neither copies a table
     if not (low.isfinite() and high.isfinite()):

@@ -13,6 +13,7 @@ from memlayers.models.modules import adapter_parameters, memory_parameters, unwr
 from memlayers.optim.memory_adamw import MemoryAdamW
 from memlayers.optim.row_optimizer import RowOptimizer
 from memlayers.sizes import nominal_bytes, size_text
+from memlayers.storage.low_bits import LowBitTable
 from memlayers.values import ValueTable, value_tables
 
 _COLUMNS = ("", "parameters", "trainable", "weights", "gradients", "optimizer")
@@ -80,10 +81,11 @@ def memory_summary(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     for name, parameters in parts.items():
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
         held = [*trainable, *(table.row_mark for table in tables)] if name == "values" else trainable
+        rounded = [table for table in tables if isinstance(table, LowBitTable) and name == "values"]
         summaries[name] = PartSummary(
-            parameters=sum(parameter.numel() for parameter in parameters),
+            parameters=sum(parameter.numel() for parameter in parameters) + sum(one.shape.numel() for one in rounded),
             trainable=sum(parameter.numel() for parameter in trainable),
-            weight_bytes=nominal_bytes(parameters),
+            weight_bytes=nominal_bytes([*parameters, *(part for table in rounded for part in table.stored)]),
             gradient_bytes=nominal_bytes(parameter for parameter in trainable if parameter not in in_row_mode),
             optimizer_bytes=None if optimizer is None else _state_bytes(optimizer, held),
         )
@@ -104,7 +106,7 @@ def _parts(model: nn.Module, tables: Sequence[ValueTable]) -> dict[str, list[nn.
     for memory in memories:
         place |= dict.fromkeys(memory.query.parameters(), "query")
         place |= dict.fromkeys(memory.keys.parameters(), "keys")
-        place |= {table.weight: "values" for table in value_tables(memory.values)}
+        place |= dict.fromkeys(memory.values.parameters(), "values")
     place |= dict.fromkeys(adapters := adapter_parameters(model), "adapters")
     names = ("base", *(["adapters"] if adapters else []), "query", "keys", "values", "gate and output")
     parts: dict[str, list[nn.Parameter]] = {name: [] for name in names}

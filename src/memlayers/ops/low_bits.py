@@ -24,7 +24,7 @@ from memlayers.ops.registry import operation
 BITS = (8, 4)
 _GROUP = {8: 16, 4: 128}  # numbers of a group
 
-# Scales that are tried, as what they make of the largest number of a row: from 0.9 to 3.9 times the largest integer, and
+# Scales that are tried, as what they make of the largest number of a row: from 0.9 to 3.9 times the largest integer,
 # then some around the best. Few large numbers are cut off where that serves the many.
 _STRETCHES = [0.9 * 1.08**i for i in range(20)]
 _FINE = [1.08 ** (i / 5) for i in (-4, -3, -2, -1, 1, 2, 3, 4)]
@@ -113,7 +113,9 @@ def _nearest(values_CV: Tensor, lowest: int) -> tuple[Tensor, Tensor]:
     return scale_C1 * unit_C1, codes_CV
 
 
-def read_reference(codes_SR: Tensor, scales_S: Tensor, slots_TK: Tensor, weights_TK: Tensor, width: int, bits: int) -> Tensor:
+def read_reference(
+    codes_SR: Tensor, scales_S: Tensor, slots_TK: Tensor, weights_TK: Tensor, width: int, bits: int
+) -> Tensor:
     """y [T, V]."""
     y_TV = codes_SR.new_empty(len(slots_TK), width, dtype=torch.float32)
     for tokens in _chunks(slots_TK, width):
@@ -167,7 +169,9 @@ def _dot_backward(ctx, grad_TK):
     codes_SR, scales_S, slots_TK, outputs_TV = ctx.saved_tensors
     grad_TV = None
     if ctx.needs_input_grad[3]:
-        grad_TV = read_low_bits(codes_SR, scales_S, slots_TK, grad_TK, outputs_TV.shape[1], ctx.bits).to(outputs_TV.dtype)
+        grad_TV = read_low_bits(codes_SR, scales_S, slots_TK, grad_TK, outputs_TV.shape[1], ctx.bits).to(
+            outputs_TV.dtype
+        )
     return None, None, None, grad_TV, None
 
 

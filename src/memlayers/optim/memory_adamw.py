@@ -83,7 +83,7 @@ class MemoryAdamW(TableOwner):
         betas, eps = tuple(map(plain_number, betas)), plain_number(eps)
         self._process_group = process_group
         groups = dense_groups(model, plain_number(weight_decay), selector_lr)
-        tables = [table for table in value_tables(model) if table.weight.requires_grad]
+        tables = [table for table in value_tables(model) if not table.untrainable and table.weight.requires_grad]
         require_row_settings(lr=value_lr, max_grad_norm=value_max_grad_norm, rounding=value_rounding, prefix="value_")
         require_choice("value_moments", value_moments, get_args(Moments))
         if not groups and not tables:

@@ -75,6 +75,8 @@ class RowOptimizer(TableOwner):
         for table in tables:
             if not isinstance(table, ValueTable):
                 raise ValueError(f"tables must be ValueTable modules, got {type(table).__name__}")
+            if table.untrainable:
+                raise ValueError(table.untrainable)
             if hasattr(table.weight, "placements") and not isinstance(table, ColumnTable):  # a DTensor
                 raise ValueError(
                     "the weight of a value table must be whole, got a DTensor: keep FSDP from sharding it "

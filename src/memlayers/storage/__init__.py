@@ -1,8 +1,8 @@
-"""Tables that are not in memory: classes of `ValueTable`, and where they are made.
+"""Tables that are not floats in memory: classes of `ValueTable`, and where they are made.
 
 Read `rows` first (a file of rows as a tensor, and the rows asked for ahead of use), then `draw` (fresh rows, by slot),
 `undo` (what a row was before it changed), `folder` (the files of one table, and its checkpoints), `mapped`
-(`MappedTable` and `MappedFile`).
+(`MappedTable` and `MappedFile`). `low_bits` stands beside them: a table of 8 or 4 bits a number.
 """
 
 from memlayers.storage.mapped import MappedFile, MappedTable

@@ -11,7 +11,7 @@ IMPORTED_IN = os.getpid()  # threads do not survive a fork: how `launch` tells a
 
 
 def kernels(operation: str) -> ModuleType | None:
-    """The module of an operation's kernels (select, search, infer, read, low_bits, rows), or None: use the reference."""
+    """The module of an operation's kernels (select, search, infer, read, low_bits, rows); None: the reference runs."""
     return None if why_not() else importlib.import_module(f"memlayers.ops.cpu.{operation}")
 
 

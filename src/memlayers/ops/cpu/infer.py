@@ -70,7 +70,9 @@ def _takes(layer: Layer) -> bool:
         and layer.keys_2HNC.dtype in (dtype, torch.float32)
         and all(factor.dtype == layer.keys_2HNC.dtype for factor in factors)
         and all(stat_HQ.dtype in (dtype, torch.float32) for stat_HQ in layer.stats)
-        and (layer.table_SV.dtype in KINDS if layer.scales_S is None else takes(layer.table_SV, layer.width, layer.bits))
+        and (
+            layer.table_SV.dtype in KINDS if layer.scales_S is None else takes(layer.table_SV, layer.width, layer.bits)
+        )
         and all(tensor.is_contiguous() for tensor in given[1:])
         and len(layer.table_SV) == num_subkeys**2
         and 1 <= layer.topk <= num_subkeys <= 2**16

@@ -80,7 +80,9 @@ def whole_width(codes_SR: Tensor, bits: int) -> int:
     return codes_SR.shape[1] * 8 // bits
 
 
-def _launch(function, codes_SR: Tensor, scales_S: Tensor, slots_TK: Tensor, weights_TK: Tensor, outputs_TW: Tensor, bits: int) -> None:
+def _launch(
+    function, codes_SR: Tensor, scales_S: Tensor, slots_TK: Tensor, weights_TK: Tensor, outputs_TW: Tensor, bits: int
+) -> None:
     slots_TK = slots_TK.long().contiguous()
     num_tokens, topk = slots_TK.shape
     width = outputs_TW.shape[1]
