@@ -1,4 +1,4 @@
-"""What 8 and 4 bits cost a trained run: its loss with tables of floats, of 8 and of 4 bits, and with its memory at zero.
+"""What 8 and 4 bits cost a trained run: its loss with tables of floats, of few bits, and with its memory at zero.
 
     python benchmarks/low_bits.py RUN [--corpus FOLDER] [--split validation] [--tokens 200000]
 
@@ -34,9 +34,8 @@ def main(run: str, corpus: str | None = None, split: str = "validation", tokens:
             set_to_zero(model)
         losses[name] = evaluate(model, text, tokens=tokens, context=context).loss
         change = 100 * math.expm1(losses[name] - losses["float"])
-        print(
-            f"{name:5}  loss {losses[name]:.6f}  perplexity {math.exp(losses[name]):.4f}  {change:+.4f} %", flush=True
-        )
+        perplexity = math.exp(losses[name])
+        print(f"{name:5}  loss {losses[name]:.6f}  perplexity {perplexity:.4f}  {change:+.4f} %", flush=True)
     print(f"the memory is worth {losses['zero'] - losses['float']:.4f} nats a token")
 
 
