@@ -272,6 +272,7 @@ def lora(model: Any) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)"
+    model.requires_grad_(False)  # the memory, too
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, fan_in_fan_out=True))
 
 

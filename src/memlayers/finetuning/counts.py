@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from memlayers.files import file_aside
-from memlayers.finetuning.names import tables_by_name
+from memlayers.finetuning.names import layers_by_table
 from memlayers.keys import Hits
-from memlayers.layer import MemoryLayer, memory_layers
+from memlayers.layer import MemoryLayer
 from memlayers.listening import Listener
 from memlayers.torch_private import without_compiled_graphs
 from memlayers.usage import UsageMeter
@@ -51,19 +51,16 @@ class SlotCounts(Listener):
 
     def __init__(self, model: nn.Module):
         self._model = model
-        names = {table: name for name, table in tables_by_name(model).items()}
-        self.layers: dict[str, list[MemoryLayer]] = {}  # the memories of each table
-        for layer in memory_layers(model).values():
-            self.layers.setdefault(names[layer.values], []).append(layer)
+        self._layers = layers_by_table(model)
         self._eager: AbstractContextManager[Any] = nullcontext()
         self.batches = 0
         self.reads, self.batches_with, self._new = (self._zeros(dtype) for dtype in (torch.int64, torch.int32, None))
-        self._meters = [_Reads(layer, self._new[name]) for name, layers in self.layers.items() for layer in layers]
+        self._meters = [_Reads(layer, self._new[name]) for name, layers in self._layers.items() for layer in layers]
 
     def _zeros(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {
             name: torch.zeros(layer.config.slots, dtype=dtype or torch.int64, device=layer.keys.weight.device)
-            for name, (layer, *_) in self.layers.items()
+            for name, (layer, *_) in self._layers.items()
         }
 
     def reset(self) -> None:

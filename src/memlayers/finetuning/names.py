@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from memlayers.layer import MemoryLayer, memory_layers
 from memlayers.values import ValueTable, modules_of
 
 _AROUND = ("_orig_mod", "base_layer")  # parts of a name that torch.compile and PEFT put inside of it
@@ -22,3 +23,12 @@ def tables_by_name(model: nn.Module) -> dict[str, ValueTable]:
     if not tables:
         raise ValueError(f"model must have at least one memory, got a {type(model).__name__} without")
     return tables
+
+
+def layers_by_table(model: nn.Module) -> dict[str, list[MemoryLayer]]:
+    """The memories of a model by the name of the table that they read. Raises `ValueError` for a model without."""
+    names = {table: name for name, table in tables_by_name(model).items()}
+    layers: dict[str, list[MemoryLayer]] = {}
+    for layer in memory_layers(model).values():
+        layers.setdefault(names[layer.values], []).append(layer)
+    return layers

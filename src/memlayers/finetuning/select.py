@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memlayers.checks import require_choice, require_int
 from memlayers.finetuning.counts import SlotCounts
+from memlayers.finetuning.names import layers_by_table
 from memlayers.values import ValueTable, value_tables
 
 Method = Literal["tfidf", "kl", "all"]
@@ -55,7 +56,7 @@ def select_slots(
     if not isinstance(batch, SlotCounts) and counts is not None and counts.is_listening:
         raise ValueError("counts must not listen while the model is called with new text, which is no background")
     new = batch if isinstance(batch, SlotCounts) else _counted(model, batch)
-    own = SlotCounts(model).layers if new is batch else new.layers
+    own = layers_by_table(model)
     for what, given in (("counts", counts), ("batch", new)):
         if given is not None and {name: len(one) for name, one in given.reads.items()} != {
             name: layers[0].config.slots for name, layers in own.items()
