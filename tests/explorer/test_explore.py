@@ -16,8 +16,9 @@ import memlayers.explorer.view as module
 from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus
 from memlayers.cli import main
 from memlayers.diagnosis.subjects import find_subjects
-from memlayers.explorer.words import Words
+from memlayers.explorer.words import Words, values_of
 from memlayers.models import add_memory, causal_lm, memory_layers
+from memlayers.storage.mapped import MappedTable
 
 EVIL = '</script><img src="https://example.org/x.png" onerror="document.title=1"><b>&amp;'
 TEXT = "\n".join(f"def f{n}(value):\n    return value + {n} * 'äöü'  # a comment" for n in range(12)) + "\n" + EVIL
@@ -304,6 +305,25 @@ def test_what_does_not_fit_is_left_out_and_the_page_says_so(tokenizer, monkeypat
     assert memory["map"]["block"] > 1
     assert len(numbers(memory["map"]["levels"], "u1", -1)) == (-(-32 // memory["map"]["block"])) ** 2
     assert len(numbers(memory["details"]["slots"], "u4", -1)) < memory["read"]
+
+
+def test_a_model_keeps_its_modes(tokenizer):
+    model = model_with().train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    memlayers.explore(model, tokenizer, TEXT, tokens=20)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_values_in_files_have_words_too(tmp_path):
+    table = MappedTable(tmp_path, 64, 32)
+    layer = MemoryLayer(MemoryConfig(dim=32, heads=2, topk=3, num_subkeys=8, query_dim=8), values=table)
+    (subject,) = find_subjects(layer)
+    rows = torch.tensor([5, 60])
+    expected = torch.cat([table.read(row[None, None], torch.ones(1, 1)) for row in rows]).detach()
+    assert torch.equal(values_of(subject, rows), expected)
+    assert not torch.equal(expected[0], expected[1])
+    table.close()
 
 
 def test_usage_is_that_of_the_meter(made, model, tokenizer):

@@ -66,7 +66,7 @@ def read_text(model: nn.Module, tokenizer: Any, texts: Iterable[str], most: int)
             is_cut = True
             break
         part = text[: 32 * left]  # more characters than the tokens that are wanted have
-        ids = tokenizer.encode(part, add_special_tokens=False)
+        ids = tokenizer.encode(part, add_special_tokens=False, verbose=False)
         if not ids:
             continue
         ids = ids if mark is None else [mark, *ids]
@@ -109,7 +109,8 @@ def read_memories(model: nn.Module, text: Text, *, shown: int, strongest: int) -
     bytes_of_token = sum(12 * subject.layer.config.heads * subject.layer.config.topk for subject in subjects)
     trace = SlotTrace(model, tokens=max(1, TRACED_BYTES // bytes_of_token), strongest=strongest)
     first = SlotTrace(model, tokens=shown + BATCH_TOKENS + MOST_CONTEXT)  # all of the windows that are shown
-    was_training, losses, predicted, done = model.training, 0.0, 0, 0
+    modes = {module: module.training for module in model.modules()}
+    losses, predicted, done = 0.0, 0, 0
     places: list[np.ndarray] = []
     model.eval()
     try:
@@ -125,7 +126,8 @@ def read_memories(model: nn.Module, text: Text, *, shown: int, strongest: int) -
                 nll, targets = _nll(output, ids_BT, mask_BT)
                 losses, predicted = losses + nll, predicted + targets
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     place_of = np.concatenate(places)
     shown_reads = {}
     for subject in subjects:

@@ -104,7 +104,8 @@ def reset_slots(model: nn.Module, usage: Mapping[str, UsageMeter], *, optimizer:
 
     Raises:
         ValueError: meters of other memories, or of too few tokens to tell what is dead; an optimizer that does not hold
-            a table that is trained; gradients that were not used yet; frozen slots; tables in columns or quantised.
+            a table that is trained; gradients that were not used yet; frozen slots; tables in columns, in files or
+            quantised.
     """
     subjects, optimizers = find_subjects(model), as_optimizers(optimizer)
     for subject in subjects:
@@ -205,9 +206,9 @@ def grow_table(model: Model, *, optimizer: Optimizers = None) -> Model:
 
     Raises:
         ValueError: a table that one head alone reads; a ``topk`` above an eighth of N; more than 2**16 sub-keys; keys
-            or tables of other classes, in columns or quantised; a model in `DistributedDataParallel`; an optimizer that
-            does not hold a table that is trained; gradients that were not used yet; frozen slots. The model is then as
-            it was.
+            or tables of other classes, in columns, in files or quantised; a model in `DistributedDataParallel`; an
+            optimizer that does not hold a table that is trained; gradients that were not used yet; frozen slots. The
+            model is then as it was.
     """
     subjects, optimizers = find_subjects(model), as_optimizers(optimizer)
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
@@ -310,7 +311,7 @@ def _require_editable(subject: Subject, optimizers: list[torch.optim.Optimizer],
     for table in subject.tables:
         if type(table) not in (ValueTable, ExpertTable, InputTable) or type(table.weight) is not nn.Parameter:
             raise ValueError(
-                f"{what} needs whole tables that are not quantised, got a {type(table).__name__} with a "
+                f"{what} needs tables in memory, whole and not quantised, got a {type(table).__name__} with a "
                 f"{type(table.weight).__name__} at {subject.name}"
             )
         gradient = table.row_gradient

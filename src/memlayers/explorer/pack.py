@@ -14,6 +14,7 @@ import torch
 
 from memlayers.diagnosis.subjects import Subject
 from memlayers.explorer.collect import Findings
+from memlayers.explorer.words import values_of
 from memlayers.usage import UsageFigures
 
 WORDS, TYPES = 8, 5  # nearest words and top tokens of a slot
@@ -192,8 +193,8 @@ def _compared(
     name = subject.name
     (match,) = (one for one in other.subjects if one.name == name)
     rows = torch.from_numpy(detailed)
-    values, others = (one.table.weight[rows.to(one.table.weight.device)].detach().cpu() for one in (subject, match))
-    cosine_D = torch.cosine_similarity(values.float(), others.float(), dim=-1).numpy()
+    values, others = (values_of(one, rows.to(one.table.weight.device)).cpu() for one in (subject, match))
+    cosine_D = torch.cosine_similarity(values, others, dim=-1).numpy()
     mine, theirs = (one.shown_reads[name][0][:shown, :, :topk] for one in (found, other))
     overlap_T = (mine[..., :, None] == theirs[..., None, :]).any(-1).mean((1, 2))
     both = found.counts_HS(name).sum(0) > 0, other.counts_HS(name).sum(0) > 0

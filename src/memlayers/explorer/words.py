@@ -61,14 +61,19 @@ class Words:
     def pushed(self, subject: Subject, rows: Tensor) -> Tensor:
         """What values [R, D] add to the hidden states, times the gain of the final norm."""
         layer = subject.layer
-        values_RV = subject.table.weight[rows].to(layer.keys.weight.dtype)
-        pushed_RD = layer.output(values_RV).float()
+        pushed_RD = layer.output(values_of(subject, rows).to(layer.keys.weight.dtype)).float()
         if subject.gate is not None:
             pushed_RD = pushed_RD * subject.gate.float()
         if self.gain is not None:
             gain_D, is_centred = self.gain
             pushed_RD = (pushed_RD - pushed_RD.mean(-1, keepdim=True) if is_centred else pushed_RD) * gain_D
         return pushed_RD
+
+
+@torch.no_grad()
+def values_of(subject: Subject, rows: Tensor) -> Tensor:
+    """The values [R, V] of slots in float32, by the read of their table, which may keep them anywhere, in any form."""
+    return subject.table.read(rows[:, None], torch.ones(len(rows), 1, device=rows.device))
 
 
 def _is_gated(subject: Subject) -> bool:
