@@ -1,3 +1,4 @@
+import importlib
 from functools import partial
 
 import pytest
@@ -149,6 +150,23 @@ TABLES, STATES = [torch.float32, torch.bfloat16, torch.float16], [torch.float32,
 PAIRS = [pytest.param(table, states, id=f"{table} {states}") for table in TABLES for states in STATES]
 
 
+def is_approximate(rule, *dtypes):
+    """Whether a step is so, as the kernel's is for Adam where all is bfloat16 and the processor has AVX-512."""
+    if rule != "adam" or any(dtype != torch.bfloat16 for dtype in dtypes):
+        return False
+    return importlib.import_module("memlayers.ops.cpu.intrinsics").approximates()
+
+
+def assert_rows(rows, expected, before, *, about):
+    """The same bits; with `about` to 2**-12 of the step, which few elements show once they are rounded."""
+    if not about:
+        assert torch.equal(rows, expected)
+        return
+    rows, expected, before = rows.float(), expected.float(), before.float()
+    assert ((rows - expected).abs() <= 2**-7 * expected.abs() + 2**-12 * (expected - before).abs()).all()
+    assert (rows == expected).float().mean() > 0.97
+
+
 def narrowed(tensors, table_dtype, state_dtype):
     return [tensors[0].to(table_dtype)] + [one.to(state_dtype) if one.ndim == 2 else one.clone() for one in tensors[1:]]
 
@@ -166,7 +184,7 @@ def test_16_bits_are_the_float32_step_rounded_once(rule, table_dtype, state_dtyp
     for width in (1, 7, 16, 31, 67, 131):
         step, tensors = operation(rule, 60, width)
         narrow = narrowed(tensors, table_dtype, state_dtype)
-        wide = copies(narrow, torch.float32)
+        wide, before = copies(narrow, torch.float32), narrow[0].clone()
         gradient = factors(60, [(9, 3), (4, 2)], width)
         is_rounded = any(one.dtype == torch.bfloat16 for one in narrow)
         step(*narrow, *gradient, seed=seed if is_rounded else -1, max_norm=0.5)
@@ -176,7 +194,35 @@ def test_16_bits_are_the_float32_step_rounded_once(rule, table_dtype, state_dtyp
             new = other[read].to(one.dtype)
             if one.dtype == torch.bfloat16 and seed >= 0:
                 new = round_to_bfloat16(other[read], read, seed, stream)
-            assert torch.equal(one[read], new)
+            about = stream == 0 and is_approximate(rule, table_dtype, state_dtype)
+            assert_rows(one[read], new, before[read], about=about)
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", [-1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adam_of_no_gradient_and_of_numbers_that_overflow_is_the_reference_s(dtype, seed, monkeypatch):
+    """Among others in a row: nothing at all, what overflows when it is squared, infinity, NaN."""
+    grads = torch.randn(5, 70)
+    grads[0] = 0
+    for row, special in enumerate((1e30, torch.inf, torch.nan), start=1):
+        grads[row, 40] = special
+    grads.view(torch.int32)[4, 50] = -1  # a NaN whose bits are all set
+    result = [torch.randn(5, 70).to(dtype), torch.zeros(5, 70).to(dtype), torch.zeros(5, 70).to(dtype)]
+    result.append(torch.zeros(5, dtype=torch.int32))
+    before, expected = result[0].clone(), copies(result)
+    gradient = [torch.arange(5)[:, None]], [torch.ones(5, 1)], [grads]
+    seed = seed if dtype == torch.bfloat16 else -1
+    row_adam_(*result, *gradient, **ADAM, seed=seed)
+    monkeypatch.setattr(cpu, "kernels", lambda operation: None)
+    row_adam_(*expected, *gradient, **ADAM, seed=seed)
+    assert torch.equal(result[0][0], before[0])
+    assert result[0].isfinite().sum() == 5 * 70 - 3
+    assert result[0][1].isfinite().all()
+    for one, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-4, equal_nan=True
+        )
 
 
 @needs_kernels
@@ -201,14 +247,14 @@ def test_kernel_and_reference_give_the_same_bits_where_float32_is_exact(
     }[rule]
     result = narrowed([table, *states], table_dtype, state_dtype)
     seed = seed if any(one.dtype == torch.bfloat16 for one in result) else -1
-    expected = copies(result)
+    expected, before = copies(result), result[0].clone()
     slots, grads = torch.randperm(num_slots)[:30].view(15, 2), torch.randint(1, 2000, (15, width)).float()
     gradient = [slots, slots], [torch.ones(15, 2), torch.full((15, 2), 2.0)], [grads, grads]
     step(*result, *gradient, seed=seed)
     monkeypatch.setattr(cpu, "kernels", lambda operation: None)
     step(*expected, *gradient, seed=seed)
-    for one, other in zip(result, expected, strict=True):
-        assert torch.equal(one, other)
+    assert_rows(result[0], expected[0], before, about=is_approximate(rule, table_dtype, state_dtype))
+    assert all(torch.equal(one, other) for one, other in zip(result[1:], expected[1:], strict=True))
 
 
 @pytest.mark.parametrize("rule", ["adam", "adagrad", "sgd"])

@@ -7,7 +7,8 @@ each step and table). A rule is a pure function of the summed gradient of some r
 to subtract from the rows and their new states, in float32 (float64 for float64).
 
 The reference here runs anywhere and never waits for a device; the kernels (`memlayers.ops.cpu.rows` and
-`memlayers.ops.gpu.rows`) neither store summed rows nor pass over a row twice.
+`memlayers.ops.gpu.rows`) neither store summed rows nor pass over a row twice. Where table and moments of Adam are
+bfloat16, what a kernel subtracts may differ by 2**-12 of itself (`memlayers.ops.cpu.row_rules`).
 
 Letters: T tokens, K rows a token, S slots, V width, C rows of one piece.
 """

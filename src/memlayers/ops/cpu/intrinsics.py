@@ -24,6 +24,7 @@ LANES = 16
 _INT32, _INT64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 # Sums may be contracted and reordered; NaN and infinity mean what they mean.
 _FLAGS = ("contract", "reassoc", "nsz")
+_EXACT = ("nsz",)  # of what may not be reordered; where there are none, Numba puts all of its own
 _OPTIONS = {"fastmath": {*_FLAGS}, "error_model": "numpy"}
 _ERROR = Counters.error.offset // 8
 
@@ -298,7 +299,14 @@ def add_scaled(builder, total, factor, values):
 @lowered(FLOATS(FLOATS, types.float32))
 def scaled(builder, values, factor):
     """values * factor, rounded before anything is added."""
-    return builder.fmul(values, broadcast(builder, factor))
+    return builder.fmul(values, broadcast(builder, factor), flags=_EXACT)
+
+
+@lowered(FLOATS(FLOATS, types.float32, FLOATS))
+def add_scaled_last(builder, total, factor, values):
+    """total + factor * values, where values are rounded before, whatever they are the result of."""
+    flags = "contract", *_EXACT
+    return builder.fadd(total, builder.fmul(broadcast(builder, factor), values, flags=flags), flags=flags)
 
 
 def _binary(instruction):
@@ -315,6 +323,12 @@ multiply = _binary("fmul")
 divide = _binary("fdiv")
 
 
+@lowered(FLOATS(FLOATS, FLOATS))
+def maximum(builder, one, other):
+    """Lane by lane, `other` where one of them is NaN."""
+    return builder.select(builder.fcmp_ordered(">", one, other), one, other)
+
+
 @lowered(FLOATS(types.float32))
 def fill(builder, value):
     """16 times one number."""
@@ -324,6 +338,27 @@ def fill(builder, value):
 @lowered(FLOATS(FLOATS))
 def square_root(builder, values):
     return builder.call(_declared(builder, "llvm.sqrt", _VECTOR, [_VECTOR]), [values])
+
+
+def approximates() -> bool:
+    """Whether the processor that is compiled for has `about_root` and `about_reciprocal`."""
+    return has_feature("avx512f")
+
+
+def _approximate(name):
+    @lowered(FLOATS(FLOATS))
+    def operation(builder, values):
+        mask = ir.IntType(LANES)
+        kind = ir.FunctionType(_VECTOR, [_VECTOR, _VECTOR, mask])
+        full_name = f"llvm.x86.avx512.{name}.ps.512"
+        function = builder.module.globals.get(full_name) or ir.Function(builder.module, kind, full_name)
+        return builder.call(function, [values, all_lanes(_FLOAT, 0.0), mask(2**LANES - 1)])
+
+    return operation
+
+
+# To 2**-14 of themselves.
+about_reciprocal_root, about_reciprocal = _approximate("rsqrt14"), _approximate("rcp14")
 
 
 @lowered(types.boolean(FLOATS))
@@ -370,6 +405,63 @@ def store_bfloat16(builder, address, one, other, noise, factor, are_all_finite):
             kept = builder.select(is_nan, builder.or_(bits, every(0x400000)), bits)  # a NaN keeps a bit
             is_special = builder.icmp_unsigned(">=", builder.shl(bits, every(1)), every(0xFF000000))
             _store_upper(builder, address, builder.select(is_special, kept, rounded))
+
+
+# Of 32 numbers those at even, and those at odd places, so that bfloat16 is widened and narrowed where it lies.
+
+_ALTERNATE = [ir.Constant(ir.VectorType(_INT32, LANES), list(range(first, 2 * LANES, 2))) for first in (0, 1)]
+_UPPER = 0xFFFF0000
+
+
+def _alternate(place):
+    @lowered(FLOATS(types.int64))
+    def load_every_other(builder, address):
+        vector = ir.VectorType(_FLOAT, 2 * LANES)
+        values = builder.load(builder.inttoptr(address, ir.PointerType(vector)), align=4)
+        return builder.shuffle_vector(values, ir.Constant(vector, ir.Undefined), _ALTERNATE[place])
+
+    @lowered(FLOATS(types.int64))
+    def widen_every_other(builder, address):
+        pairs = builder.load(builder.inttoptr(address, ir.PointerType(ir.VectorType(_INT32, LANES))), align=2)
+        if place == 0:
+            return builder.bitcast(builder.shl(pairs, all_lanes(_INT32, 16)), _VECTOR)
+        return builder.bitcast(builder.and_(pairs, all_lanes(_INT32, _UPPER)), _VECTOR)
+
+    return load_every_other, widen_every_other
+
+
+(load_even, widen_even), (load_odd, widen_odd) = _alternate(0), _alternate(1)
+
+
+@lowered(types.void(types.int64, FLOATS, FLOATS, types.int64, types.int64))
+def store_alternate(builder, address, even, odd, noise, factor):
+    """`store_bfloat16` of numbers that are all finite, or whose lower 16 bits are zero."""
+    ints = ir.VectorType(_INT32, LANES)
+    bits = [builder.bitcast(one, ints) for one in (even, odd)]
+    with builder.if_else(builder.icmp_signed("<", noise, _INT64(0))) as (to_nearest, stochastically):
+        with to_nearest:
+            odds = [builder.and_(builder.lshr(one, all_lanes(_INT32, 16)), all_lanes(_INT32, 1)) for one in bits]
+            nearest = [builder.add(one, all_lanes(_INT32, 0x7FFF)) for one in odds]
+            nearest_block = builder.block
+        with stochastically:
+            first = broadcast(builder, builder.trunc(builder.mul(noise, factor), _INT32))
+            step = broadcast(builder, builder.trunc(factor, _INT32))
+            random = [builder.add(first, builder.mul(step, places)) for places in _ALTERNATE]
+            random = [builder.lshr(one, all_lanes(_INT32, 16)) for one in random]
+            random_block = builder.block
+    more = [builder.phi(ints), builder.phi(ints)]
+    for one, near, some in zip(more, nearest, random, strict=True):
+        one.add_incoming(near, nearest_block)
+        one.add_incoming(some, random_block)
+    lower, upper = (builder.add(one, other) for one, other in zip(bits, more, strict=True))
+    lower = builder.lshr(lower, all_lanes(_INT32, 16))
+    if approximates():  # LLVM would make it a shuffle of words, which takes three times as long
+        name, kind = "llvm.x86.avx512.pternlog.d.512", ir.FunctionType(ints, [ints, ints, ints, _INT32])
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        pairs = builder.call(function, [all_lanes(_INT32, _UPPER), upper, lower, _INT32(0xCA)])
+    else:
+        pairs = builder.or_(lower, builder.and_(upper, all_lanes(_INT32, _UPPER)))
+    builder.store(pairs, builder.inttoptr(address, ir.PointerType(ints)), align=2)
 
 
 def _store_upper(builder, address, bits):

@@ -3,7 +3,7 @@
 Entries (slot, weight, token) are sorted by slot (radix sort, stable); each thread takes a stretch of them, and for each
 row sums its gradient 32 elements at a time and applies it at once, while the next row and its states are on their way
 from memory. No summed gradients are stored; a row is summed by one thread in the order of its entries, so the result is
-the same each time. What is stored in 16 bits is computed in float32 and rounded once.
+the same each time. What is stored in 16 bits is computed in float32 and rounded once. The rules are in `row_rules`.
 
 Letters: M entries, S slots, V width.
 """
@@ -18,8 +18,6 @@ from memlayers.ops.cpu.intrinsics import (
     LANES,
     add,
     add_scaled,
-    are_finite,
-    divide,
     f32,
     f64,
     fail,
@@ -29,32 +27,21 @@ from memlayers.ops.cpu.intrinsics import (
     kernel,
     lane_sum,
     load,
-    load_bfloat16,
-    load_float16,
     multiply,
     next_task,
     part,
-    prefetch,
     scaled,
-    square_root,
     store,
-    store_bfloat16,
-    store_float16,
-    subtract,
     this_thread,
     u16,
 )
 from memlayers.ops.cpu.launch import launch, threads_for
 from memlayers.ops.cpu.read import BFLOAT16, FLOAT32, KINDS
-from memlayers.ops.rounding import FACTORS
+from memlayers.ops.cpu.row_rules import ADAGRAD, ADAM, ROW_ADAGRAD, SGD, STRIDE, update
 from memlayers.ops.row_step import RULES, Step, adam
 from memlayers.ops.row_sum import Part, clipping_scale, parts_of
 
-# The rules, by the number that stands for them in a kernel: their places in `RULES`.
-ADAM, ADAGRAD, ROW_ADAGRAD, SGD = 0, 1, 2, 3
-
 _ENTRIES = 256  # entries of a task
-_STRIDE = 2 * LANES  # elements of a row that a rule is applied to at a time
 _DIGIT = 11  # bits of a slot that a pass of the sort looks at
 
 
@@ -177,7 +164,7 @@ def _launch_step(
     tasks = (entries.count + _ENTRIES - 1) // _ENTRIES
     threads = threads_for(tasks)
     # The summed row, and the last few elements of a row and of its states, where they fill no vector.
-    buffer = torch.empty(threads, entries.width + 4 * _STRIDE, dtype=torch.float32)
+    buffer = torch.empty(threads, entries.width + 4 * STRIDE, dtype=torch.float32)
     launch(
         _step,
         threads,
@@ -228,27 +215,6 @@ def _sum_tail(entry, weight, gradient, start, end, total, whole, width):
         number = entry[j] & 0xFFFFFFFF
         for v in range(whole, width):
             out[v] += weight[number] * f32(gradient[number])[v]
-
-
-@part
-def _widened(address, kind):
-    """16 elements of a row or of a state."""
-    if kind == FLOAT32:
-        return load(address)
-    return load_bfloat16(address) if kind == BFLOAT16 else load_float16(address)
-
-
-@part
-def _store_rounded(address, one, other, kind, noise, factor, are_all_finite):
-    """Store 32 elements."""
-    if kind == FLOAT32:
-        store(address, one)
-        store(address + LANES * 4, other)
-    elif kind == BFLOAT16:
-        store_bfloat16(address, one, other, noise, factor, are_all_finite)
-    else:
-        store_float16(address, one)
-        store_float16(address + LANES * 2, other)
 
 
 @part
@@ -341,71 +307,19 @@ def _square_sum(counters, entries, weights, gradients, count, width, buffer, sum
         f64(sums)[task] = square
 
 
-@part
-def _adam(g, m, v, keep1, beta2, keep2, root, eps):
-    """m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2; returns them and m / (sqrt(v) * root + eps)."""
-    m = add_scaled(m, keep1, subtract(g, m))
-    v = add_scaled(multiply(v, fill(beta2)), keep2, multiply(g, g))
-    return m, v, divide(m, add_scaled(fill(eps), root, square_root(v)))
-
-
-@part
-def _adagrad(g, s, eps):
-    """s += g^2; returns it and g / (sqrt(s) + eps)."""
-    s = add(s, multiply(g, g))
-    return s, divide(g, add(square_root(s), fill(eps)))
-
-
-@part
-def _apply(
-    rule, row, first, second, change, change_b, kind, state_kind, noise, noise1, noise2, keep1, beta2, keep2, length,
-    root, eps,
-):  # fmt: skip
-    """The rule on 32 elements of a row, of its states and of its summed gradient: row -= length * change.
-
-    All is loaded before anything is stored: to the processor a load from the same place in another page depends on the
-    store before it, and rows and states often lie so.
-    """
-    beside, beside1 = LANES * (4 if kind == FLOAT32 else 2), LANES * (4 if state_kind == FLOAT32 else 2)
-    w, w_b = _widened(row, kind), _widened(row + beside, kind)
-    m = m_b = v = v_b = fill(np.float32(0))
-    if rule == ADAM:
-        m, m_b = _widened(first, state_kind), _widened(first + beside1, state_kind)
-        v, v_b = _widened(second, state_kind), _widened(second + beside1, state_kind)
-        m, v, change = _adam(change, m, v, keep1, beta2, keep2, root, eps)
-        m_b, v_b, change_b = _adam(change_b, m_b, v_b, keep1, beta2, keep2, root, eps)
-    elif rule == ADAGRAD:
-        m, m_b = _widened(first, state_kind), _widened(first + beside1, state_kind)
-        m, change = _adagrad(change, m, eps)
-        m_b, change_b = _adagrad(change_b, m_b, eps)
-    w, w_b = add_scaled(w, -length, change), add_scaled(w_b, -length, change_b)
-    is_finite = are_finite(add(add(add(w, w_b), add(m, m_b)), add(v, v_b)))  # or their sum is not
-    _store_rounded(row, w, w_b, kind, noise, FACTORS[0], is_finite)
-    if rule <= ADAGRAD:
-        _store_rounded(first, m, m_b, state_kind, noise1, FACTORS[1], is_finite)
-    if rule == ADAM:
-        _store_rounded(second, v, v_b, state_kind, noise2, FACTORS[2], is_finite)
-
-
-@part
-def _ask_for(address, size):
-    for line in range(0, size, 64):
-        prefetch(address + line)
-
-
 @kernel
 def _step(
     counters, entries, weights, gradients, count, width, buffer, rule, kind, state_kind, table, firsts, seconds, steps,
     seed, first_column, scale: float, lr: float, beta1: float, beta2: float, eps: float,
 ):  # fmt: skip
     entry, weight, gradient = i64(entries), f32(weights), i64(gradients)
-    total = buffer + this_thread(counters) * (width + 4 * _STRIDE) * 4
+    total = buffer + this_thread(counters) * (width + 4 * STRIDE) * 4
     keep1_32, keep2_32 = np.float32(1 - beta1), np.float32(1 - beta2)
     beta2_32, eps_32, scale_32 = np.float32(beta2), np.float32(eps), np.float32(scale)
     size, state_size = 4 if kind == FLOAT32 else 2, 4 if state_kind == FLOAT32 else 2
-    whole = width // _STRIDE * _STRIDE
+    whole = width // STRIDE * STRIDE
     tail = width - whole
-    edge = total + (width + _STRIDE) * 4
+    edge = total + (width + STRIDE) * 4
     length, root = np.float32(lr), np.float32(1)
     random = random1 = random2 = np.int64(0)
     while True:
@@ -422,54 +336,60 @@ def _step(
             end = start + 1
             while end < count and _slot_at(entry, end) == slot:
                 end += 1
-            ahead = (_slot_at(entry, min(end, count - 1)) - slot) * width  # to the next row, which is prefetched
+            after = _slot_at(entry, min(end, count - 1)) * width  # where the next row is
+            next_row, next_first = table + after * size, firsts + after * state_size
+            next_second = seconds + after * state_size
+            number = entry[start] & 0xFFFFFFFF
+            source, factor = gradient[number], weight[number]
+            # What is summed, or scaled twice, goes by a buffer, so that nothing is rounded otherwise.
+            if end > start + 1 or rule == ROW_ADAGRAD or scale_32 != 1:
+                _sum_row(entry, weight, gradient, start, end, total, width)
+                source, factor = total, scale_32
             if rule == ADAM:
                 i32(steps)[slot] += np.int32(1)
                 times = np.float64(i32(steps)[slot])
                 length = np.float32(lr / (1 - beta1**times))
                 root = np.float32(1 / math.sqrt(1 - beta2**times))
             elif rule == ROW_ADAGRAD:
-                _sum_row(entry, weight, gradient, start, end, total, width)
                 f32(firsts)[slot] += _mean_square(total, width, scale_32)
                 length = np.float32(lr / (math.sqrt(np.float64(f32(firsts)[slot])) + eps))
             if seed >= 0:
-                random = np.int64(_hash(np.uint32(slot) + _hash(np.uint32(seed))))
-                random1, random2 = np.int64(_hash(random + 1)), np.int64(_hash(random + 2))
-            for v in range(0, width, _STRIDE):
-                _ask_for(row + (v + ahead) * size, _STRIDE * size)
-                if rule <= ADAGRAD:
-                    _ask_for(first + (v + ahead) * state_size, _STRIDE * state_size)
-                if rule == ADAM:
-                    _ask_for(second + (v + ahead) * state_size, _STRIDE * state_size)
-                at, at1, at2 = row + v * size, first + v * state_size, second + v * state_size
+                hashed = np.int64(_hash(np.uint32(slot) + _hash(np.uint32(seed))))
+                random = first_column + hashed
+                random1 = first_column + np.int64(_hash(hashed + 1))
+                random2 = first_column + np.int64(_hash(hashed + 2))
+            v, elements = 0, whole
+            while v < width:
+                at, at1, at2 = row, first, second
                 if v == whole:  # what is left fills no vector, so it is worked on elsewhere
+                    at, at1, at2 = edge, edge + STRIDE * 4, edge + 2 * STRIDE * 4
                     store(total + v * 4, fill(np.float32(0)))
                     store(total + (v + LANES) * 4, fill(np.float32(0)))
                     _sum_tail(entry, weight, gradient, start, end, total, whole, width)
-                    grad, grad_b = load(total + v * 4), load(total + (v + LANES) * 4)
-                    at, at1, at2 = edge, edge + _STRIDE * 4, edge + 2 * _STRIDE * 4
+                    source, factor, elements = total + v * 4, scale_32, STRIDE
                     _copy(at, row + v * size, tail, size)
                     if rule <= ADAGRAD:
                         _copy(at1, first + v * state_size, tail, state_size)
                     if rule == ADAM:
                         _copy(at2, second + v * state_size, tail, state_size)
-                elif rule == ROW_ADAGRAD:
-                    grad, grad_b = load(total + v * 4), load(total + (v + LANES) * 4)
-                else:
-                    grad = _summed(entry, weight, gradient, start, end, v)
-                    grad_b = _summed(entry, weight, gradient, start, end, v + LANES)
-                column = first_column + v
-                noise, noise1, noise2 = random + column, random1 + column, random2 + column
-                if seed < 0:
-                    noise = noise1 = noise2 = np.int64(-1)
-                _apply(
-                    rule, at, at1, at2, scaled(grad, scale_32), scaled(grad_b, scale_32), kind, state_kind,
-                    noise, noise1, noise2, keep1_32, beta2_32, keep2_32, length, root, eps_32,
+                given = (
+                    at, at1, at2, next_row + v * size, next_first + v * state_size, next_second + v * state_size,
+                    source, factor, elements, seed >= 0, random + v, random1 + v, random2 + v,
+                    (keep1_32, beta2_32, keep2_32, length, root, eps_32),
                 )  # fmt: skip
+                if rule == ADAM and kind == FLOAT32 and state_kind == FLOAT32:
+                    update(ADAM, FLOAT32, FLOAT32, *given)
+                elif rule == ADAM and kind == BFLOAT16 and state_kind == FLOAT32:
+                    update(ADAM, BFLOAT16, FLOAT32, *given)
+                elif rule == ADAM and kind == BFLOAT16 and state_kind == BFLOAT16:
+                    update(ADAM, BFLOAT16, BFLOAT16, *given)
+                else:
+                    update(rule, kind, state_kind, *given)
                 if v == whole:
                     _copy(row + v * size, at, tail, size)
                     if rule <= ADAGRAD:
                         _copy(first + v * state_size, at1, tail, state_size)
                     if rule == ADAM:
                         _copy(second + v * state_size, at2, tail, state_size)
+                v += elements
             start = end
