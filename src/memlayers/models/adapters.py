@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from memlayers.after_import import after_import
-from memlayers.models.disable import off
+from memlayers.models.active import off
 from memlayers.models.wrappers import find_wrappers
 
 

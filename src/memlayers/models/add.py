@@ -20,13 +20,15 @@ from memlayers.models.modules import (
     adapter_parameters,
     memory_parameters,
     placed_memories,
-    require_no_memory,
+    require_memories,
+    require_name,
+    require_new_name,
     unwrap,
 )
 from memlayers.models.placement import MemoryPlacement, Mode
 from memlayers.models.storage import Values, savable_base, write_memory
 from memlayers.models.targets import Layers, choose, names_of, require_suitable
-from memlayers.models.wrappers import find_wrappers
+from memlayers.models.wrappers import DEFAULT_NAME, find_wrappers
 from memlayers.storage.low_bits import rounded_numbers
 from memlayers.values import TablePlace, value_tables
 
@@ -46,6 +48,7 @@ def add_memory(
     share_values: bool = False,
     values: TablePlace | None = None,
     keep_original: bool = False,
+    name: str = DEFAULT_NAME,
 ) -> Model:
     """Puts memories into a model, in place: m(x) instead of a feed-forward network f(x), or f(x) + gate * m(x).
 
@@ -67,6 +70,8 @@ def add_memory(
             has the name of its module.
         keep_original: in "replace" mode, keep the replaced modules for `remove_memory`, outside of the model: they are
             in no state_dict and no optimizer.
+        name: of these memories, where a model is to have several kinds of them: to switch them (`set_active`), and to
+            remove and save them by. At one module there can be several in "parallel" mode.
 
     Returns:
         `model` itself. Memories stand on the device, in the dtype and in the mode (train or eval) of their module;
@@ -74,10 +79,10 @@ def add_memory(
 
     Raises:
         ValueError: a layer that `model` does not have, named twice, or none; ``config.dim`` is another width; a model
-            that has memories already; a place that a table cannot have there. The model is then as it was.
+            that has memories of this name already; a place that a table cannot have there. The model is then as it was.
     """
     inner = unwrap(model)
-    require_no_memory(inner)
+    require_new_name(inner, name)
     if values is not None and not isinstance(values, TablePlace):
         raise ValueError(f"values must be None or the place of tables (MappedFile), got {values!r}")
     if not (isinstance(kind, type) and issubclass(kind, MemoryLayer)):
@@ -86,17 +91,19 @@ def add_memory(
         config=config, kind=kind.__name__, layers=choose(inner, layers), mode=mode, share_values=share_values
     )
     require_bool("keep_original", keep_original)
-    names = names_of(inner, placement)
-    for name in names:
-        require_suitable(inner, name, placement)
-    memories = build_memories(inner, placement, names, kind=kind, values=values)
-    base = identity_of(inner, without=names if mode == "replace" else [], exact=True)
-    add_memories(inner, placement, names, memories, base, keep_original=keep_original)
+    paths = names_of(inner, placement)
+    for path in paths:
+        require_suitable(inner, path, placement)
+    memories = build_memories(inner, placement, paths, kind=kind, values=values)
+    base = identity_of(inner, without=paths if mode == "replace" else [], exact=True)
+    add_memories(inner, placement, paths, memories, base, name=name, keep_original=keep_original)
     return model
 
 
-def remove_memory(model: Model) -> Model:
+def remove_memory(model: Model, name: str | None = None) -> Model:
     """The inverse of `add_memory`, in place: the model gives the outputs of the base model again, bit for bit.
+
+    Of the memories of one name; None: of all. Removing those of one name leaves the others as they are.
 
     Removes memories added in "parallel" mode, or in "replace" mode with ``keep_original=True``; a kept module takes the
     device of the memory in its place, and its dtype if the model was cast since. What was frozen stays frozen. Build
@@ -107,20 +114,19 @@ def remove_memory(model: Model) -> Model:
             that the model has merged since. The model is then as it was.
     """
     inner = unwrap(model)
-    wrappers = dict(find_wrappers(inner))
-    if not wrappers:
-        raise ValueError(f"model must have memories that add_memory put there, got a {type(inner).__name__} without")
+    require_memories(inner)
+    wrappers = dict(find_wrappers(inner, None if name is None else require_name(inner, name)))
     originals = {name: wrapper.original for name, wrapper in wrappers.items()}
-    if lost := [name for name, original in originals.items() if original is None]:
+    if lost := [path for path, original in originals.items() if original is None]:
         raise ValueError(
             f"model must still have the modules that its memories replaced, got one that has not kept "
             f"{', '.join(lost)}: use add_memory(..., keep_original=True), or mode='parallel'"
         )
     has_adapters = bool(adapter_parameters(inner))
-    for name, original in originals.items():
+    for path, original in originals.items():
         if original is not None and not has_adapters and adapter_parameters(original):
             raise ValueError(
-                f"model must have no adapters in the modules that its memories replaced, got some in {name} that were "
+                f"model must have no adapters in the modules that its memories replaced, got some in {path} that were "
                 f"not merged with the others: call remove_memory first, then merge"
             )
     for wrapper in wrappers.values():
@@ -128,13 +134,18 @@ def remove_memory(model: Model) -> Model:
             match_device_and_dtype(wrapper.original, wrapper.memory)
             match_adapters(wrapper.original, inner)
             wrapper.original.train(wrapper.training)
-    base = recorded_base(inner)
-    kept = {name: original for name, original in originals.items() if original is not None}
-    remove_memories(inner, kept, "" if base is None else base.name_or_path)
+    base = recorded_base(wrappers.values())
+    remove_memories(inner, list(wrappers), "" if base is None else base.name_or_path)
     return model
 
 
-def save_memory(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+def save_memory(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
     """Saves what `add_memory` added, and what base model it belongs to; the base itself is not in the files.
 
     For `load_memory`; for a model of `transformers` also for `from_pretrained`, which then takes the base from where it
@@ -147,6 +158,7 @@ def save_memory(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_s
         model: one with memories; one that `torch.compile`, PEFT or `DistributedDataParallel` is around, too. What PEFT
             has added is not saved with it: save adapters by themselves, to another folder.
         folder: made if it is not there; memories that are in it are replaced.
+        name: of the memories that are saved; needed where there are several. It is not in the files.
         max_shard_size: of a file, in bytes or as "5GB". A tensor that is larger gets a file of its own.
 
     Raises:
@@ -155,7 +167,7 @@ def save_memory(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_s
     """
     _check_size(max_shard_size)
     inner = unwrap(model)
-    placed = placed_memories(inner)
+    placed = placed_memories(inner, name)
     base = savable_base(inner, placed)
     with whole_tables(inner, folder) as whole:
         if whole is not None:
@@ -167,6 +179,7 @@ def load_memory(
     model: Model,
     folder: str | os.PathLike[str],
     *,
+    name: str = DEFAULT_NAME,
     check_base: bool = True,
     mesh: "DeviceMesh | None" = None,
     values: Values = "memory",
@@ -177,8 +190,9 @@ def load_memory(
     with `add_memory`. Weights go straight to their device: no table is held twice.
 
     Args:
-        model: the base, without memories; one that `torch.compile` or PEFT is around, too.
+        model: the base, without memories of this name; one that `torch.compile` or PEFT is around, too.
         folder: what `save_memory` wrote; or the name of a repository of the Hub, which is fetched.
+        name: that the memories have in the model, beside memories of other names.
         check_base: compare a few values of every tensor of `model` with those of the base that was saved with. False:
             take any base into which the memories fit.
         mesh: the tables go straight into columns, as by `memlayers.distributed.shard_tables`; all ranks call it then.
@@ -190,12 +204,14 @@ def load_memory(
 
     Raises:
         ValueError: a folder that `save_memory` did not write, or a file of it that is missing or damaged; another base;
-            a model that has memories already; values that its tables cannot have. The model is then as it was.
+            a model that has memories of this name already; values that its tables cannot have. The model is then as it
+            was.
     """
     inner = unwrap(model)
-    require_no_memory(inner)
+    require_new_name(inner, name)
     path = local_folder(folder)
-    load_memories(inner, path, read_description(path), check_base=check_base, mesh=mesh, values=values)
+    description = read_description(path)
+    load_memories(inner, path, description, name=name, check_base=check_base, mesh=mesh, values=values)
     if mesh is not None or rounded_numbers(inner):
         keep_out_of_ddp(inner)
     return model

@@ -2,7 +2,7 @@
 
 Several threads may call one model, and a call may end by an interrupt that no hook hears of. So nothing of a call
 stands on a module: it stands in the thread that makes the call, and counts as long as the frame that makes it is on
-that thread's stack. Which memories are off (`memlayers.models.disable`) stands there, too.
+that thread's stack. Which memories are off (`memlayers.models.active`) stands there, too.
 
 Under gradient checkpointing a block runs a second time during backward, in a thread of autograd's, long after the call
 has ended, perhaps after another batch went through. So both travel with the checkpointed function.

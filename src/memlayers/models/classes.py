@@ -16,8 +16,8 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -27,12 +27,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
 from memlayers.distributed.whole import has_columns, whole_tables, with_whole_tables
 from memlayers.files import finish_replacing, replaced_together
 from memlayers.layer import MemoryLayer
+from memlayers.models.auto_classes import auto_classes
 from memlayers.models.folder import (
     CARD,
     MEMORY_CONFIG_NAME,
@@ -48,18 +48,16 @@ from memlayers.models.folder import (
     write_placement,
 )
 from memlayers.models.identity import BaseIdentity
-from memlayers.models.install import all_or_nothing, build_memories, put_in, take_out
+from memlayers.models.install import all_or_nothing, build_memories, mark_built, put_in, reset_unloaded, take_out
+from memlayers.models.modules import memory_names, placed_memories
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.storage import check_values, read_memory
 from memlayers.models.targets import names_of
-from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
+from memlayers.models.wrappers import DEFAULT_NAME, ParallelMemory, find_wrappers
 from memlayers.storage.low_bits import LowBitTable, rounded_numbers
 from memlayers.values import ValueTable, value_tables
 
 PREFIX = "Memory"
-
-# Where several Auto classes know a class, one of these.
-_FIRST_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 # Options of `from_pretrained` that say where a folder is,
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -166,7 +164,7 @@ class MemoryMixin(PreTrainedModel):
         placement = self._with_own_names(placement)
         config.set_placement(placement)
         names = names_of(self, placement)
-        _mark_built(put_in(self, placement, names, build_memories(self, placement, names)))
+        mark_built(put_in(self, placement, names, build_memories(self, placement, names)))
         self.declare_memories()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -238,7 +236,7 @@ class MemoryMixin(PreTrainedModel):
         # The blocks belong to the base model, a plain one, whose rule draws every linear layer from N(0, 0.02), those
         # of a memory, too. So memories are initialised here and marked, and the plain rule passes them by.
         for _, wrapper in find_wrappers(self):
-            _reset_what_was_not_loaded(wrapper)
+            reset_unloaded(wrapper)
         for table in value_tables(self):
             table.settle_mark()
         # Where custom code is initialised, a module without weights of its own is passed by: buffers in no file that a
@@ -268,8 +266,14 @@ class MemoryMixin(PreTrainedModel):
         second copy. A process that is killed leaves what was there, or all that is new, of which the next load moves
         the rest into place. Of several that save to one folder each waits for those before it. A distributed
         checkpoint goes straight to the folder. With tables in columns all ranks call it, and the first one writes. A
-        class from outside of `transformers` loads its models itself: ``type(model).from_pretrained(folder)``.
+        class from outside of `transformers` loads its models itself: ``type(model).from_pretrained(folder)``. Raises
+        `ValueError` for a model with memories of several names.
         """
+        if len(names := memory_names(self)) > 1:
+            raise ValueError(
+                f"model must have memories of one name to be saved whole, got {', '.join(map(repr, names))}: save each "
+                f"with save_memory(model, folder, name=...)"
+            )
         is_main_process = has_columns(self) or (args[0] if args else kwargs.get("is_main_process", True))
         if not is_main_process or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -331,39 +335,6 @@ class MemoryMixin(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
         """Does nothing, as in `MemoryConfigMixin.register_for_auto_class`."""
-
-
-def _reset_what_was_not_loaded(wrapper: MemoryWrapper) -> None:
-    """Initialises a memory and its gate as their `reset_parameters` do, but for what came from a checkpoint."""
-    memory: Any = wrapper.memory
-    if getattr(memory, "_is_hf_initialized", False):
-        return
-    tensors = {**dict(memory.named_parameters()), **dict(memory.named_buffers())}
-    if isinstance(wrapper, ParallelMemory):
-        tensors["gate"] = wrapper.gate
-    loaded = {name: tensor for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
-    if len(loaded) < len(tensors):
-        kept = {name: tensor.clone() for name, tensor in loaded.items()}
-        memory.reset_parameters()
-        if isinstance(wrapper, ParallelMemory):
-            wrapper.reset_parameters()
-        for name, tensor in kept.items():
-            loaded[name].copy_(tensor)
-    _mark_initialised(wrapper)
-
-
-def _mark_built(wrappers: Sequence[MemoryWrapper]) -> None:
-    """Marks what its constructor has initialised; on the meta device weights are yet to be loaded or drawn."""
-    for wrapper in wrappers:
-        if not next(wrapper.memory.parameters()).is_meta:
-            _mark_initialised(wrapper)
-
-
-def _mark_initialised(wrapper: MemoryWrapper) -> None:
-    # For `transformers`, which draws the weights of every module without this mark.
-    parts: Any = (wrapper, *wrapper.memory.modules())
-    for module in parts:
-        module._is_hf_initialized = True
 
 
 def _memory_alone(name: str | os.PathLike[str], *, subfolder: str = "", **hub: Any) -> Path | None:
@@ -458,31 +429,15 @@ def _model_class(plain: Any) -> type[MemoryMixin]:
         "__doc__": f"`transformers.{plain.__name__}` with the memories that ``config.memory`` names.",
         "__annotations__": {"config": config_class},
         "plain_class": plain,
-        "auto_class_name": next((name for name, known in _auto_classes(plain.config_class) if plain in known), None),
+        "auto_class_name": next((name for name, known in auto_classes(plain.config_class) if plain in known), None),
     }
     return cast(Any, type(f"{PREFIX}{plain.__name__}", (MemoryMixin, plain), namespace))
 
 
 @functools.cache
-def _auto_classes(plain_config: Any) -> list[tuple[str, tuple[Any, ...]]]:
-    """The Auto classes that know models of this configuration, each with the classes that it knows."""
-    if getattr(transformers, plain_config.__name__, None) is not plain_config:
-        return []
-    others = [name for name in vars(modeling_auto) if name.startswith("AutoModel") and name not in _FIRST_AUTO_CLASSES]
-    found = []
-    for name in (*_FIRST_AUTO_CLASSES, *others):
-        # A module may have classes for images, too, which need a library that is not here.
-        with suppress(ImportError):
-            known: Any = getattr(modeling_auto, name)._model_mapping.get(plain_config, ())
-            known = known if isinstance(known, tuple) else (known,)
-            found.append((name, tuple(each for each in known if each.config_class is plain_config)))
-    return [(name, known) for name, known in found if known]
-
-
-@functools.cache
 def _register_models(plain_config: Any) -> None:
     """Makes all classes of models with memories of this configuration known to the Auto classes."""
-    for name, known in _auto_classes(plain_config):
+    for name, known in auto_classes(plain_config):
         made: Any = tuple(map(_model_class, known))
         config_class = config_with_memory(plain_config)
         getattr(transformers, name).register(config_class, made if len(made) > 1 else made[0], exist_ok=True)
@@ -534,10 +489,11 @@ def register() -> None:
 def add_memories(
     model: nn.Module,
     placement: MemoryPlacement,
-    names: Sequence[str],
+    paths: Sequence[str],
     memories: Sequence[MemoryLayer],
     base: BaseIdentity,
     *,
+    name: str = DEFAULT_NAME,
     gates: Sequence[Tensor] = (),
     keep_original: bool = False,
 ) -> None:
@@ -546,14 +502,18 @@ def add_memories(
     `base` is the identity of the model before. What fails, or is interrupted, leaves the model as it was.
     """
     with all_or_nothing(model):
-        wrappers = put_in(model, placement, names, memories, keep_original=keep_original)
-        _mark_built(wrappers)
+        if isinstance(model, MemoryMixin):  # with memories of other names, which may get other paths
+            model.undeclare_memories()
+        wrappers = put_in(model, placement, paths, memories, name=name, keep_original=keep_original)
+        mark_built(wrappers)
         for wrapper in wrappers:
-            wrapper.base_identity = base
+            wrapper.base_identity, wrapper.placement = base, placement
         for wrapper, gate in zip(wrappers, gates, strict=False):
             assert isinstance(wrapper, ParallelMemory)
             wrapper.gate.data.copy_(gate)
-        if isinstance(model, PreTrainedModel):
+        if isinstance(model, MemoryMixin):
+            model.declare_memories()
+        elif isinstance(model, PreTrainedModel):
             _change_class(model, placement)
 
 
@@ -584,17 +544,24 @@ def redeclared(model: MemoryMixin, **fields: Any) -> Iterator[None]:
         model.declare_memories()
 
 
-def remove_memories(model: nn.Module, originals: Mapping[str, nn.Module], name_or_path: str) -> None:
-    """Puts the modules of the base back, and the class and the configuration that the model had.
+def remove_memories(model: nn.Module, paths: Sequence[str], name_or_path: str) -> None:
+    """Puts the modules of the base back, with the last memory also the class and the configuration of the model.
 
-    `name_or_path` is where the base came from, if it is known. What is interrupted leaves the memories in the model.
+    `paths` are those of the memories' wrappers, `name_or_path` is where the base came from, if it is known. What is
+    interrupted leaves the memories in the model.
     """
     with all_or_nothing(model):
         if isinstance(model, MemoryMixin):
             model.undeclare_memories()
-        take_out(model, originals)
+        take_out(model, paths)
         if isinstance(model, MemoryMixin):
-            _change_class_back(model, name_or_path)
+            if left := memory_names(model):
+                config = copy.copy(model.config)
+                config.set_placement(placed_memories(model, left[0]).placement)
+                _exchange_config(model, config)
+                model.declare_memories()
+            else:
+                _change_class_back(model, name_or_path)
 
 
 def _change_class_back(model: MemoryMixin, name_or_path: str) -> None:
@@ -608,10 +575,12 @@ def _change_class_back(model: MemoryMixin, name_or_path: str) -> None:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def load_memories(model: nn.Module, folder: Path, description: Description, **how: Any) -> None:
+def load_memories(
+    model: nn.Module, folder: Path, description: Description, *, name: str = DEFAULT_NAME, **how: Any
+) -> None:
     """Adds the memories in `folder` to their base, which was unwrapped, and raises, as `load_memory` says."""
     stored = read_memory(model, folder, description, **how)
-    add_memories(model, stored.placement, stored.names, stored.memories, stored.base, gates=stored.gates)
+    add_memories(model, stored.placement, stored.names, stored.memories, stored.base, name=name, gates=stored.gates)
 
 
 def _exchange_config(model: PreTrainedModel, config: Any) -> None:

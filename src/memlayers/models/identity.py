@@ -7,7 +7,7 @@ the model lives, sums over all bits of its tensors are kept, too, which any trai
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlayers.models.modules import base_name, packed_shapes
-from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
+from memlayers.models.modules import packed_shapes
+from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, base_name, find_wrappers
 from memlayers.torch_private import is_wrapper_subclass
 
 VALUES = 16  # values of a tensor that are kept, and rows at its end of which one is
@@ -106,7 +106,7 @@ def identity_of(model: nn.Module, without: Collection[str] = (), *, exact: bool 
     `without`: modules that do not count, as they will be replaced. What adapters (PEFT) and `torch.compile` put around
     its modules does not count either. `exact`: with digests, for which all of the base is read once.
     """
-    named = dict(_base_tensors(model, {base_name(name) for name in without}))
+    named = dict(_base_tensors(model, {base_name(model, path) for path in without}))
     # Adapters that are merged and unmerged, as for generation in the middle of a training, leave them rounded.
     adapted = {
         tensor
@@ -122,6 +122,8 @@ def identity_of(model: nn.Module, without: Collection[str] = (), *, exact: bool 
         name = str(model.name_or_path or "")
         if os.path.isdir(name):  # a relative path means something else elsewhere
             name = os.path.abspath(name)
+    elif (before := recorded_base(wrapper for _, wrapper in find_wrappers(model))) is not None:
+        name = before.name_or_path
     if isinstance(model, PreTrainedModel):
         model_type = plain.config_class.model_type
     return BaseIdentity(
@@ -148,12 +150,10 @@ def base_buffers(model: nn.Module) -> set[str]:
     return {name for name, tensor in _base_tensors(model) if not isinstance(tensor, nn.Parameter)}
 
 
-def recorded_base(model: nn.Module) -> BaseIdentity | None:
-    """The base that memories were added to; None for a model without memories, or one that was loaded whole."""
-    for _, wrapper in find_wrappers(model):
-        if isinstance(wrapper.base_identity, BaseIdentity):
-            return wrapper.base_identity
-    return None
+def recorded_base(wrappers: Iterable[MemoryWrapper]) -> BaseIdentity | None:
+    """The base that memories were added to; None where there are none, or for a model that was loaded whole."""
+    bases = (wrapper.base_identity for wrapper in wrappers)
+    return next((base for base in bases if isinstance(base, BaseIdentity)), None)
 
 
 def _base_tensors(model: nn.Module, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:

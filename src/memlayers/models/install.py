@@ -2,7 +2,7 @@
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,16 @@ from torch import nn
 
 from memlayers.layer import MemoryLayer, layer_class
 from memlayers.models.masks import install_hooks, remove_hooks
-from memlayers.models.modules import base_name, tensor_like
+from memlayers.models.modules import tensor_like
 from memlayers.models.placement import MemoryPlacement
-from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, ReplacingMemory
+from memlayers.models.wrappers import (
+    DEFAULT_NAME,
+    MemoryWrapper,
+    ParallelMemory,
+    ReplacingMemory,
+    base_name,
+    find_wrappers,
+)
 from memlayers.storage.low_bits import empty_like
 from memlayers.values import TablePlace, ValueTable
 
@@ -38,7 +45,7 @@ def build_memories(
     memories: list[MemoryLayer] = []
     for name in names:
         like = tensor_like(model, name)
-        table: ValueTable | TablePlace | None = None if values is None else values.below(base_name(name))
+        table: ValueTable | TablePlace | None = None if values is None else values.below(base_name(model, name))
         if placement.share_values and memories:
             table = memories[0].values
         dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
@@ -74,37 +81,79 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 def put_in(
     model: nn.Module,
     placement: MemoryPlacement,
-    names: Sequence[str],
+    paths: Sequence[str],
     memories: Sequence[MemoryLayer],
     *,
+    name: str = DEFAULT_NAME,
     keep_original: bool = False,
 ) -> list[MemoryWrapper]:
-    """Puts `memories` in or beside the modules of `names`, and hands masks over to them from now on.
+    """Puts `memories` in or beside the modules at `paths`, and hands masks over to them from now on.
 
-    Returns what stands in the model now, in the order of `names`. An error, as by `setattr` of a module that is not
+    Returns what stands in the model now, in the order of `paths`. An error, as by `setattr` of a module that is not
     to be changed, leaves some memories in the model: see `all_or_nothing`.
     """
     wrappers: list[MemoryWrapper] = []
-    for name, memory in zip(names, memories, strict=True):
-        original = model.get_submodule(name)
+    for path, memory in zip(paths, memories, strict=True):
+        original = model.get_submodule(path)
         wrapper: MemoryWrapper
         if placement.mode == "parallel":
             wrapper = ParallelMemory(original, memory)
         else:
             wrapper = ReplacingMemory(memory, original if keep_original else None)
         wrapper.training = original.training
+        wrapper.memory_name = name
         memory.train(original.training)
-        _set_module(model, name, wrapper)
+        _set_module(model, path, wrapper)
         wrappers.append(wrapper)
-    install_hooks(model, [f"{name}.memory" for name in names])
+    _hand_masks_over(model)
     return wrappers
 
 
-def take_out(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
-    """The inverse of `put_in`: the modules `originals` stand under their names again, and no masks are handed over."""
-    remove_hooks(model)
-    for name, original in originals.items():
-        _set_module(model, name, original)
+def take_out(model: nn.Module, paths: Sequence[str]) -> None:
+    """The inverse of `put_in`: modules whose wrappers stand at `paths`, outer before inner, stand in their places."""
+    for path in reversed(paths):
+        wrapper: Any = model.get_submodule(path)
+        _set_module(model, path, wrapper.original)
+    _hand_masks_over(model)
+
+
+def _hand_masks_over(model: nn.Module) -> None:
+    remove_hooks(model)  # whose paths may be others now
+    install_hooks(model, [f"{path}.memory" for path, _ in find_wrappers(model)])
+
+
+@torch.no_grad()
+def reset_unloaded(wrapper: MemoryWrapper) -> None:
+    """Initialises a memory and its gate as their `reset_parameters` do, but for what came from a checkpoint."""
+    memory: Any = wrapper.memory
+    if getattr(memory, "_is_hf_initialized", False):
+        return
+    tensors = {**dict(memory.named_parameters()), **dict(memory.named_buffers())}
+    if isinstance(wrapper, ParallelMemory):
+        tensors["gate"] = wrapper.gate
+    loaded = {name: tensor for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
+    if len(loaded) < len(tensors):
+        kept = {name: tensor.clone() for name, tensor in loaded.items()}
+        memory.reset_parameters()
+        if isinstance(wrapper, ParallelMemory):
+            wrapper.reset_parameters()
+        for name, tensor in kept.items():
+            loaded[name].copy_(tensor)
+    _mark_initialised(wrapper)
+
+
+def mark_built(wrappers: Sequence[MemoryWrapper]) -> None:
+    """Marks what its constructor has initialised; on the meta device weights are yet to be loaded or drawn."""
+    for wrapper in wrappers:
+        if not next(wrapper.memory.parameters()).is_meta:
+            _mark_initialised(wrapper)
+
+
+def _mark_initialised(wrapper: MemoryWrapper) -> None:
+    # For `transformers`, which draws the weights of every module without this mark.
+    parts: Any = (wrapper, *wrapper.memory.modules())
+    for module in parts:
+        module._is_hf_initialized = True
 
 
 def match_device_and_dtype(original: nn.Module, memory: MemoryLayer) -> None:

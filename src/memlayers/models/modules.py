@@ -1,5 +1,6 @@
 """What is in a model: the model inside of what was put around it, its memories, their parameters and tensors."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from memlayers.layer import MemoryLayer, memory_layers
 from memlayers.models.placement import MemoryPlacement
-from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, find_wrappers
+from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, base_name, find_wrappers
 from memlayers.values import modules_of
 
 
@@ -25,11 +26,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = get_base_model()
         else:
             return model
-
-
-def base_name(name: str) -> str:
-    """The name that a module has where none is compiled."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def tensor_like(model: nn.Module, name: str) -> Tensor:
@@ -73,17 +69,29 @@ def weight_sizes(module: nn.Module) -> set[int]:
     return sizes
 
 
-def require_no_memory(model: nn.Module) -> None:
-    """Raises `ValueError` for a model that has memories already."""
-    if memories := memory_layers(model):
-        raise ValueError(f"model must have no memory yet, got one with {', '.join(memories)}")
+def memory_names(model: nn.Module) -> list[str]:
+    """The names of the memories that `add_memory` and `load_memory` put into `model`, in alphabetical order."""
+    return sorted({wrapper.memory_name for _, wrapper in find_wrappers(model)})
+
+
+def require_new_name(model: nn.Module, name: object) -> None:
+    """Raises `ValueError` for a name that a new memory of `model` cannot have."""
+    if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
+        raise ValueError(f"name must consist of letters, digits, '_' and '-', got {name!r}")
+    known = memory_names(model)
+    if name in known or (memory_layers(model) and not known):
+        raise ValueError(
+            f"model must have no memory yet that is called {name!r}, got one with {', '.join(memory_layers(model))}: "
+            f"remove it first, or call the new one otherwise (name=...)"
+        )
 
 
 @dataclass(frozen=True)
 class PlacedMemories:
-    """The memories of a model: where they are, what they are, and all tensors that came into the model with them."""
+    """Memories of one name: where they are, what they are, and all tensors that came into the model with them."""
 
-    wrappers: dict[str, MemoryWrapper]  # by the names of the modules in whose places they are, none of them compiled
+    paths: list[str]  # of the wrappers in the model
+    wrappers: dict[str, MemoryWrapper]  # by the names that the modules in whose places they are have in the base
     placement: MemoryPlacement  # what `add_memory` was called with
     tensors: dict[str, Tensor]  # `memory_tensors` and the gates, by the names that files have
 
@@ -92,15 +100,15 @@ class PlacedMemories:
         return list(self.wrappers)
 
 
-def placed_memories(model: nn.Module) -> PlacedMemories:
-    """What `add_memory` put into `model`, which was unwrapped.
+def placed_memories(model: nn.Module, name: str | None = None) -> PlacedMemories:
+    """What `add_memory` put into `model`, which was unwrapped, under this name; None: under the only one.
 
-    Raises `ValueError` for a model without memories, for memories that something was put around, and for memories that
-    differ in more than their weights.
+    Raises `ValueError` for a model without such memories, for memories that something was put around, and for memories
+    that differ in more than their weights.
     """
-    wrappers = {base_name(name): wrapper for name, wrapper in find_wrappers(model)}
-    if not wrappers:
-        raise ValueError(f"model must have memories that add_memory put there, got a {type(model).__name__} without")
+    name = require_name(model, name)
+    found = dict(find_wrappers(model, name))
+    wrappers = {base_name(model, path): wrapper for path, wrapper in found.items()}
     memories: dict[str, MemoryLayer] = {}
     for name, wrapper in wrappers.items():
         memory = unwrap(wrapper.memory)  # compiled or not
@@ -115,13 +123,31 @@ def placed_memories(model: nn.Module) -> PlacedMemories:
     for name, wrapper in wrappers.items():
         if isinstance(wrapper, ParallelMemory):
             tensors[f"{name}.gate"] = wrapper.gate
-    return PlacedMemories(wrappers, placement, tensors)
+    return PlacedMemories(list(found), wrappers, placement, tensors)
+
+
+def require_memories(model: nn.Module) -> list[str]:
+    """The names of the memories of `model`. Raises `ValueError` for a model without one."""
+    if not (known := memory_names(model)):
+        raise ValueError(f"model must have memories that add_memory put there, got a {type(model).__name__} without")
+    return known
+
+
+def require_name(model: nn.Module, name: str | None) -> str:
+    """The name; None is that of the only memory. Raises `ValueError` for a model without a memory of that name."""
+    known = require_memories(model)
+    if name is None and len(known) == 1:
+        return known[0]
+    if name not in known:
+        raise ValueError(f"name must be that of one memory, {' or '.join(map(repr, known))}, got {name!r}")
+    return name
 
 
 def _placement(
     model: nn.Module, wrappers: Mapping[str, MemoryWrapper], memories: Mapping[str, MemoryLayer]
 ) -> MemoryPlacement:
-    first, mode = next(iter(memories.values())), next(iter(wrappers.values())).mode
+    first, first_wrapper = next(iter(memories.values())), next(iter(wrappers.values()))
+    mode = first_wrapper.mode
     for name, memory in memories.items():
         if (type(memory), memory.config, wrappers[name].mode) != (type(first), first.config, mode):
             raise ValueError(
@@ -135,7 +161,7 @@ def _placement(
     if tables not in (1, len(memories)):
         raise ValueError(f"model must have memories that share one table or none, got {tables} for {len(memories)}")
     # What cannot be seen: which numbers the blocks had, and whether a single memory was to share its table.
-    declared = getattr(getattr(model, "config", None), "placement", None)
+    declared = first_wrapper.placement or getattr(getattr(model, "config", None), "placement", None)
     declared = declared if isinstance(declared, MemoryPlacement) else None
     return MemoryPlacement(
         config=first.config,

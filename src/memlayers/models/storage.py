@@ -39,10 +39,10 @@ from memlayers.models.folder import (
 )
 from memlayers.models.identity import BaseIdentity, base_buffers, identity_of, recorded_base
 from memlayers.models.install import build_memories
-from memlayers.models.modules import PlacedMemories, base_name, memory_tensors, placed_memories, tensor_like
+from memlayers.models.modules import PlacedMemories, memory_tensors, placed_memories, tensor_like
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.targets import names_of
-from memlayers.models.wrappers import find_wrappers
+from memlayers.models.wrappers import base_name, find_wrappers
 from memlayers.storage.low_bits import LowBitTable, rounded_numbers
 from memlayers.values import value_tables
 
@@ -86,9 +86,9 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
         raise ValueError(f"model must hold the weights of its memories, got {meta[0]} on the meta device")
     for table in value_tables(model):
         table.require_whole()
-    base = _base_of(model)
+    base = _base_of(model, placed)
     # What can be built again: the same as memories that were just made, neither more (adapters) nor less.
-    memories = _empty_memories(model, placed.placement, [name for name, _ in find_wrappers(model)])
+    memories = _empty_memories(model, placed.placement, placed.paths)
     fresh = memory_tensors(dict(zip(placed.wrappers, memories, strict=True)))
     for name in placed.wrappers:
         expected = {key for key in fresh if key.startswith(f"{name}.")}
@@ -102,13 +102,16 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
     return base
 
 
-def _base_of(model: nn.Module) -> BaseIdentity:
+def _base_of(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
     """The identity of the base. Raises `ValueError` if it is no longer what `add_memory` was given."""
-    before = recorded_base(model)
+    before = recorded_base(placed.wrappers.values())
     now = identity_of(model, exact=before is not None)
     if before is None:
         return now
-    if differing := before.differing(now):
+    # Modules that memories of another name have replaced since are not what these were trained beside.
+    others = [path for path, wrapper in find_wrappers(model) if wrapper.mode == "replace" and path not in placed.paths]
+    gone = tuple(f"{base_name(model, path)}." for path in others)
+    if differing := [name for name in before.differing(now) if not name.startswith(gone)]:
         advice = "save a base that was trained along with save_pretrained, or freeze it"
         if set(differing) <= base_buffers(model):
             modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in differing))
@@ -273,14 +276,14 @@ def _float_name(name: str) -> str:
     return f"{place}.weight" if last in ("codes", "scales") else ""
 
 
-def refill_memory(model: nn.Module, folder: Path) -> None:
-    """Gives the memories of `model`, which was unwrapped, the values in `folder`; tensors stay the objects they are.
+def refill_memory(model: nn.Module, folder: Path, name: str | None = None) -> None:
+    """Gives memories of `model`, which was unwrapped, the values in `folder`; tensors stay the objects they are.
 
     Raises `ValueError` as `load_memory` does, and for memories that are not as those that were saved. The model is then
     as it was.
     """
     description = read_description(folder)
-    placed = placed_memories(model)
+    placed = placed_memories(model, name)
     if placed.names != description.names or placed.placement != description.placement:
         raise ValueError(
             f"model must have the memories that are saved in {str(folder)!r}, at {', '.join(description.names)} "
@@ -306,9 +309,9 @@ def _names_in(model: nn.Module, description: Description) -> list[str]:
     """The names that the described modules have in `model`. Raises `ValueError` where memories do not fit."""
     real: dict[str, str] = {}
     for name, _ in model.named_modules():
-        real.setdefault(base_name(name), name)
+        real.setdefault(base_name(model, name), name)
     found = names_of(model, description.placement.at([real.get(name, name) for name in description.names]))
-    if (places := [base_name(name) for name in found]) != description.names:
+    if (places := [base_name(model, name) for name in found]) != description.names:
         raise ValueError(
             f"model must have its blocks' feed-forward networks at {', '.join(description.names)}, got {places}"
         )

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from memlayers.models.modules import tensor_like, weight_sizes
 from memlayers.models.placement import MemoryPlacement
+from memlayers.models.wrappers import MemoryWrapper, ParallelMemory
 
 # What the feed-forward network of a block is called: where there is `mlp`, this one; elsewhere the only one of them.
 _FFN = ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe", "shared_mlp", "mlp_block")
@@ -113,6 +114,8 @@ def _of_config(model: nn.Module, field: str) -> int:
 def _ffn_name(model: nn.Module, number: int) -> str:
     name = f"{_blocks_name(model, num_blocks(model))}.{number - 1}"
     whole = model.get_submodule(name)
+    while isinstance(whole, ParallelMemory):  # another memory, beside the whole block
+        name, whole = f"{name}.base", whole.base
     whole = getattr(whole, "_orig_mod", whole)  # compiled
     networks = [own for own, part in whole.named_children() if own in _FFN and _is_callable(part)]
     if "mlp" in networks:
@@ -172,6 +175,11 @@ def require_suitable(model: nn.Module, name: str, placement: MemoryPlacement) ->
     one in its place cannot.
     """
     module = model.get_submodule(name)
+    if isinstance(module, MemoryWrapper) and {module.mode, placement.mode} != {"parallel"}:
+        raise ValueError(
+            f"mode must be 'parallel' of all memories at {name!r}, where the memory {module.memory_name!r} is, got "
+            f"{module.mode!r} and {placement.mode!r}"
+        )
     parameters = [*module.parameters()]
     if any(parameter.is_meta for parameter in parameters) and any(
         hasattr(part, "_hf_hook") for part in model.modules()

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from memlayers.layer import MemoryLayer
 from memlayers.models.calls import is_off, mask_for
 from memlayers.models.masks import fitted
-from memlayers.models.placement import Mode
+from memlayers.models.placement import MemoryPlacement, Mode
+
+DEFAULT_NAME = "default"
 
 
 class MemoryWrapper(nn.Module):
@@ -25,6 +27,9 @@ class MemoryWrapper(nn.Module):
     base_identity: object = None  # the `BaseIdentity` of the model that the memory was added to, if it is known
     givers: tuple[str, ...] = ()  # whose calls' masks the memory takes (`memlayers.models.masks`)
     tokens_first: bool = False  # whether the model's blocks work on [tokens, batch, width]
+    memory_name: str = DEFAULT_NAME
+    is_active: bool = True  # whether the memory answers; `memlayers.models.disable_memory` has a say, too
+    placement: MemoryPlacement | None = None  # that `add_memory` was called with; None: the model's configuration says
 
     @property
     def original(self) -> nn.Module | None:
@@ -79,7 +84,7 @@ class ReplacingMemory(MemoryWrapper):
         return self._kept[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if is_off(self):
+        if not self.is_active or is_off(self):
             return self._answer_of_original(*args, **kwargs)
         return self.remember(_hidden(args, kwargs))
 
@@ -122,7 +127,7 @@ class ParallelMemory(MemoryWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = _hidden(args, kwargs)
         output = self.base(*args, **kwargs)
-        if is_off(self):
+        if not self.is_active or is_off(self):
             return output
         first, *others = output if isinstance(output, tuple) else (output,)
         # In the dtype of the output, which under autocast need not be that of the input, and in its shape: some
@@ -141,11 +146,22 @@ class ParallelMemory(MemoryWrapper):
             return getattr(self.base, name)
 
 
-def find_wrappers(model: nn.Module) -> Iterator[tuple[str, MemoryWrapper]]:
-    """The wrappers of `model` by their name in it, in the order of its modules."""
-    for name, module in model.named_modules():
-        if isinstance(module, MemoryWrapper):
-            yield name, module
+def find_wrappers(model: nn.Module, memory_name: str | None = None) -> Iterator[tuple[str, MemoryWrapper]]:
+    """The wrappers of `model`, of the memories of one name or of all, by their path in it: outer ones before inner."""
+    for path, module in model.named_modules():
+        if isinstance(module, MemoryWrapper) and memory_name in (None, module.memory_name):
+            yield path, module
+
+
+def base_name(model: nn.Module, path: str) -> str:
+    """The name that the module at `path` has in the base, where none is compiled and no memory beside one."""
+    module: nn.Module | None = model
+    parts = []
+    for part in path.split("."):
+        is_put_around = part == "_orig_mod" or (part == "base" and isinstance(module, ParallelMemory))
+        parts += [] if is_put_around else [part]
+        module = None if module is None else module._modules.get(part)
+    return ".".join(parts)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
