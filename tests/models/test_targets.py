@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from memlayers import MemoryConfig, UsageMeter
-from memlayers.models import add_memory, freeze_base, memory_layers, remove_memory
+from memlayers.models import add_memory, causal_lm, find_layers, freeze_base, memory_layers, remove_memory
 from memlayers.models.calls import in_progress
 from memlayers.models.targets import choose, default_layer
 from memlayers.models.wrappers import find_wrappers
@@ -304,3 +304,33 @@ def test_another_width_is_refused(nested):
 
 def test_the_default_is_three_quarters_up():
     assert [default_layer(count) for count in (1, 4, 6, 12, 24)] == [1, 3, 5, 9, 18]
+
+
+def test_what_layers_may_be_is_listed_and_taken():
+    llama = causal_lm("llama", vocab_size=40, layers=2, dim=16, heads=2, context=32)
+    places = find_layers(llama)
+    both = ("replace", "parallel")
+    assert [tuple(place) for place in places] == [
+        (1, "model.layers.0.mlp", 16, both),
+        (2, "model.layers.1.mlp", 16, both),
+    ]
+    opt = NAMED["opt"][0]()
+    blocks = find_layers(opt)
+    assert [(place.layers, place.modes) for place in blocks] == [
+        (f"model.decoder.layers.{number}", ("parallel",)) for number in range(3)
+    ]
+    for model, found in ((llama, places), (opt, blocks)):
+        for mode in found[0].modes:
+            layers = [place.layers for place in found]
+            assert len(memory_layers(add_memory(copy.deepcopy(model), MEMORY, layers, mode=mode))) == len(found)
+    for model in (nn.Linear(16, 16), NAMED["t5"][0]()):
+        with pytest.raises(ValueError, match="layers must be names of modules"):
+            find_layers(model)
+
+
+def test_a_module_with_a_memory_beside_it_is_listed_for_another_one_beside_it():
+    model = causal_lm("llama", vocab_size=40, layers=2, dim=16, heads=2, context=32)
+    add_memory(model, MEMORY, [1], mode="parallel", name="news")
+    assert [place.modes for place in find_layers(model)] == [("parallel",), ("replace", "parallel")]
+    add_memory(model, MEMORY, ["model.layers.1"], mode="parallel", name="law")
+    assert [place.name for place in find_layers(model)] == ["model.layers.0.mlp", "model.layers.1.base.mlp"]

@@ -24,7 +24,7 @@ from memlayers.models.placement import MemoryPlacement
 from memlayers.models.presets import memory_preset
 from memlayers.models.quantise import quantize_memory
 from memlayers.models.summary import MemorySummary, memory_summary
-from memlayers.models.targets import default_layer
+from memlayers.models.targets import default_layer, find_layers
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, ReplacingMemory
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ __all__ = [
     "causal_lm",
     "default_layer",
     "disable_memory",
+    "find_layers",
     "freeze_base",
     "load_memory",
     "memory_layers",

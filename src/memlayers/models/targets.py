@@ -1,7 +1,7 @@
 """Which modules of a model a memory goes to, and whether it can stand there.
 
-`choose` and `names_of` turn block numbers, names and regular expressions into names of modules; `require_suitable`
-looks at what such a module takes and returns, as far as that can be told.
+`find_layers` lists them. `choose` and `names_of` turn block numbers, names and regular expressions into names of
+modules; `require_suitable` looks at what such a module takes and returns, as far as that can be told.
 """
 
 import difflib
@@ -9,14 +9,15 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from memlayers.models.modules import tensor_like, weight_sizes
-from memlayers.models.placement import MemoryPlacement
+from memlayers.config import MemoryConfig
+from memlayers.models.modules import tensor_like, unwrap, weight_sizes
+from memlayers.models.placement import MemoryPlacement, Mode
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory
 
 # What the feed-forward network of a block is called: where there is `mlp`, this one; elsewhere the only one of them.
@@ -32,6 +33,52 @@ def default_layer(num_blocks: int) -> int:
     first runs: this gives 3 of 4, 5 of 6, 9 of 12, 18 of 24.
     """
     return math.ceil(num_blocks * 3 / 4)
+
+
+class Place(NamedTuple):
+    """A module that a memory may go to, as `find_layers` lists it."""
+
+    layers: int | str  # what `add_memory(layers=[...])` takes for it: the number of its block, or its name
+    name: str  # in the model
+    width: int  # what ``config.dim`` must be
+    modes: tuple[Mode, ...]  # that it can carry a memory in
+
+
+def find_layers(model: nn.Module) -> list[Place]:
+    """What ``layers=`` of `add_memory` may be for this model of `transformers`, a block at a time.
+
+    A block whose feed-forward network is one module is listed by its number; of any other the block itself by its name,
+    for a memory beside the whole of it. `add_memory` takes other modules by name, too, where they return as many
+    features as they take.
+
+    Raises:
+        ValueError: a model that does not say how many blocks it has, or how wide they are.
+    """
+    inner = unwrap(model)
+    width, count = hidden_size(inner), num_blocks(inner)
+    places = []
+    for number in range(1, count + 1):
+        layer: int | str = number
+        tried: tuple[Mode, ...] = get_args(Mode)
+        try:
+            name = _ffn_name(inner, number)
+        except ValueError:
+            layer = name = f"{_blocks_name(inner, count)}.{number - 1}"
+            tried = ("parallel",)  # in its place, its attention would be gone, too
+        modes = tuple(mode for mode in tried if _takes(inner, name, mode, width))
+        places += [Place(layer, name, width, modes)] if modes else []
+    return places
+
+
+def _takes(model: nn.Module, name: str, mode: Mode, width: int) -> bool:
+    config = MemoryConfig(dim=width, heads=1, topk=1, num_subkeys=2, query_dim=2)
+    placement = MemoryPlacement(config=config, layers=[name], mode=mode)
+    try:
+        names_of(model, placement)
+        require_suitable(model, name, placement)
+    except ValueError:
+        return False
+    return True
 
 
 def choose(model: nn.Module, layers: Layers | None) -> Sequence[int] | Sequence[str]:
