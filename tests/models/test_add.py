@@ -165,12 +165,12 @@ def test_a_failure_while_building_leaves_the_model_as_it_was(plain, memory_confi
 def test_a_second_memory_is_refused(plain, memory_config):
     add_memory(plain, memory_config, [2])
     before = snapshot(plain)
-    with pytest.raises(ValueError, match=r"model must have no memory yet, got one with .*\.1\.mlp\.memory"):
+    with pytest.raises(ValueError, match=r"model must have no memory 'default' yet, got one with .*\.1\.mlp\.memory"):
         add_memory(plain, memory_config, [3])
     assert_as_it_was(plain, before)
 
 
 def test_a_memory_put_in_by_hand_counts_too(plain, memory_config):
     blocks(plain)[0].mlp = MemoryLayer(memory_config)
-    with pytest.raises(ValueError, match=r"model must have no memory yet, got one with .*\.0\.mlp"):
+    with pytest.raises(ValueError, match=r"model must have no memory 'default' yet, got one with .*\.0\.mlp"):
         add_memory(plain, memory_config, [3])

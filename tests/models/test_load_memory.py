@@ -475,7 +475,7 @@ def test_bases(folder, memory_config, tmp_path):
     refused(folder, r"feed-forward networks at transformer.h.1.mlp, .* got \['model.layers.1.mlp'", base_model("llama"))
     refused(folder, "tensors differ, the first is 'transformer.wte.weight'", base_model(vocab_size=41))
     model = load_memory(base_model(), folder)
-    refused(folder, "model must have no memory yet, got one with transformer.h.1.mlp.memory", model)
+    refused(folder, "model must have no memory 'default' yet, got one with transformer.h.1.mlp.memory", model)
     other = load_memory(base_model(vocab_size=41), folder, check_base=False)
     assert torch.equal(memory_layers(other)["transformer.h.1.mlp.memory"].values.weight,
                        memory_layers(model)["transformer.h.1.mlp.memory"].values.weight)  # fmt: skip

@@ -240,7 +240,7 @@ def refused(call, message):
 def test_what_has_no_sense_is_refused():
     model = alone(base_of(), "news", [1], seed=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    refused(lambda: add(model, "news", [2], seed=1), r"no memory yet that is called 'news', got one with model")
+    refused(lambda: add(model, "news", [2], seed=1), r"no memory 'news' yet, got one with model")
     refused(lambda: add(model, "a/b", [2], seed=1), r"name must consist of letters, digits, '_' and '-', got 'a/b'")
     refused(lambda: add(model, 3, [2], seed=1), r"name must consist of .*, got 3")
     refused(lambda: add(model, "law", [1], seed=1, mode="replace"), r"mode must be 'parallel' of all memories at")

@@ -81,7 +81,7 @@ def require_new_name(model: nn.Module, name: object) -> None:
     known = memory_names(model)
     if name in known or (memory_layers(model) and not known):
         raise ValueError(
-            f"model must have no memory yet that is called {name!r}, got one with {', '.join(memory_layers(model))}: "
+            f"model must have no memory {name!r} yet, got one with {', '.join(memory_layers(model))}: "
             f"remove it first, or call the new one otherwise (name=...)"
         )
 
