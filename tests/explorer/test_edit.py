@@ -189,6 +189,10 @@ def test_what_cannot_grow_is_refused_and_stays():
     grow_table(model_of_two, optimizer=optimizer)
 
 
+@pytest.mark.promise(
+    "Gradients by hand", "keeping some rows of a table as they are while the others train", "supported",
+    "`freeze_slots`: bit for bit, their moments too; a dense table is refused",
+)  # fmt: skip
 @pytest.mark.parametrize("kind", [MemoryLayer, Experts])
 def test_frozen_rows_and_their_states_stay_bit_for_bit(kind):
     model = model_with(kind)

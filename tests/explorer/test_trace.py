@@ -138,6 +138,8 @@ def test_the_sample_is_bounded_even_and_the_same_in_all_memories():
     assert len(first) == 50
     assert len(reads["slot"]) == 2 * 50 * 2 * 3
     assert 350 < np.mean(first) < 650  # neither the first tokens nor the last
+    # 12 * H * K + 16 bytes a token and 22 * 4 + 20 * H a slot, and each meter's count of tokens.
+    assert trace.nbytes == 2 * (50 * (12 * 6 + 16) + 36 * (22 * 4 + 20 * 2) + 8)
 
 
 def test_one_call_and_many_give_the_same():

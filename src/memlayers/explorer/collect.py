@@ -6,6 +6,7 @@ Letters: B windows of a batch, T tokens, H heads, K rows a head reads, S slots, 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlayers.diagnosis.subjects import Subject, find_subjects
+from memlayers.explorer.columns import Columns
 from memlayers.explorer.trace import SlotTrace
 from memlayers.explorer.words import Words
 from memlayers.usage import UsageReport
 
 MOST_CONTEXT = 1024  # tokens of a window, for models that would take many more
 BATCH_TOKENS = 4096
+TYPES = 5  # top tokens of a slot
 TRACED_BYTES = 2**27  # of all reads that a trace keeps
 
 
@@ -91,6 +94,16 @@ class Findings:
     words: Words
     loss: float | None  # a token, in nats, over what was predicted within the windows
 
+    @cached_property
+    def strongest(self) -> Columns:
+        """The strongest reads of all slots."""
+        return self.trace.strongest()
+
+    @cached_property
+    def types(self) -> Columns:
+        """The tokens that read each slot with most weight."""
+        return self.trace.top_tokens(TYPES)
+
     def counts_HS(self, name: str) -> np.ndarray:
         """How often each head of a memory read each slot."""
         return self.trace.usage[name].state_dict()["count_HS"].cpu().numpy()
@@ -129,9 +142,9 @@ def read_memories(model: nn.Module, text: Text, *, shown: int, strongest: int) -
         for module, mode in modes.items():
             module.training = mode
     place_of = np.concatenate(places)
-    shown_reads = {}
+    shown_reads, reads = {}, first.reads()
     for subject in subjects:
-        reads, (heads, topk) = first.reads(), (subject.layer.config.heads, subject.layer.config.topk)
+        heads, topk = subject.layer.config.heads, subject.layer.config.topk
         of = (reads["memory"] == subject.name) & (place_of[reads["position"]] < shown)
         shown_reads[subject.name] = tuple(reads[name][of].reshape(-1, heads, topk) for name in ("slot", "weight"))
     return Findings(

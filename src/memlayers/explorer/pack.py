@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from memlayers.diagnosis.subjects import Subject
-from memlayers.explorer.collect import Findings
+from memlayers.explorer.collect import TYPES, Findings
 from memlayers.explorer.words import values_of
 from memlayers.usage import UsageFigures
 
-WORDS, TYPES = 8, 5  # nearest words and top tokens of a slot
+WORDS = 8  # nearest words of a slot
 MOST_USED = 64  # slots that have details whatever the text reads
 WORD_FLOPS = 2e12  # of logits of values: what a large vocabulary may cost
 NONE = 2**32 - 1
@@ -156,7 +156,7 @@ def _details(
     found: Findings, subject: Subject, strings: Strings, counts_HS: np.ndarray, detailed: np.ndarray
 ) -> dict[str, Any]:
     ids, scores = (one.numpy() for one in found.words.nearest(subject, torch.from_numpy(detailed), WORDS))
-    strongest = found.trace.strongest()
+    strongest = found.strongest
     of = (strongest["memory"] == subject.name) & np.isin(strongest["slot"], detailed)
     row = np.searchsorted(detailed, strongest["slot"][of])
     # In the order of `strongest`: a slot's reads follow each other, the strongest first.
@@ -165,7 +165,7 @@ def _details(
     weight_DR, head_DR = np.zeros(context_DR.shape), np.zeros(context_DR.shape)
     context_DR[row, rank] = found.place_of[strongest["position"][of]]
     weight_DR[row, rank], head_DR[row, rank] = strongest["weight"][of], strongest["head"][of]
-    types = found.trace.top_tokens(TYPES)
+    types = found.types
     of = (types["memory"] == subject.name) & np.isin(types["slot"], detailed)
     row = np.searchsorted(detailed, types["slot"][of])
     rank = np.arange(len(row)) - np.searchsorted(row, row)

@@ -39,8 +39,8 @@ class SlotTrace(Listener):
         trace.reads().to_parquet("reads.parquet")
 
     Of all tokens it keeps the usage of each memory (`usage`), and of each slot the ``strongest`` reads. Of ``tokens``
-    of them, which are drawn evenly and are the same ones in all memories, it keeps every read. A memory takes
-    ``12 * H * K + 20`` bytes a token of the sample and ``22 * strongest + 20 * H`` bytes a slot, and no more.
+    of them, which are drawn evenly and are the same ones in all memories, it keeps every read. A memory takes, and no
+    more (`nbytes`), ``12 * H * K + 16`` bytes a token of the sample and ``22 * strongest + 20 * H`` bytes a slot.
 
     A token's ``position`` is its place among all that went through since the trace was made: row by row, call by call,
     padding counted but left out. Its ``token`` is its id where the model is called with ``input_ids``, or ids as its
@@ -140,6 +140,12 @@ class SlotTrace(Listener):
         """Real tokens so far, of the memory that saw most."""
         return max(reads.tokens for reads in self._of.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept now."""
+        meters = (one for meter in self.usage.values() for one in meter.state_dict().values())
+        return sum(reads.nbytes for reads in self._of.values()) + sum(one.nbytes for one in meters)
+
     def reads(self) -> Columns:
         """Every read of the sampled tokens: memory, position, token, head, rank among its K, slot, weight."""
         return Columns.stacked({name: reads.all() for name, reads in self._of.items()})
@@ -187,6 +193,10 @@ class _Reads:
     def slots(self) -> int:
         return len(self._strongest[0])
 
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in (*self._sample, *self._strongest))
+
     def add(
         self, positions_T: np.ndarray, tokens_T: np.ndarray, slots_THK: np.ndarray, weights_THK: np.ndarray
     ) -> None:
@@ -204,11 +214,12 @@ class _Reads:
 
     def _keep_strongest(self, positions_T, tokens_T, slots_THK, weights_THK) -> None:
         strongest = self._strongest[0].shape[1]
-        places_E, heads_E, _ = (one.ravel() for one in np.indices(slots_THK.shape))
-        touched, group_E = np.unique(slots_THK, return_inverse=True)
+        stronger_THK = weights_THK > self._strongest[0][slots_THK, -1]  # than the last that is kept of the slot
+        places_E, heads_E, _ = stronger_THK.nonzero()
+        touched, group_E = np.unique(slots_THK[stronger_THK], return_inverse=True)
         # Those that were kept, then the new ones: sorted by slot, then by weight; of equal ones the earlier first.
-        group = np.concatenate([np.repeat(np.arange(len(touched)), strongest), group_E.ravel()])
-        new = (weights_THK.ravel(), positions_T[places_E], tokens_T[places_E], heads_E)
+        group = np.concatenate([np.repeat(np.arange(len(touched)), strongest), group_E])
+        new = (weights_THK[stronger_THK], positions_T[places_E], tokens_T[places_E], heads_E)
         pairs = zip(self._strongest, new, strict=True)
         columns = [np.concatenate([held[touched].ravel(), more]) for held, more in pairs]
         order = np.lexsort((columns[3], columns[1], -columns[0], group))
