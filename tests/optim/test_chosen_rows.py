@@ -35,8 +35,7 @@ def backward(table, step, micro=0):
 
 def tensors(table, optimizer):
     """The table and its states of a row each, in bits."""
-    states = {name: state for name, state in optimizer.state[table.weight].items() if name != "chosen"}
-    found = {"weight": table.weight.detach(), **states}
+    found = {"weight": table.weight.detach(), **optimizer.state[table.weight]}
     return {name: one.clone().view(len(one), -1).view(torch.uint8) for name, one in found.items()}
 
 
@@ -139,6 +138,20 @@ def test_a_choice_holds_until_the_next_one_or_none():
         seen.append((table.weight != before).any(1).sum().item())
     assert seen == [2, 2, 0, 24]
     assert optimizer.chosen_rows is None
+
+
+def test_a_choice_before_the_first_step_is_saved_and_the_state_is_made_as_ever():
+    table = table_of()
+    optimizer = RowAdam([table])
+    optimizer.choose_rows(CHOSEN)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.release()
+    optimizer = RowAdam([table])
+    optimizer.load_state_dict(saved)
+    backward(table, 0)
+    optimizer.step()
+    assert optimizer.chosen_rows[table].tolist() == CHOSEN
+    assert list(optimizer.state[table.weight]) == ["exp_avg", "exp_avg_sq", "steps"]
 
 
 def test_a_loaded_state_without_a_choice_leaves_the_one_that_was_made():

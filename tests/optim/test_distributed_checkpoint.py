@@ -109,3 +109,22 @@ def test_asking_a_new_optimizer_for_its_state_changes_no_weight(make):
     get_optimizer_state_dict(model, optimizer)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("kind", ["MemoryAdamW", "RowAdam"])
+def test_chosen_rows_and_all_moments_come_back_where_rows_were_chosen_before_the_first_step(kind, tmp_path):
+    model = net(shared=True)
+    optimizer = KINDS[kind](model)
+    optimizer.choose_rows([1, 2, 3])
+    train(model, optimizer, 3)
+    dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=tmp_path)
+    other = KINDS[kind](model := net(shared=True))
+    other.choose_rows([0])
+    state = get_optimizer_state_dict(model, other)
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(model, other, optim_state_dict=state)
+    assert [rows.tolist() for rows in other.chosen_rows.values()] == [[1, 2, 3]]
+    states = [list(one.state_dict()["state"].values()) for one in (optimizer, other)]
+    assert len(states[0]) == len(states[1])
+    for mine, others in zip(*states, strict=True):
+        assert all(torch.equal(torch.as_tensor(mine[name]), torch.as_tensor(others[name])) for name in mine)

@@ -11,7 +11,7 @@ from torch import Tensor
 from memlayers.ops.row_sum import Part
 from memlayers.values import ValueTable
 
-CHOSEN = "chosen"  # the name of the mask [S] among the states of a table
+CHOSEN = "chosen"  # the name of the mask [S] among the states of a table, in a state dict
 
 
 def masks_of(

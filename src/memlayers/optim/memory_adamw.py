@@ -173,6 +173,8 @@ class MemoryAdamW(TableOwner):
         for part in self._parts():
             last = first + len(part.param_groups)
             part.param_groups, part.state = self.param_groups[first:last], self.state
+            if isinstance(part, TableOwner):
+                part._chosen = self._chosen
             first = last
 
 

@@ -15,7 +15,7 @@ from memlayers.distributed.exchange import Held, exchange, packed, scaled
 from memlayers.distributed.wrapping import keep_out_of_ddp
 from memlayers.ops.row_gradient_tensor import RowTensor
 from memlayers.ops.row_sum import Part
-from memlayers.optim.chosen_rows import CHOSEN, only
+from memlayers.optim.chosen_rows import only
 from memlayers.optim.table_owner import TableOwner
 from memlayers.storage import MappedTable
 from memlayers.values import Companion, ValueTable, value_tables
@@ -187,7 +187,7 @@ class RowOptimizer(TableOwner):
 
     def _state_of(self, table: ValueTable, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[table.weight]
-        if not state.keys() - {CHOSEN}:
+        if not state:
             state.update(table.make_states(lambda weight_SV: self.new_state(weight_SV, group)))
         return state
 
@@ -199,7 +199,7 @@ class RowOptimizer(TableOwner):
         if grad is not None and not bool(own_part(grad).any()):  # of torch's checkpoints; not to be sent
             table.weight.grad = None
         held = Held(gradient.held(), gradient.passes)
-        if (mask_S := self.state.get(table.weight, {}).get(CHOSEN)) is not None:  # before anything is sent
+        if (mask_S := self._chosen.get(table.weight)) is not None:  # before anything is sent
             held = held._replace(parts=only(held.parts, mask_S))
         return table.in_order(held) if isinstance(table, ColumnTable) else held
 
@@ -242,7 +242,10 @@ class RowOptimizer(TableOwner):
             "optimizer": type(self).__name__,
             "tables": [(*table.weight.shape, str(table.weight.dtype)) for table in self._tables],
             **{name: float(value) if torch.is_tensor(value) else value for name, value in group.items()},
-            "the choice of rows": [None if mask is None else fingerprint(mask) for mask in self._masks()],
+            "the choice of rows": [
+                fingerprint(self._chosen[table.weight]) if table.weight in self._chosen else None
+                for table in self._tables
+            ],
         }
         del settings["params"]
         error: Exception | None = None
@@ -289,8 +292,7 @@ class RowOptimizer(TableOwner):
         """
         tensors: list[Any] = []
         for table in self._tables:
-            states = self.state.get(table.weight, {})
-            tensors += [table.weight, next((one for name, one in states.items() if name != CHOSEN), None)]
+            tensors += [table.weight, next(iter(self.state.get(table.weight, {}).values()), None)]
         found = [None if one is None or not self._may_differ else own_part(one) for one in tensors]
         return [0 if one is None or bool((one == one[:1, :1]).all()) else fingerprint(one) for one in found]
 

@@ -33,6 +33,8 @@ class TableOwner(torch.optim.Optimizer, ABC):
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]):
         super().__init__(groups, defaults)
+        # By the weight of a table. Not among the states: of an optimizer that has any, checkpoints think it has all.
+        self._chosen: dict[Tensor, Tensor] = {}
         self._is_built = True
 
     @abstractmethod
@@ -81,8 +83,8 @@ class TableOwner(torch.optim.Optimizer, ABC):
         It holds from the next step on, also for what was recorded before, until other rows are chosen: call it once for
         a whole set of texts, or before each step. Gradients of other rows are left out of ``max_grad_norm``, too. The
         choice is among the states in `state_dict`: a run that is resumed goes on with it, and a state without a choice
-        leaves the one that was made. `torch.distributed.checkpoint` loads only what an optimizer has: choose before. In
-        several processes all choose the same rows, or the step is refused on all of them.
+        leaves the one that was made. `torch.distributed.checkpoint` loads what an optimizer has and no more: choose any
+        rows before it loads a choice. In several processes all choose the same rows, or the step is refused on all.
 
         Args:
             rows: slots [R], or a mask [S] of bool, by table, as `memlayers.select_slots` returns them; those of frozen
@@ -95,20 +97,14 @@ class TableOwner(torch.optim.Optimizer, ABC):
         if not self.tables:
             raise ValueError("rows can be chosen where this optimizer trains value tables, and it trains none")
         masks = {} if rows is None else masks_of(rows, self.tables)
-        for table in self.tables:
-            if rows is None:
-                self.state.get(table.weight, {}).pop(CHOSEN, None)
-            else:
-                self.state[table.weight][CHOSEN] = masks[table]
+        self._chosen.clear()
+        self._chosen.update({table.weight: mask_S for table, mask_S in masks.items()})
 
     @property
     def chosen_rows(self) -> dict[ValueTable, Tensor] | None:
         """By table the slots that steps may move, ascending; None where all of them may."""
-        masks = zip(self.tables, self._masks(), strict=True)
-        return {table: mask.nonzero().squeeze(1) for table, mask in masks if mask is not None} or None
-
-    def _masks(self) -> list[Tensor | None]:
-        return [self.state.get(table.weight, {}).get(CHOSEN) for table in self.tables]
+        held = {table: self._chosen.get(table.weight) for table in self.tables}
+        return {table: mask_S.nonzero().squeeze(1) for table, mask_S in held.items() if mask_S is not None} or None
 
     def _in_files(self) -> dict[Tensor, MappedTable]:
         return {table.weight: table for table in self.tables if isinstance(table, MappedTable)}
@@ -120,11 +116,16 @@ class TableOwner(torch.optim.Optimizer, ABC):
                 yield from zip(saved["params"], group["params"], strict=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, but for the states of tables in files, which stay there: ``in_files`` stands for them."""
+        """As in torch, but for the states of tables in files, which stay there: ``in_files`` stands for them.
+
+        A choice of rows is one more state of its table.
+        """
         state_dict, in_files = super().state_dict(), self._in_files()
         for number, weight in self._weights(state_dict):
-            if number in state_dict["state"] and weight in in_files:
-                state_dict["state"][number] = {"in_files": 1} | _choice(state_dict["state"][number])
+            if weight in in_files and (number in state_dict["state"] or weight in self._chosen):
+                state_dict["state"][number] = {"in_files": 1}
+            if weight in self._chosen:
+                state_dict["state"][number] = {**state_dict["state"].get(number, {}), CHOSEN: self._chosen[weight]}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -146,7 +147,6 @@ class TableOwner(torch.optim.Optimizer, ABC):
                     f"state_dict must say {', '.join(map(repr, missing))} for its value tables: memlayers 0.1.0 saved "
                     "it, which did not. Load the weights alone, and train on with a new optimizer"
                 )
-        chosen = {weight: state[CHOSEN] for weight, state in self.state.items() if CHOSEN in state}
         in_files = self._in_files()
         saved_states = {
             weight: state_dict["state"][number]
@@ -158,23 +158,21 @@ class TableOwner(torch.optim.Optimizer, ABC):
                 raise ValueError(_IN_FILES if "in_files" in saved else _IN_MEMORY)
         super().load_state_dict(state_dict)
         for weight, saved in saved_states.items():
+            self.state[weight] = {}
+            if CHOSEN in saved:  # a state that was saved without a choice takes none away
+                self._chosen[weight] = saved[CHOSEN].to(weight.device, copy=True)
+                saved = {name: value for name, value in saved.items() if name != CHOSEN}
             if weight in in_files:
-                self.state[weight] = in_files[weight].held_states() | _choice(saved)
+                self.state[weight] = in_files[weight].held_states()
                 continue
             saved = {name: columns_of(value, weight) for name, value in saved.items()}
             self.state[weight] = {name: value.to(weight.device, copy=True) for name, value in saved.items()}
-        for weight, mask_S in chosen.items():  # a state that was saved without a choice takes none away
-            self.state[weight].setdefault(CHOSEN, mask_S)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             "an optimizer that may own value tables cannot be copied or pickled, or a table would have two owners; "
             "use state_dict()"
         )
-
-
-def _choice(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name == CHOSEN}
 
 
 _IN_FILES = (
