@@ -108,6 +108,15 @@ def test_the_page_about_facts_runs(tmp_path, monkeypatch):
         exec(compile(code, "facts.md", "exec"), names)
 
 
+def test_the_page_about_tables_in_files_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "how-to" / "tables-in-files.md").read_text(), re.DOTALL)
+    names = {}
+    exec(compile(code, "tables-in-files.md", "exec"), names)
+    assert names["table"].checkpoints == [1]
+    assert (tmp_path / "tables" / "transformer.h.2.mlp" / "table.json").is_file()
+
+
 def test_the_tutorial_runs_and_prints_what_it_shows(capsys):
     blocks = re.findall(r"```python\n(.*?)```\n(?:\n```\n(.*?)```)?", (DOCS / "tutorial.md").read_text(), re.DOTALL)
     assert len(blocks) > 5
