@@ -67,7 +67,7 @@ def test_the_source_archive_holds_what_the_wheel_is_made_of(archive):
 
 
 def is_source(file: Path) -> bool:
-    return file.is_file() and file.suffix in (".py", ".typed")
+    return file.is_file() and file.suffix in (".py", ".typed", ".html", ".css", ".js")
 
 
 @pytest.fixture(scope="module")
