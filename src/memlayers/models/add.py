@@ -26,10 +26,10 @@ from memlayers.models.modules import (
     unwrap,
 )
 from memlayers.models.placement import MemoryPlacement, Mode
-from memlayers.models.storage import Values, savable_base, write_memory
+from memlayers.models.storage import Values, require_loaded, savable_base, write_memory
 from memlayers.models.targets import Layers, choose, names_of, require_suitable
 from memlayers.models.wrappers import DEFAULT_NAME, find_wrappers
-from memlayers.storage.low_bits import rounded_numbers
+from memlayers.storage.low_bits import unlisted_numbers
 from memlayers.values import TablePlace, value_tables
 
 if TYPE_CHECKING:
@@ -167,6 +167,7 @@ def save_memory(
     """
     _check_size(max_shard_size)
     inner = unwrap(model)
+    require_loaded(inner)
     placed = placed_memories(inner, name)
     base = savable_base(inner, placed)
     with whole_tables(inner, folder) as whole:
@@ -197,7 +198,9 @@ def load_memory(
             take any base into which the memories fit.
         mesh: the tables go straight into columns, as by `memlayers.distributed.shard_tables`; all ranks call it then.
         values: "memory" loads tables as they were saved. "int8" and "int4" round those of floats on the way to the
-            nearest rows of 8 or 4 bits, as `quantize_memory` does, some rows at a time: for inference.
+            nearest rows of 8 or 4 bits, as `quantize_memory` does, some rows at a time: for inference. "mapped" reads
+            tables, also those of few bits, straight from the files of the folder, which must stay there: for inference
+            on the CPU with tables that are larger than memory.
 
     Returns:
         `model` itself. Memories stand on the device, in the dtype and in the mode (train or eval) of their module.
@@ -212,7 +215,7 @@ def load_memory(
     path = local_folder(folder)
     description = read_description(path)
     load_memories(inner, path, description, name=name, check_base=check_base, mesh=mesh, values=values)
-    if mesh is not None or rounded_numbers(inner):
+    if mesh is not None or unlisted_numbers(inner):
         keep_out_of_ddp(inner)
     return model
 

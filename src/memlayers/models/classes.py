@@ -54,7 +54,7 @@ from memlayers.models.placement import MemoryPlacement
 from memlayers.models.storage import check_values, read_memory
 from memlayers.models.targets import names_of
 from memlayers.models.wrappers import DEFAULT_NAME, ParallelMemory, find_wrappers
-from memlayers.storage.low_bits import LowBitTable, rounded_numbers
+from memlayers.storage.low_bits import unlisted_numbers
 from memlayers.values import ValueTable, value_tables
 
 PREFIX = "Memory"
@@ -208,7 +208,7 @@ class MemoryMixin(PreTrainedModel):
         tied = {}
         for name, module in self.named_modules(remove_duplicate=False):
             if isinstance(module, ValueTable) and (source := first.setdefault(module, name)) != name:
-                parts = ("codes", "scales") if isinstance(module, LowBitTable) else ("weight",)
+                parts = (*module._parameters, *module._buffers)  # none of a table that is mapped
                 tied.update({f"{name}.{part}": f"{source}.{part}" for part in parts})
         return tied
 
@@ -254,10 +254,10 @@ class MemoryMixin(PreTrainedModel):
         """
         count = super().num_parameters(only_trainable, exclude_embeddings)
         tables = value_tables(self)
-        of_floats = [table for table in tables if not isinstance(table, LowBitTable)]
+        of_floats = [table for table in tables if "weight" in table._parameters]
         left_out = [table.row_mark for table in tables] + [table.weight for table in of_floats if exclude_embeddings]
         count -= sum(one.numel() for one in left_out if one.requires_grad or not only_trainable)
-        return count if only_trainable or exclude_embeddings else count + rounded_numbers(self)
+        return count if only_trainable or exclude_embeddings else count + unlisted_numbers(self)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `transformers.PreTrainedModel.save_pretrained`, except that a save that fails leaves the folder as it was.
@@ -298,15 +298,22 @@ class MemoryMixin(PreTrainedModel):
         """As `transformers.PreTrainedModel.from_pretrained`; from a folder with a memory alone, into its base.
 
         The base comes from where it was loaded when the memory was added, with the options of this call: ``dtype``,
-        ``device_map`` and the like. What says where a folder is (``revision``, ``subfolder``) is about the memory.
+        ``device_map`` and the like; ``values`` is as of `load_memory`. What says where a folder is (``revision``,
+        ``subfolder``) is about the memory.
 
         Raises:
             ValueError: the base is not to be found, or is another one; what `load_memory` raises.
         """
+        values = kwargs.pop("values", "memory")
         name = pretrained_model_name_or_path
         hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
         folder = None if name is None or kwargs.get("gguf_file") else _memory_alone(name, **hub)
         if folder is None:
+            if values != "memory":
+                raise ValueError(
+                    f"values must be 'memory' for a whole model, got {values!r}: save its memory by itself "
+                    f"(save_memory), and load that with values={values!r}"
+                )
             if name is not None and os.path.isdir(name):
                 check_whole_model(Path(name, hub.get("subfolder", "")))
             loaded = super().from_pretrained(name, *args, config=config, **kwargs)
@@ -326,7 +333,7 @@ class MemoryMixin(PreTrainedModel):
         description = read_description(folder)
         loaded = _load_base(folder, description, cls.plain_class, config, **options)
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # with output_loading_info
-        load_memories(model, folder, description)
+        load_memories(model, folder, description, values=values)
         # What is trained on this model (an adapter of PEFT) begins with base and memory; the base alone is recorded.
         place = Path(name, hub.get("subfolder", "")) if os.path.isdir(name) else name
         model.name_or_path = model.config._name_or_path = str(place)

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub
+import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from memlayers.files import finish_replacing, path_below, read_sealed, write_sealed
 from memlayers.models.identity import BaseIdentity, require_fields
@@ -218,6 +220,49 @@ def is_whole_model(folder: Path) -> bool:
 
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as files of safetensors call them
+
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | {
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool
+}  # fmt: skip
+PAGE = 4096  # bytes of a file that the system reads at once
+
+
+def tensor_start(file: Path, name: str) -> int:
+    """The byte of a file of safetensors where a tensor begins. The file was opened by `safe_open` before."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    return 8 + size + header[name]["data_offsets"][0]
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a file of safetensors whose tables begin on a page: a row that fills one is read at once.
+
+    Larger numbers come first, as the library's own files have them, and of those tables; the header is filled up with
+    blanks. A table whose bytes fill no whole pages leaves those behind it where they come to lie.
+    """
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), not _is_table(name), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, table_start = 0, None
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        table_start = start if table_start is None and _is_table(name) else table_start
+        header[name] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text) + (table_start or 0)) % PAGE)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            flat = tensors[name].contiguous().view(-1)
+            if flat.numel():
+                opened.write(flat.view(torch.uint8).numpy().data)
+
+
+def _is_table(name: str) -> bool:
+    return name.endswith((".values.weight", ".values.codes", ".inputs.weight", ".inputs.codes"))
 
 
 class Stored(NamedTuple):

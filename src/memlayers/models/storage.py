@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,6 +25,7 @@ from memlayers.layer import MemoryLayer
 from memlayers.models.folder import (
     CARD,
     FLOATS,
+    TORCH_DTYPES,
     WEIGHTS,
     Description,
     Stored,
@@ -34,8 +34,10 @@ from memlayers.models.folder import (
     keeps_card,
     read_description,
     stored_tensors,
+    tensor_start,
     write_description,
     write_remote_code,
+    write_tensors,
 )
 from memlayers.models.identity import BaseIdentity, base_buffers, identity_of, recorded_base
 from memlayers.models.install import build_memories
@@ -43,13 +45,14 @@ from memlayers.models.modules import PlacedMemories, memory_tensors, placed_memo
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.targets import names_of
 from memlayers.models.wrappers import base_name, find_wrappers
-from memlayers.storage.low_bits import LowBitTable, rounded_numbers
-from memlayers.values import value_tables
+from memlayers.storage.low_bits import LowBitTable, unlisted_numbers
+from memlayers.storage.saved import Place, SavedTable
+from memlayers.values import ValueTable, value_tables
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
 
-Values = Literal["memory", "int8", "int4"]
+Values = Literal["memory", "int8", "int4", "mapped"]
 
 CHUNK = 2**25  # bytes of a file that are read at once
 
@@ -74,7 +77,7 @@ def write_memory(
         write_description(aside, description)
         if not keeps_card(folder):
             parameters = sum(tensor.numel() for tensor in placed.tensors.values() if isinstance(tensor, nn.Parameter))
-            parameters += rounded_numbers(model)
+            parameters += unlisted_numbers(model)
             text = card(description, parameters, auto_class=auto_class)
             (aside / CARD).write_bytes(text.encode())
 
@@ -100,6 +103,16 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
             )
     _require_its_size(model, base)
     return base
+
+
+def require_loaded(model: nn.Module) -> None:
+    """Raises `ValueError` for tables that are mapped from a folder, which has them already."""
+    for table in value_tables(model):
+        if isinstance(table, SavedTable):
+            raise ValueError(
+                f"model must have its tables in memory to be saved, got one of {table.extra_repr()}: copy that folder, "
+                f"or load it with values='memory'"
+            )
 
 
 def _base_of(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
@@ -166,7 +179,7 @@ def _write_weights(aside: Path, tensors: dict[str, Tensor], size: int | str) -> 
     for name, keys in split.filename_to_tensors.items():
         # Only what is on another device is copied, a file's worth at a time.
         shard = {key: tensors[key].detach().cpu().contiguous() for key in keys}
-        save_file(shard, aside / name, metadata={"format": "pt"})
+        write_tensors(aside / name, shard)
         del shard
     return describe_files(aside, split.filename_to_tensors)
 
@@ -225,18 +238,21 @@ def read_memory(
     expected = {name: like for name, like in memory_tensors(by_name).items() if _float_name(name) not in rounded}
     expected |= {name: torch.empty(table.shape, device="meta") for name, table in rounded.items()}
     _check_stored(folder, stored, {**expected, **dict.fromkeys(gates, gate_like)})
+    mapped = _map_tables(by_name, stored) if values == "mapped" else set()
     if mesh is not None:
         put_in_columns(value_tables(nn.ModuleList(by_name.values())), mesh)
     for name, memory in zip(names, by_name.values(), strict=True):
         like = tensor_like(model, name)
         if like.is_meta:
             raise ValueError(f"model must hold its weights, got {name} on the meta device")
+        if mapped and like.device.type != "cpu":
+            raise ValueError(f"model must be on the CPU for values='mapped', got {name} on {like.device}")
         _allocate(memory, like.device)
     for key, table in rounded.items():
         for start, part in _chunks(stored[key].file, key):
             check_values(part, f"{key!r} in {stored[key].file}")
             table.fill(start, part.to(table.codes.device))
-    loaded = {key: tensor for key, tensor in memory_tensors(by_name).items() if key in expected}
+    loaded = {key: tensor for key, tensor in memory_tensors(by_name).items() if key in expected.keys() - mapped}
     for key, tensor in loaded.items():
         _fill(tensor, stored[key].file, key)
     read_gates = [_read(stored[gate].file, gate) for gate in gates]
@@ -255,8 +271,8 @@ def _placement_of(folder: Path, description: Description, values: Values, mesh: 
             f"values must be 'memory' or 'int{placement.value_bits}' for {str(folder)!r}, whose tables have "
             f"{placement.value_bits} bits, got {values!r}: quantise from a folder of floats"
         )
-    if asked is not None and mesh is not None:
-        raise ValueError(f"mesh must be None for tables of {asked} bits, which are whole on each rank, got one")
+    if mesh is not None and (asked is not None or values == "mapped"):
+        raise ValueError("mesh must be None for tables of few bits and for mapped ones, which are whole, got one")
     return dataclasses.replace(placement, value_bits=asked)
 
 
@@ -268,6 +284,34 @@ def _rounded_on_the_way(memories: Mapping[str, MemoryLayer], stored: Mapping[str
             if isinstance(module, LowBitTable):
                 tables.setdefault(module, f"{name}.memory.{part}.weight")
     return {name: table for table, name in tables.items() if name in stored}
+
+
+def _map_tables(memories: Mapping[str, MemoryLayer], stored: Mapping[str, Stored]) -> set[str]:
+    """Puts tables in the place of those of memories that have no storage yet; returns the names of what they map."""
+    made: dict[ValueTable, SavedTable] = {}
+    names: set[str] = set()
+    for name, memory in memories.items():
+        table, bits = memory.values, getattr(memory.values, "bits", None)
+        if type(table) not in (ValueTable, LowBitTable):
+            raise ValueError(
+                f"values must be 'memory' for memories with a {type(table).__name__}, got 'mapped': only plain tables "
+                f"are read from their file"
+            )
+        if table not in made:
+            parts = [f"{name}.memory.values.{part}" for part in (("weight",) if bits is None else ("codes", "scales"))]
+            places = [Place(stored[part].file, tensor_start(stored[part].file, part)) for part in parts]
+            slots, dim = table.shape
+            made[table] = SavedTable(
+                slots,
+                dim,
+                places[0],
+                TORCH_DTYPES[stored[parts[0]].dtype],
+                scales=None if bits is None else places[1],
+                bits=bits,
+            )
+            names.update(parts)
+        memory.values = made[table]
+    return names
 
 
 def _float_name(name: str) -> str:

@@ -13,7 +13,6 @@ from memlayers.models.modules import adapter_parameters, memory_parameters, unwr
 from memlayers.optim.memory_adamw import MemoryAdamW
 from memlayers.optim.row_optimizer import RowOptimizer
 from memlayers.sizes import nominal_bytes, size_text
-from memlayers.storage.low_bits import LowBitTable
 from memlayers.values import ValueTable, value_tables
 
 _COLUMNS = ("", "parameters", "trainable", "weights", "gradients", "optimizer")
@@ -81,11 +80,11 @@ def memory_summary(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     for name, parameters in parts.items():
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
         held = [*trainable, *(table.row_mark for table in tables)] if name == "values" else trainable
-        rounded = [table for table in tables if isinstance(table, LowBitTable) and name == "values"]
+        unlisted = [table for table in tables if "weight" not in table._parameters and name == "values"]
         summaries[name] = PartSummary(
-            parameters=sum(parameter.numel() for parameter in parameters) + sum(one.shape.numel() for one in rounded),
+            parameters=sum(parameter.numel() for parameter in parameters) + sum(one.shape.numel() for one in unlisted),
             trainable=sum(parameter.numel() for parameter in trainable),
-            weight_bytes=nominal_bytes([*parameters, *(part for table in rounded for part in table.stored)]),
+            weight_bytes=nominal_bytes([*parameters, *(part for table in unlisted for part in table.stored)]),
             gradient_bytes=nominal_bytes(parameter for parameter in trainable if parameter not in in_row_mode),
             optimizer_bytes=None if optimizer is None else _state_bytes(optimizer, held),
         )

@@ -163,9 +163,9 @@ def empty_like(table: ValueTable, bits: int, *, device: torch.device | str | Non
     )
 
 
-def rounded_numbers(model: nn.Module) -> int:
-    """How many numbers the tables of few bits in a model stand for."""
-    return sum(table.shape.numel() for table in value_tables(model) if isinstance(table, LowBitTable))
+def unlisted_numbers(model: nn.Module) -> int:
+    """How many numbers the tables of a model hold that are in no list of parameters: of few bits, or in a file."""
+    return sum(table.shape.numel() for table in value_tables(model) if "weight" not in table._parameters)
 
 
 def low_bit_table(table: ValueTable, bits: int) -> LowBitTable:

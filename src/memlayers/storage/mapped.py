@@ -143,7 +143,7 @@ class MappedTable(ValueTable):
             raise ValueError("a value table in files cannot be exported: load the model with its table in memory")
         if self.weight.data_ptr() != files.weight.tensor.data_ptr():  # another one, by `functional_call`
             return super()._compute(slots_TM, given)
-        slots_U = _distinct(slots_TM, files.slots)
+        slots_U = distinct_slots(slots_TM, files.slots)
         files.ahead.keep_to_budget()
         is_written_U = files.written[slots_U]
         started = files.ahead.fetch([files.weight], slots_U[is_written_U])
@@ -167,7 +167,7 @@ class MappedTable(ValueTable):
         y = []
         tokens = max(1, _GATHERED // max(1, slots_TM.shape[1] * self._files.width))
         for some_TM, its in zip(slots_TM.split(tokens), given.split(tokens), strict=True):
-            slots_U = _distinct(some_TM, self._files.slots)
+            slots_U = distinct_slots(some_TM, self._files.slots)
             places_TM = torch.from_numpy(np.searchsorted(slots_U, some_TM.numpy()))
             y.append(self._operations[1](self._files.rows(slots_U), places_TM, its))
         return torch.cat(y)
@@ -186,7 +186,7 @@ class MappedTable(ValueTable):
         self._files.ahead.wait(self._begun)
         self._begun = []
         slots = torch.cat([part.slots_TK[part.weights_TK != 0] for part in parts])
-        self._files.before_change(_distinct(slots, self._files.slots))
+        self._files.before_change(distinct_slots(slots, self._files.slots))
 
     def changed_slots(self) -> Tensor:
         return torch.from_numpy(np.flatnonzero(self._files.logged))
@@ -332,7 +332,7 @@ def _new_seed() -> int:
     return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
-def _distinct(slots: Tensor, num_slots: int) -> np.ndarray:
+def distinct_slots(slots: Tensor, num_slots: int) -> np.ndarray:
     """The slots that occur, ascending. Raises `IndexError` for what is none."""
     distinct = np.unique(slots.detach().numpy())
     if len(distinct) and not 0 <= distinct[0] <= distinct[-1] < num_slots:
