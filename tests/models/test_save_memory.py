@@ -148,15 +148,15 @@ def test_a_save_that_fails_leaves_the_earlier_one(family, with_memory, tmp_path,
     before = files_of(tmp_path)
     written = []
 
-    def fail_late(tensors, file, **options):
+    def fail_late(file, tensors):
         if written:
             Path(file).write_bytes(b"half")
             raise OSError("No space left on device")
         written.append(file)
-        save_file(tensors, file, **options)
+        write_tensors(file, tensors)
 
-    save_file = storage_module.save_file
-    monkeypatch.setattr(storage_module, "save_file", fail_late)
+    write_tensors = storage_module.write_tensors
+    monkeypatch.setattr(storage_module, "write_tensors", fail_late)
     for memory in memory_layers(with_memory).values():
         nn.init.zeros_(memory.keys.weight)
     with pytest.raises(OSError, match="No space left"):
