@@ -88,6 +88,22 @@ def test_the_checkpoint_before_one_that_was_not_finished_is_gone_on_from(
     assert result["validation"] == expected["validation"]
 
 
+def test_a_run_that_ends_before_its_result_is_written_goes_on(tiny_config, tiny_corpus, tmp_path, monkeypatch):
+    config = of(tiny_config, tmp_path / "tables")
+    expected = train(of(tiny_config, None), tmp_path / "whole", corpus=tiny_corpus, progress=False)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    gc.collect()
+    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True)
+    assert result["validation"] == expected["validation"]
+
+
 def _fail_at(number):
     calls = []
 

@@ -243,6 +243,15 @@ def test_a_compiled_layer(tmp_path):
         assert torch.equal(compiled(x), other(x))
 
 
+def test_another_weight_of_a_functional_call_is_read(tmp_path):
+    layer = mapped(tmp_path)
+    x, rows = torch.randn(3, 32), torch.randn(256, 32)
+    other = in_memory(layer)
+    with torch.no_grad():
+        expected = torch.func.functional_call(other, {"values.weight": rows}, (x,))
+        assert torch.equal(torch.func.functional_call(layer, {"values.weight": rows}, (x,)), expected)
+
+
 # What is refused.
 
 

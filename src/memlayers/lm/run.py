@@ -221,7 +221,7 @@ class RunFolder:
             shutil.rmtree(left, ignore_errors=True)
         for table in mapped_tables(model):
             table.fill()
-            table.checkpoint()
+            table.checkpoint(keep=len(table.checkpoints) + 1)  # a resumed run may go back from here
         with new_folder(self.model) as folder:
             with without_bars():
                 model.save_pretrained(folder)

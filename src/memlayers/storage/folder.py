@@ -208,13 +208,19 @@ class TableFolder:
                     f"{_in_words(asked)}: build the optimizer that trained it, or call drop_states() on the table"
                 )
             return {name: file.tensor for name, file in self.states.items()}
+        made = {}
         for name, like in likes.items():
             (self.folder / f"{name}.rows").unlink(missing_ok=True)  # of a table that was killed here
-            self.states[name] = self._open_rows(name, like.shape, like.dtype)
-            self.states[name].flush()
+            made[name] = self._open_rows(name, like.shape, like.dtype)
+            made[name].flush()
         flush(self.folder)
+        self.states = made
+        try:
+            self._describe()
+        except BaseException:
+            self.states = {}
+            raise
         self._end_log()  # which knows nothing of them
-        self._describe()
         return {name: file.tensor for name, file in self.states.items()}
 
     def drop_states(self) -> None:

@@ -121,6 +121,7 @@ class MappedTable(ValueTable):
         self._begun: list[Future[None]] = []  # reads of states, for the next step
         self._is_left_out = False
         self.weight = nn.Parameter(self._files.weight.tensor)
+        self._own = (self.weight,)  # of a tuple, so that it is registered once
         self.settle_mark()
 
     @property
@@ -141,7 +142,7 @@ class MappedTable(ValueTable):
         files = self._files
         if is_exporting():
             raise ValueError("a value table in files cannot be exported: load the model with its table in memory")
-        if self.weight.data_ptr() != files.weight.tensor.data_ptr():  # another one, by `functional_call`
+        if self.weight is not self._own[0]:  # another one, by `functional_call`
             return super()._compute(slots_TM, given)
         slots_U = distinct_slots(slots_TM, files.slots)
         files.ahead.keep_to_budget()
@@ -152,6 +153,7 @@ class MappedTable(ValueTable):
             if files.std:
                 files.write_fresh(slots_U[~is_written_U])
             states = [file for file in files.states.values() if file.tensor.ndim > 1]
+            self._begun = [read for read in self._begun if not read.done()]
             self._begun += files.ahead.fetch(states, slots_U[is_written_U])
             files.ahead.wait(started)
             return super()._compute(slots_TM, given)
