@@ -284,12 +284,16 @@ def test_a_row_that_starts_again_says_what_the_row_beside_it_says():
         model(input_ids=IDS)
     counts = torch.zeros(1, 64, dtype=torch.int64)
     counts[0, [9, 10, 17, 18]] = torch.tensor([5, 4, 3, 2])  # sub-keys 1, 2 and 1, 2
+    keys = layer.keys.weight.detach().clone()
     meter.load_state_dict({**meter.state_dict(), "count_HS": counts})
     values, state = layer.values.weight.detach().clone(), optimizer.state[layer.values.weight]["exp_avg"].clone()
     assert reset_slots(model, {"transformer.h.1.mlp.memory": meter}, optimizer=optimizer) == {
         "transformer.h.1.mlp.memory": 12
     }
     parent = torch.tensor([1, 1, 2, 2, 1, 2, 1, 2])  # the most read ones in turn: 1, 2, 1, ...
+    away = (layer.keys.weight[:, 0] - keys[:, 0, parent]).norm(dim=-1) / keys[:, 0, parent].norm(dim=-1)
+    assert (away[:, [1, 2]] == 0).all()
+    assert ((away[:, [0, 3, 4, 5, 6, 7]] > 0.01) & (away[:, [0, 3, 4, 5, 6, 7]] < 0.3)).all()
     slots = (parent[:, None] * 8 + parent).flatten()
     assert torch.equal(layer.values.weight, values[slots])
     assert torch.equal(optimizer.state[layer.values.weight]["exp_avg"], state[slots])

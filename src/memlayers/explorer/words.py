@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memlayers.diagnosis.subjects import Subject
 from memlayers.memory_plus import MemoryPlus
+from memlayers.torch_private import without_compiled_graphs
 
 LOGITS_AT_ONCE = 2**24  # 64 MB
 
@@ -94,7 +95,8 @@ def _final_norm(model: nn.Module, head: nn.Module, ids: Tensor) -> nn.Module | N
     handles = [module.register_forward_hook(keep) for module in norms]
     handles.append(head.register_forward_pre_hook(lambda module, args: given.append(args[0])))
     try:
-        model(input_ids=ids)
+        with without_compiled_graphs():  # which would not call the hooks
+            model(input_ids=ids)
     finally:
         for handle in handles:
             handle.remove()
