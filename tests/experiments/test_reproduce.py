@@ -11,12 +11,14 @@ from memlayers.experiments import scales
 from memlayers.experiments.depth import DEPTH, at_rate, best_rate
 from memlayers.experiments.equivalent import PowerLaw
 from memlayers.experiments.experiment import Claim
+from memlayers.experiments.noise import NOISE
 from memlayers.experiments.points import Point, is_below, point, pooled_noise, versus
 from memlayers.experiments.records import GridFolder, Identity
 from memlayers.experiments.registry import EXPERIMENTS
 from memlayers.experiments.reproduce import plan, planned, reproduce
 from memlayers.experiments.scales import changed, scale
 from memlayers.experiments.worker import work
+from memlayers.experiments.write_up import places
 from memlayers.lm.config import RunConfig
 from memlayers.lm.faults import Diverged
 
@@ -222,6 +224,25 @@ def test_the_best_rate_is_known_when_all_were_tried(tiny):
     # The runs that are reported have another seed than those that chose the rate.
     reported = [run.config.training for run in DEPTH.runs(tiny, known.get) if run.point.startswith("1 layers,")]
     assert {training.seed for training in reported if training.tokens == 192} == {1}
+
+
+def test_the_plot_of_noise_shows_each_run_at_its_seed(tiny):
+    known = {}
+    runs = NOISE.runs(tiny, known.get)
+    for number, run in enumerate(runs):
+        known[run.config] = record(5.0 + number)
+    points = {run.point: point([known[run.config]], None) for run in runs}
+    shown = places(runs, points, known.get)
+    heights = {name: {x: one.perplexity for x, one in line.items()} for name, line in shown.items()}
+    assert heights == {"1 layers": {0: 5.0, 1: 6.0}, "1 layers + memory": {0: 7.0, 1: 8.0}}
+
+
+def test_a_plot_shows_the_means_of_runs_that_stand_at_one_place(tiny):
+    known = {}
+    runs = [run for run in EXPERIMENTS["size"].runs(tiny, known.get) if run.series]
+    points = {run.point: point([record(7.0)], None) for run in runs}
+    shown = places(runs, points, known.get)  # no run is asked for
+    assert {one.perplexity for line in shown.values() for one in line.values()} == {7.0}
 
 
 def test_a_point_is_the_mean_with_its_standard_error():

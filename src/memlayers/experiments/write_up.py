@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memlayers.experiments.experiment import Claim, Experiment, Found, Run, Table
 from memlayers.experiments.noise import noise_of
@@ -11,6 +11,9 @@ from memlayers.experiments.records import Record
 from memlayers.experiments.scales import Scale
 from memlayers.files import write_json, write_text
 from memlayers.presentation import COLOURS, markdown_table, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HOLDS = {True: "carries over", False: "does not carry over", None: "open"}
 
@@ -50,7 +53,8 @@ def write_report(
     write_json(folder / "report.json", content)
     write_text(folder / "report.md", _markdown(content, claims, tables, experiment.paper))
     if runs:
-        _plot(experiment, runs, points, folder / f"{experiment.name}.png")
+        figure = _plot(experiment, places(runs, points, found))
+        save_figure(figure, folder / f"{experiment.name}.png")
     return content
 
 
@@ -148,16 +152,31 @@ def _made_on(records: Sequence[Record | None] | Any) -> list[str]:
     return sorted(lines)
 
 
-def _plot(experiment: Experiment, runs: Sequence[Run], points: Points, file: Path) -> None:
+Places = Mapping[str, Mapping[float | None, Point]]
+
+
+def places(runs: Sequence[Run], points: Points, found: Found) -> Places:
+    """The lines of the plot, each with its points by their places.
+
+    Runs of one point that stand at several places, as those of `noise` do by their seeds, are plotted one by one.
+    """
+    xs: dict[str, set[float | None]] = {}
+    for run in runs:
+        xs.setdefault(run.point, set()).add(run.x)
+    series: dict[str, dict[float | None, Point]] = {}
+    for run in runs:
+        one = points[run.point] if len(xs[run.point]) == 1 else point([found(run.config)], None)
+        if run.series and one.perplexity is not None:
+            series.setdefault(run.series, {})[run.x] = one
+    return series
+
+
+def _plot(experiment: Experiment, series: Places) -> "Figure":
     """Perplexity, and the usage of the memories, against what the experiment varies."""
     from matplotlib.figure import Figure  # slow to import, and optional
 
     figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
     quality, used = figure.subplots(1, 2)
-    series: dict[str, dict[float | None, Point]] = {}
-    for run in runs:
-        if run.series and points[run.point].perplexity is not None:
-            series.setdefault(run.series, {})[run.x] = points[run.point]
     for number, (name, places) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         if None in places:
@@ -179,4 +198,4 @@ def _plot(experiment: Experiment, runs: Sequence[Run], points: Points, file: Pat
             axes.set_xscale("log", base=2)
     if series:
         quality.legend(frameon=False, fontsize=8)
-    save_figure(figure, file)
+    return figure
