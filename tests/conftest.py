@@ -12,7 +12,8 @@ import torch
 # What `make test-fast` leaves out: folders and files whose tests train, compile or start processes for seconds.
 LONG = (
     "bench", "benchmarks", "cli/test_failures.py", "diagnosis/test_faults.py", "diagnosis/test_trainer_callback.py",
-    "diagnosis/test_untouched.py", "distributed", "experiments", "lm/data/sources", "lm/data/test_descriptors.py",
+    "diagnosis/test_untouched.py", "distributed", "experiments",
+    "finetuning/test_trainer_callback.py", "lm/data/sources", "lm/data/test_descriptors.py",
     "lm/data/test_prepare.py", "lm/data/test_ready_text.py", "lm/data/test_restart.py", "lm/test_config_presets.py",
     "lm/test_dry_run.py", "lm/test_evaluate.py", "lm/test_faults.py", "lm/test_footprint.py", "lm/test_generate.py",
     "lm/test_golden_losses.py", "lm/test_resume.py", "lm/test_run.py", "lm/test_train.py",

@@ -133,6 +133,12 @@ def steps(model, optimizer, losses):
     return state_of(getattr(model, "module", model), optimizer)
 
 
+def of_chosen_rows(model):
+    optimizer = RowAdam(model, lr=0.05)
+    optimizer.choose_rows(range(0, len(model.first.values.weight), 3))
+    return optimizer
+
+
 TABLE_ALONE = {
     "RowAdam": ({}, lambda model: RowAdam(model, lr=0.05)),
     "RowAdagrad": ({}, lambda model: RowAdagrad(model, lr=0.05)),
@@ -141,6 +147,7 @@ TABLE_ALONE = {
     "bfloat16, to the nearest": ({"dtype": torch.bfloat16}, lambda model: RowAdam(model, rounding="nearest")),
     "moments in bfloat16": ({"dtype": torch.bfloat16}, lambda model: RowAdam(model, lr=0.05, moments="bfloat16")),
     "Memory+": ({"kind": MemoryPlus}, lambda model: RowAdam(model, lr=0.05)),
+    "chosen rows": ({}, of_chosen_rows),
 }
 
 

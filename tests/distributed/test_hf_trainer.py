@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from memlayers import MemoryConfig, add_memory
+from memlayers import MemoryConfig, SlotCounts, add_memory
 from memlayers.models import causal_lm, memory_layers
 from memlayers.optim import MemoryAdamW
 
@@ -16,10 +16,10 @@ class Tokens(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         tokens = torch.randint(50, (12,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": tokens, "labels": tokens}
+        return {"input_ids": tokens, "labels": torch.where(torch.arange(12) < 4, -100, tokens)}
 
 
-def train(rank, folder, steps, resume):
+def train(rank, folder, steps, resume, slots=None):
     # Here and not above: who only collects these tests need not wait for it.
     from transformers import Trainer, TrainingArguments
 
@@ -46,8 +46,17 @@ def train(rank, folder, steps, resume):
         lr_scheduler_type="constant",  # which does not know of a later end
     )
     settings = {"lr": 1e-3, "value_lr": 1e-2, "value_max_grad_norm": 0.1}
+    callbacks = []
+    if slots is not None:
+        from memlayers.finetuning import MemoryFinetuning  # as above
+
+        callbacks = [MemoryFinetuning(SlotCounts(model), method="kl", slots=slots)]
     trainer = Trainer(
-        model, arguments, train_dataset=Tokens(), optimizer_cls_and_kwargs=(MemoryAdamW.for_trainer, settings)
+        model,
+        arguments,
+        train_dataset=Tokens(),
+        optimizer_cls_and_kwargs=(MemoryAdamW.for_trainer, settings),
+        callbacks=callbacks,
     )
     assert arguments.world_size == 2
     trainer.train(resume_from_checkpoint=resume)
@@ -68,3 +77,11 @@ def test_replicas_of_a_trainer_are_the_same_and_a_run_is_resumed(pair, tmp_path)
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
         assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.slow
+def test_all_ranks_choose_the_rows_that_the_batches_of_all_of_them_read(pair, tmp_path):
+    one, other = pair(train, str(tmp_path), 3, None, 5)
+    assert 0 < int((one["steps"] > 0).sum()) <= 15
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name

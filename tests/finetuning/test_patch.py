@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from memlayers import Experts, MappedFile, MemoryLayer
+from memlayers import Experts, MappedFile, MemoryLayer, quantize_memory
 from memlayers.finetuning import MemoryPatch, memory_diff
 from memlayers.optim import RowAdam
 from memlayers.values import value_tables
@@ -143,6 +143,9 @@ def test_models_that_differ_in_more_than_rows_are_refused_by_name(make_net, tmp_
         memory_diff(base, make_net(shared=True))
     with pytest.raises(ValueError, match="at least one memory, got a Linear without"):
         memory_diff(nn.Linear(2, 2), base)
+    low = quantize_memory(copy.deepcopy(base), bits=8)
+    with pytest.raises(ValueError, match="the table first.values must be of floats: .* got one of 8 bits"):
+        memory_diff(low, copy.deepcopy(low))
     layer = MemoryLayer(base.first.config, values=MappedFile(tmp_path / "table"))
     with pytest.raises(ValueError, match="the table values must be whole and in memory, got one in files"):
         memory_diff(layer, layer)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memlayers import Experts
+from memlayers import Experts, quantize_memory
 from memlayers.finetuning import SlotCounts, select_slots
 from memlayers.optim import RowSGD
 from memlayers.values import value_tables
@@ -63,6 +63,16 @@ def test_all_takes_what_is_read_of_both_tables_of_experts(make_net, make_batches
     for chosen in rows.values():
         assert chosen.tolist() == new.reads["first.values"].nonzero().flatten().tolist()
     RowSGD(net).choose_rows(rows)
+
+
+def test_tables_of_integers_are_counted_and_ignored_by_optimizers(make_net, make_batches):
+    net = make_net().eval()
+    net.first = quantize_memory(net.first, bits=8)
+    rows = select_slots(net, None, make_batches()[0][0], method="all")
+    assert list(rows) == value_tables(net)
+    optimizer = RowSGD([net.second.values])
+    optimizer.choose_rows(rows)
+    assert list(optimizer.chosen_rows) == [net.second.values]
 
 
 def test_the_model_is_left_as_it_is(make_net, make_batches):

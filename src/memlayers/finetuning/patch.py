@@ -219,7 +219,7 @@ def memory_diff(model: nn.Module, base: nn.Module) -> MemoryPatch:
 def _require_same_rest(model: nn.Module, base: nn.Module) -> None:
     rest = []
     for one in (model, base):
-        tables = {part for table in tables_by_name(one).values() for part in (table.weight, table.row_mark)}
+        tables = {part for table in tables_by_name(one).values() for part in (*table.stored, table.row_mark)}
         named = [*one.named_parameters(), *one.named_buffers()]
         rest.append({plain_name(name): tensor for name, tensor in named if tensor not in tables})
     new, old = rest
@@ -232,6 +232,8 @@ def _require_same_rest(model: nn.Module, base: nn.Module) -> None:
 
 
 def _plain_weight(name: str, table: ValueTable) -> Tensor:
+    if table.untrainable:
+        raise ValueError(f"the table {name} must be of floats: {table.untrainable}")
     if isinstance(table, MappedTable) or hasattr(table.weight, "placements"):  # a DTensor
         where = "files" if isinstance(table, MappedTable) else "columns"
         raise ValueError(f"the table {name} must be whole and in memory, got one in {where}")

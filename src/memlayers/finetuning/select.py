@@ -70,7 +70,7 @@ def select_slots(
         else:
             chosen = best(scores(method, reads_S, counts, name), reads_S, slots or 0)
         for table in (table for layer in layers for table in value_tables(layer)):
-            if len(table.weight) == len(reads_S):
+            if table.shape[0] == len(reads_S):
                 rows[table] = chosen
     return rows
 

@@ -73,7 +73,7 @@ class MemoryFinetuning(TrainerCallback):
         self._hook = model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         if self.rows is None:
             self._new = SlotCounts(model).attach()
-        elif owner.chosen_rows is None:
+        elif owner.chosen_rows is None or not state.global_step:  # a run that is resumed has its own
             owner.choose_rows(self.rows)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
