@@ -62,7 +62,54 @@ def results_of(case, **settings):
     watch = run.Stopwatch(device=torch.device("cpu"), repeats=3, budget=0.01)
     ((entry, one),) = config.pairs()
     with quiet_collector():
-        return list(run._results(entry, cases.Bench.on(watch), one))
+        return list(run._results(entry, cases.Bench.on(watch, config.dtypes), one))
+
+
+def test_dtypes_are_an_axis():
+    both = ("float32", "bfloat16", "autocast")
+    for case in ("forward", "decode", "train"):
+        assert [result.part for result in results_of(case, dtypes=both)] == ["", "bfloat16", "autocast"]
+        (result,) = results_of(case, dtypes=("autocast",))
+        assert "textbook" in " ".join(result.samples)
+        assert "ours" in result.samples
+    assert [one.part for one in results_of("update", dtypes=("bfloat16",))] == [
+        "bfloat16 table",
+        "bfloat16 table and moments",
+    ]
+    assert [one.part for one in results_of("read", dtypes=("bfloat16",))] == ["bfloat16 table"]
+
+
+def test_what_is_timed_in_bfloat16_is_in_bfloat16(monkeypatch):
+    dtypes = []
+    forward = MemoryLayer.forward
+
+    def spy(self, x):
+        dtypes.append((x.dtype, self.values.weight.dtype, torch.is_autocast_enabled("cpu")))
+        return forward(self, x)
+
+    monkeypatch.setattr(MemoryLayer, "forward", spy)
+    for case in ("forward", "decode", "train"):
+        results_of(case, dtypes=("bfloat16",))
+        assert (torch.bfloat16, torch.bfloat16, False) in dtypes[-3:]
+        results_of(case, dtypes=("autocast",))
+        assert (torch.float32, torch.float32, True) in dtypes[-3:]
+
+
+def test_outputs_in_16_bits_that_are_of_other_tokens_close_the_gate():
+    outputs = torch.randn(40, 32)
+    gate.check_16_bits(shape("tiny"), "output", outputs.bfloat16(), outputs)
+    for wrong in (outputs.roll(1, 0), -outputs, outputs * torch.nan):
+        with pytest.raises(gate.GateError, match="at tiny output: "):
+            gate.check_16_bits(shape("tiny"), "output", wrong, outputs)
+
+
+def test_tokens_are_an_axis():
+    config = BenchConfig(cases=("read", "forward"), shapes=("tiny", "128x128"), tokens=(1, 16))
+    found = [(case.name, one.name, one.tokens) for case, one in config.pairs()]
+    assert found[:4] == [("read", "tiny", 1), ("read", "tiny", 16), ("read", "128x128", 1), ("read", "128x128", 16)]
+    assert len(found) == 8
+    assert BenchConfig(tokens=9).tokens == (9,)
+    assert BenchConfig(tokens=None).tokens == ()
 
 
 def test_contenders():
@@ -77,7 +124,8 @@ def test_contenders():
     trained = ["ours", "textbook, fused Adam", "textbook, SparseAdam", "ours on its references"]
     assert list(train.samples) == trained
     assert not [note for note in train.notes if note.startswith("ours on its references")]
-    float32, bfloat16 = results_of("read")
+    float32, few_bits, bfloat16 = results_of("read")
+    assert list(few_bits.samples) == ["ours", "8 bits", "4 bits"]
     for result in (float32, bfloat16):
         assert list(result.samples) == ["ours", "F.embedding_bag", "copy (limit)", "random rows (limit)"]
     assert float32.work["ours"][0] == 2 * bfloat16.work["ours"][0] == 64 * 2 * 4 * 32 * 4
@@ -173,6 +221,7 @@ def test_a_sweep_narrows_what_does_not_fit(monkeypatch):
         (["--repeats", "0"], "repeats must be an integer of at least 1, got 0"),
         (["--threads", "0"], "threads must be an integer of at least 1, got 0"),
         (["--budget", "0"], "budget must be a finite number above 0, got 0"),
+        (["--dtypes", "float64"], "dtypes must be some of float32, bfloat16, autocast, got 'float64'"),
         (["--tokens", "0"], "tokens must be an integer of at least 1, got 0"),
         (["--tokens", "1"], "tokens must be at least 2 where BatchNorm is trained"),
         (["--device", "tpu"], "device must be one of auto, cpu.*, got 'tpu'"),

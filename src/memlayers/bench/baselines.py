@@ -43,7 +43,7 @@ class TextbookMemory(nn.Module):
         y_TV = F.embedding_bag(
             slots_THK.flatten(1),
             self.values,
-            per_sample_weights=scores_THK.softmax(-1).flatten(1),
+            per_sample_weights=scores_THK.softmax(-1).flatten(1).to(self.values.dtype),  # not that of autocast
             mode="sum",
             sparse=self.sparse,
         )

@@ -24,6 +24,7 @@ from memlayers.bench.result import OURS, Result, fold
 from memlayers.bench.shapes import Shape
 from memlayers.bench.timing import Call, Stopwatch, capture
 from memlayers.bench.training import (
+    DENSE,
     REFERENCE,
     REFERENCE_ON_GPU,
     TRAINED,
@@ -40,6 +41,7 @@ from memlayers.ops.select import select_pairs
 from memlayers.storage.low_bits import LowBitTable
 from memlayers.values import ValueTable
 
+DTYPES = ("float32", "bfloat16", "autocast")  # autocast: to bfloat16, of float32 weights
 _ROWS, _IN_ORDER = "random rows (limit)", "as many bytes in order (limit)"
 _COPY = "copy (limit)"
 _SUM = "query + keys + rows (limit)"
@@ -54,11 +56,12 @@ class Bench:
     watch: Stopwatch
     sum_rows: dict[str, limits.SumRows]
     update_rows: dict[str, limits.UpdateRows]
+    dtypes: tuple[str, ...] = ()  # of `DTYPES`; none: what each case has by itself
 
     @classmethod
-    def on(cls, watch: Stopwatch) -> "Bench":
+    def on(cls, watch: Stopwatch, dtypes: tuple[str, ...] = ()) -> "Bench":
         sums, updates = limits.row_kernels(watch.device)
-        return cls(watch=watch, sum_rows=sums, update_rows=updates)
+        return cls(watch=watch, sum_rows=sums, update_rows=updates, dtypes=dtypes)
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +99,7 @@ def read(bench: Bench, shape: Shape) -> Iterator[Result]:
     """The weighted sum of H * K rows a token; float32 and bfloat16 tables, and beside float32 those of few bits."""
     table_SV = make_table(shape, bench.device)
     slots_TR, weights_TR = _hits(shape, table_SV)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in _table_dtypes(bench):
         table_SV = table_SV.to(dtype)
         table = table_of(table_SV)
         gate.check_read(shape, table, slots_TR, weights_TR)
@@ -155,14 +158,15 @@ def _read_low_bits(bench: Bench, shape: Shape, table: ValueTable, slots_TR: Tens
 
 @torch.no_grad()
 def update(bench: Bench, shape: Shape) -> Iterator[Result]:
-    """The row step of `RowAdam` alone, on what one batch read; float32 and bfloat16 tables."""
+    """The row step of `RowAdam` alone, on what one batch read; float32 and bfloat16 tables, and bfloat16 moments."""
     table_SV = make_table(shape, bench.device)
-    moments = Moments.of(table_SV)
     part = Part(*_hits(shape, table_SV), torch.randn(shape.tokens, shape.value_dim, device=bench.device))
-    for dtype in (torch.float32, torch.bfloat16):
+    kinds = [(dtype, torch.float32) for dtype in _table_dtypes(bench)]
+    if (torch.bfloat16, torch.float32) in kinds:
+        kinds.append((torch.bfloat16, torch.bfloat16))
+    for dtype, of_moments in kinds:
         table_SV = table_SV.to(dtype)
-        for moment_SV in (moments.exp_avg_SV, moments.exp_avg_sq_SV):
-            moment_SV.zero_()
+        moments = Moments.of(table_SV, of_moments)
         steps_S = torch.zeros(shape.slots, dtype=torch.int32, device=bench.device)
         gate.check_update(shape, table_SV, (moments.exp_avg_SV, moments.exp_avg_sq_SV, steps_S), part)
         copy, copied = limits.copy(bench.device)
@@ -170,7 +174,7 @@ def update(bench: Bench, shape: Shape) -> Iterator[Result]:
         moved = row_step_bytes(table_SV, moments, steps_S, part)
         yield Result(
             case="update",
-            part=_table_name(table_SV),
+            part=_table_name(table_SV) + (" and moments" if of_moments == torch.bfloat16 else ""),
             shape=shape,
             samples=samples,
             work={OURS: (moved, "GB/s"), _COPY: (copied, "GB/s")},
@@ -182,8 +186,15 @@ def update(bench: Bench, shape: Shape) -> Iterator[Result]:
 @torch.no_grad()
 def forward(bench: Bench, shape: Shape) -> Iterator[Result]:
     """The layer in evaluation, and the sum of its limits."""
+    for dtype in bench.dtypes or ("float32",):
+        yield _forward(bench, shape, dtype)
+
+
+def _forward(bench: Bench, shape: Shape, dtype: str) -> Result:
     modules, x_TD, notes = _modules(bench, shape)
-    contenders = {name: call_of(module, x_TD) for name, module in modules.items()}
+    contenders = _calls(shape, modules, x_TD, dtype)
+    if dtype != "float32":
+        return Result(case="forward", part=dtype, shape=shape, samples=bench.watch.rounds(contenders), notes=(*notes,))
     table_SV = modules["textbook"].get_parameter("values").data
     slots_TR, _ = _hits(shape, table_SV)
     rows, ways_to_rows = _limit_of_rows(bench, table_SV, slots_TR)
@@ -195,12 +206,14 @@ def forward(bench: Bench, shape: Shape) -> Iterator[Result]:
     samples = bench.watch.rounds({**contenders, **{way: call for ways in parts.values() for way, call in ways.items()}})
     notes += [f"{name}: {fold(samples, ways, name)}" for name, ways in parts.items()]
     samples[_SUM] = [sum(together) for together in zip(*(samples[name] for name in parts), strict=True)]
-    yield Result(case="forward", shape=shape, samples=samples, notes=tuple(notes))
+    return Result(case="forward", shape=shape, samples=samples, notes=tuple(notes))
 
 
 def train(bench: Bench, shape: Shape) -> Iterator[Result]:
     """Forward, backward and update."""
-    yield time_training(bench, "train", shape, (*TRAINED, REFERENCE))
+    for dtype in bench.dtypes or ("float32",):
+        names = (*TRAINED, REFERENCE) if dtype == "float32" else (OURS, DENSE)
+        yield time_training(bench, "train", shape, names, "" if dtype == "float32" else dtype, dtype)
 
 
 def memory(bench: Bench, shape: Shape) -> Iterator[Result]:
@@ -222,19 +235,28 @@ def decode(bench: Bench, shape: Shape) -> Iterator[Result]:
     """One token, with nothing of the layer in the cache."""
     one = dataclasses.replace(shape, tokens=1)
     watch = dataclasses.replace(bench.watch, repeats=_DECODING_ROUNDS * bench.watch.repeats)
+    for dtype in bench.dtypes or ("float32",):
+        yield from _decode(bench, watch, one, dtype)
+
+
+def _decode(bench: Bench, watch: Stopwatch, one: Shape, dtype: str) -> Iterator[Result]:
     modules, x_TD, notes = _modules(bench, one)
-    contenders = {name: call_of(module, x_TD) for name, module in modules.items()}
+    contenders, part = _calls(one, modules, x_TD, dtype), "" if dtype == "float32" else dtype
     if bench.device.type == "cuda":
         samples = watch.rounds(contenders, launching=True)
-        yield Result(case="decode", part="launches included", shape=one, samples=samples, notes=tuple(notes))
+        yield Result(
+            case="decode", part=f"{part} launches included".strip(), shape=one, samples=samples, notes=tuple(notes)
+        )
         graphs, lacks = _captured(contenders, bench.device)
         samples = watch.rounds(graphs) if graphs else {}
-        yield Result(case="decode", part="as CUDA graphs", shape=one, samples=samples, notes=(*notes, *lacks))
+        yield Result(
+            case="decode", part=f"{part} as CUDA graphs".strip(), shape=one, samples=samples, notes=(*notes, *lacks)
+        )
         return
     flushed = torch.zeros(max(2**26, 4 * cache_bytes(bench.device)) // 4)
     # Streams with the threads of torch, as the blocks before the layer would.
     samples = watch.rounds(contenders, before=lambda: flushed.add_(1))
-    yield Result(case="decode", shape=one, samples=samples, notes=tuple(notes))
+    yield Result(case="decode", part=part, shape=one, samples=samples, notes=tuple(notes))
 
 
 def machine(bench: Bench, shape: Shape) -> Iterator[Result]:
@@ -269,14 +291,16 @@ def machine(bench: Bench, shape: Shape) -> Iterator[Result]:
     yield Result(case="machine", shape=shape, samples=samples, work=work, notes=tuple(notes))
 
 
-def time_training(bench: Bench, case: str, shape: Shape, names: tuple[str, ...], part: str = "") -> Result:
-    """Training steps of those contenders that take part and fit."""
+def time_training(
+    bench: Bench, case: str, shape: Shape, names: tuple[str, ...], part: str = "", dtype: str = "float32"
+) -> Result:
+    """Training steps of those contenders that take part and fit; in bfloat16 weights, table and moments are so."""
     able, notes = _able(bench, shape, names)
     if not able:
         return Result(case=case, part=part, shape=shape, notes=tuple(notes))
     if REFERENCE in able and bench.device.type == "cuda":
         notes.append(REFERENCE_ON_GPU)
-    steps, more = make_steps(tuple(able), shape, bench.device)
+    steps, more = make_steps(tuple(able), shape, bench.device, dtype)
     return Result(case=case, part=part, shape=shape, samples=bench.watch.rounds(steps), notes=(*notes, *more))
 
 
@@ -326,6 +350,37 @@ def _captured(contenders: dict[str, Call], device: torch.device) -> tuple[dict[s
         except Exception as error:  # whatever it is, the rest is measured
             notes.append(f"{name}: not captured: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}")
     return graphs, notes
+
+
+def _table_dtypes(bench: Bench) -> list[torch.dtype]:
+    """Of the tables that are read and updated; under autocast they stay in float32."""
+    asked = bench.dtypes or ("float32", "bfloat16")
+    wanted = {"float32": {"float32", "autocast"}, "bfloat16": {"bfloat16"}}
+    return [getattr(torch, name) for name, by in wanted.items() if by & {*asked}]
+
+
+def _calls(shape: Shape, modules: dict[str, nn.Module], x_TD: Tensor, dtype: str) -> dict[str, Call]:
+    """Forward passes in float32, in bfloat16 (the modules are converted), or under autocast."""
+    if dtype == "float32":
+        return {name: call_of(module, x_TD) for name, module in modules.items()}
+    expected_TD = modules[OURS](x_TD)
+    if dtype == "bfloat16":
+        x_TD = x_TD.bfloat16()
+        for module in modules.values():
+            module.bfloat16()
+    calls = {name: _under(dtype, x_TD.device, call_of(module, x_TD)) for name, module in modules.items()}
+    gate.check_16_bits(shape, f"output in evaluation, {dtype}", calls[OURS](), expected_TD)
+    return calls
+
+
+def _under(dtype: str, device: torch.device, call: Call) -> Call:
+    """The call as it is, or under autocast."""
+
+    def autocast() -> object:
+        with torch.autocast(device.type, torch.bfloat16):
+            return call()
+
+    return autocast if dtype == "autocast" else call
 
 
 def _table_name(table_SV: Tensor) -> str:

@@ -1,6 +1,7 @@
 """A run of the bench: check what was asked for, open the gate, run the cases, write what came out."""
 
 import dataclasses
+import itertools
 import os
 import shlex
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from memlayers.bench import cases, gate, report
+from memlayers.bench.cases import DTYPES
 from memlayers.bench.machine import (
     commit,
     device_of,
@@ -80,8 +82,13 @@ class BenchConfig:
     shapes: tuple[str, ...] = setting(
         (), f"at which shapes, of {', '.join(shape_names())}; none: those of the published figures"
     )
-    tokens: int | None = setting(
-        None, "tokens of a batch; null: those of the shape, on a GPU 16384 for select and read", least=1
+    tokens: tuple[int, ...] = setting(
+        (), "tokens of a batch, one or more; none: those of the shape, on a GPU 16384 for select and read", least=1
+    )
+    dtypes: tuple[str, ...] = setting(
+        (),
+        f"in which, of {', '.join(DTYPES)} (float32 weights under it); none: both tables for read and update, "
+        "float32 for the rest; other cases than these, forward, train and decode know no other",
     )
     device: str = setting("auto", "auto, cpu or cuda; auto: the GPU if there is one")
     threads: int | None = setting(None, "CPU threads; null: as many as PyTorch uses", least=1)
@@ -92,15 +99,20 @@ class BenchConfig:
     output: str | None = setting(None, "folder for results.json, table.md and plots; it must not exist yet")
 
     def __post_init__(self) -> None:
+        if isinstance(self.tokens, int | None):  # one number, as it was before there could be several
+            object.__setattr__(self, "tokens", () if self.tokens is None else (self.tokens,))
         check_settings(self)
         known = case_names()
         for case in self.cases or [""]:
             if case not in known:
                 raise ValueError(f"cases must be some of {', '.join(known)}, got {case!r}")
+        for dtype in self.dtypes:
+            if dtype not in DTYPES:
+                raise ValueError(f"dtypes must be some of {', '.join(DTYPES)}, got {dtype!r}")
         device_of(self.device)
         for _ in self.pairs():  # names of shapes, and numbers of tokens
             pass
-        if self.tokens == 1 and {"train", "memory"} & set(self.cases):
+        if 1 in self.tokens and {"train", "memory"} & set(self.cases):
             raise ValueError("tokens must be at least 2 where BatchNorm is trained (train, memory), got 1")
         if self.output is not None:
             _check_output(Path(self.output))
@@ -109,8 +121,8 @@ class BenchConfig:
         """The cases that are asked for, each with each of its shapes."""
         is_gpu = device_of(self.device).type == "cuda"
         for case in registry():
-            tokens = case.gpu_tokens if is_gpu and self.tokens is None else self.tokens
-            for name in self.shapes or case.shapes:
+            given = self.tokens or (case.gpu_tokens if is_gpu else None,)
+            for name, tokens in itertools.product(self.shapes or case.shapes, given):
                 one = shape(name)
                 if case.name in self.cases:
                     yield case, one if tokens is None else dataclasses.replace(one, tokens=tokens)
@@ -136,7 +148,7 @@ def run(config: BenchConfig, *, say: Callable[[str], None], command: str | None 
             "kernels": kernels_on(device),
         }
         _open_gate(config, device, say)
-        bench = cases.Bench.on(Stopwatch(device=device, repeats=config.repeats, budget=config.budget))
+        bench = cases.Bench.on(Stopwatch(device=device, repeats=config.repeats, budget=config.budget), config.dtypes)
         for case, one in config.pairs():
             say(f"{case.name}: {one.name}, {one.describe()}")
             torch.manual_seed(0)

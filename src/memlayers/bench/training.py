@@ -41,9 +41,9 @@ class Moments:
     exp_avg_sq_SV: Tensor
 
     @classmethod
-    def of(cls, table_SV: Tensor) -> "Moments":
-        """Zeros, every page of them written."""
-        return cls(torch.empty_like(table_SV).zero_(), torch.empty_like(table_SV).zero_())
+    def of(cls, table_SV: Tensor, dtype: torch.dtype | None = None) -> "Moments":
+        """Zeros, every page of them written; in the dtype of the table if none is given."""
+        return cls(*(torch.empty_like(table_SV, dtype=dtype).zero_() for _ in range(2)))
 
 
 def contender_bytes(name: str, shape: Shape) -> int:
@@ -66,19 +66,23 @@ def takes_part(name: str, shape: Shape) -> bool:
 
 
 def make_steps(
-    names: tuple[str, ...], shape: Shape, device: torch.device
+    names: tuple[str, ...], shape: Shape, device: torch.device, dtype: str = "float32"
 ) -> tuple[dict[str, Callable[[], None]], list[str]]:
-    """A training step of each: forward, backward, update. Second, a line for each that does not run."""
-    table_SV = make_table(shape, device)
+    """A training step of each: forward, backward, update. Second, a line for each that does not run.
+
+    dtype: float32; bfloat16 for all, moments included; or autocast, of float32 weights in the forward pass.
+    """
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    table_SV = make_table(shape, device).to(kind)
     moments = Moments.of(table_SV)
     textbook = make_textbook(shape, table_SV)
-    x_TD = torch.randn(shape.tokens, shape.dim, device=device)
+    x_TD = torch.randn(shape.tokens, shape.dim, device=device, dtype=kind)
     grad_TD = torch.randn_like(x_TD)
     steps, notes = {}, []
     for name in names:
         try:
-            module, optimizers = _make(name, shape, textbook, moments)
-            step = _step(module.train(), optimizers, x_TD, grad_TD)
+            module, optimizers = _make(name, shape, textbook, moments, kind)
+            step = _step(module.train(), optimizers, x_TD, grad_TD, autocast=dtype == "autocast")
             if name == REFERENCE:
                 step = _on_references(step)
             if name == PACKAGE:
@@ -93,15 +97,15 @@ def make_steps(
 
 
 def _make(
-    name: str, shape: Shape, textbook: TextbookMemory, moments: Moments
+    name: str, shape: Shape, textbook: TextbookMemory, moments: Moments, kind: torch.dtype = torch.float32
 ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     if name in (OURS, REFERENCE):
-        layer = make_layer(textbook, shape)
+        layer = make_layer(textbook, shape).to(kind)
         return layer, our_optimizers(layer, moments)
     if name == PACKAGE:
         package = PackageMemory(shape, textbook.values.data)
         return package, [_fused_adam(list(package.parameters()), package.values, moments)]
-    other = share_textbook(textbook, shape, sparse=name == SPARSE)
+    other = share_textbook(textbook, shape, sparse=name == SPARSE).to(kind)
     if name == DENSE:
         return other, [_fused_adam(list(other.parameters()), other.values, moments)]
     sparse = torch.optim.SparseAdam([other.values], lr=_LEARNING_RATE)
@@ -129,7 +133,7 @@ def _on_references(step: Callable[[], None]) -> Callable[[], None]:
 
 def make_row_step(table_SV: Tensor, moments: Moments, steps_S: Tensor, part: Part) -> Callable[[], None]:
     """A step of `RowAdam` as its optimizer takes it: a bfloat16 table is rounded stochastically."""
-    seeds = itertools.count() if table_SV.dtype == torch.bfloat16 else itertools.repeat(-1)
+    seeds = itertools.count() if torch.bfloat16 in (table_SV.dtype, moments.exp_avg_SV.dtype) else itertools.repeat(-1)
     slots_TR, weights_TR, grad_TV = part
 
     def step() -> None:
@@ -159,10 +163,12 @@ def _adam_state(moments: Moments) -> dict[str, Any]:
 
 
 def _step(
-    module: nn.Module, optimizers: list[torch.optim.Optimizer], x_TD: Tensor, grad_TD: Tensor
+    module: nn.Module, optimizers: list[torch.optim.Optimizer], x_TD: Tensor, grad_TD: Tensor, *, autocast: bool = False
 ) -> Callable[[], None]:
     def step() -> None:
-        module(x_TD).backward(grad_TD)
+        with torch.autocast(x_TD.device.type, torch.bfloat16, enabled=autocast):
+            y_TD = module(x_TD)
+        y_TD.backward(grad_TD.to(y_TD.dtype))
         for optimizer in optimizers:
             optimizer.step()
         for optimizer in optimizers:  # frees the gradients, so that the next contender finds room
