@@ -15,12 +15,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
+from transformers.generation import BaseStreamer
 
 from memlayers import MemoryConfig, add_memory, load_memory, quantize_memory, save_memory
 from memlayers.models import causal_lm
+from memlayers.storage.saved import SavedTable
+from memlayers.values import value_tables
 
 SIZES = {"vocab_size": 8192, "layers": 6, "dim": 1024, "heads": 16, "context": 1024}
 
@@ -72,24 +76,49 @@ def measure(place: Path, values: str, lengths: list[int], tokens: int) -> dict[s
     """Of each length of the prompt, times and tokens; mapped, each from a cold file."""
     model = load_memory(base(), place, values=values)  # type: ignore[arg-type]
     found: dict[str, dict[str, object]] = {}
+    generate(model, 3, 2)  # kernels are compiled, or taken from the disk
     for length in lengths:
-        if values == "mapped":
-            drop(place)
-        ids = torch.randint(SIZES["vocab_size"], (1, length), generator=torch.Generator().manual_seed(length))
-        seconds, texts = [], []
-        for count in (1, tokens + 1):
-            start = time.perf_counter()
-            with torch.inference_mode():
-                texts.append(model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False))
-            seconds.append(time.perf_counter() - start)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        rate = tokens / max(1e-9, seconds[1] - seconds[0])
-        found[str(length)] = {"first": seconds[0], "rate": rate, "peak_gb": peak, "ids": texts[1].tolist()}
+        drop(place, model)
+        times, ids = generate(model, length, tokens + 1)
+        found[str(length)] = {
+            "first": times[1] - times[0],
+            "rate": tokens / (times[-1] - times[1]),
+            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+            "ids": ids,
+        }
     return found
 
 
-def drop(place: Path) -> None:
-    """Has the system forget the files of the folder."""
+def generate(model: Any, length: int, tokens: int) -> tuple[list[float], list[int]]:
+    """The time before a random prompt of that length, the times of the tokens after it, and these."""
+    ids = torch.randint(SIZES["vocab_size"], (1, length), generator=torch.Generator().manual_seed(length))
+    clock = Clock()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        text = model.generate(
+            ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, streamer=clock
+        )
+    return [start, *clock.times[1:]], text[0, length:].tolist()  # the first that it is given is the prompt
+
+
+class Clock(BaseStreamer):
+    """When tokens came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def drop(place: Path, model: torch.nn.Module) -> None:
+    """Has the process and the system forget the rows of the folder."""
+    for table in value_tables(model):
+        if isinstance(table, SavedTable):
+            table.give_back()
     for file in place.glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
         try:

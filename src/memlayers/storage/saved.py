@@ -95,6 +95,11 @@ class SavedTable(ValueTable):
         """The rows asked for, those of them read from the file, and the pages read."""
         return {"rows_asked": self._ahead.asked, "rows_read": self._ahead.cold, "pages_read": self._ahead.pages}
 
+    def give_back(self) -> None:
+        """Has no row count as memory of this process; the system may still have them in its cache."""
+        self._ahead.forget()
+        self._rows.give_back()
+
     def _compute(self, slots_TM: Tensor, given: Tensor) -> Tensor:
         if is_exporting():
             raise ValueError(f"a value table that is mapped cannot be exported: {_REMEDY}")
