@@ -146,6 +146,19 @@ def test_it_holds_what_a_plain_computation_finds_in_twenty_slots(made, model, to
                 if place != 2**32 - 1:
                     at = slots_THK[place, head].tolist().index(slot)
                     assert weights_THK[place, head, at] == pytest.approx(weight, abs=2e-5)
+            # The top tokens: which, and how often.
+            of_token = {}
+            for at in readers:
+                reads, weight = of_token.get(ids[at[0]], (0, 0.0))
+                of_token[ids[at[0]]] = reads + 1, weight + weights_THK[tuple(at)]
+            top = sorted(of_token.items(), key=lambda one: -one[1][1])[:5]
+            shown = numbers(details["types"], "u4", -1, 5)[row].tolist()
+            assert [strings[place] for place in shown if place != 2**32 - 1] == [
+                tokenizer.decode([one]) for one, _ in top
+            ]
+            assert numbers(details["typeReads"], "u2", -1, 5)[row].tolist()[: len(top)] == [
+                reads for _, (reads, _) in top
+            ]
             value_D = layer.values.weight[slot].detach()
             logits_C = head_CD @ (gain_D * (value_D - value_D.mean()))
             best = logits_C.topk(8)
