@@ -26,7 +26,7 @@ layer(torch.randn(3, 8)).sum().backward()
 import torch.utils.flop_counter  # which comes after memlayers here, and before it in other tests
 assert torch.ops.memlayers.search in torch.utils.flop_counter.flop_registry
 for name in memlayers.__all__:
-    if name not in ("add_memory", "disable_memory", "load_memory", "save_memory"):
+    if name not in ("add_memory", "disable_memory", "load_memory", "quantize_memory", "save_memory"):
         getattr(memlayers, name)
 assert memlayers.optim.RowAdam is memlayers.RowAdam
 for statement in ("from memlayers import add_memory", "from memlayers.models import causal_lm"):
@@ -56,7 +56,7 @@ def test_what_needs_transformers_comes_on_demand():
     import memlayers
     from memlayers import models
 
-    for name in ("add_memory", "disable_memory", "load_memory", "save_memory"):
+    for name in ("add_memory", "disable_memory", "load_memory", "quantize_memory", "save_memory"):
         assert getattr(memlayers, name) is getattr(models, name)
 
 
