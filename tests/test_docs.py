@@ -61,7 +61,7 @@ def test_the_site_is_searched_from_the_disk_and_fetches_nothing():
 
 def test_every_page_is_in_the_navigation_once():
     text = (ROOT / "mkdocs.yml").read_text()
-    assert sorted(leaves(yaml.safe_load(text)["nav"])) == [page.relative_to(DOCS).as_posix() for page in PAGES]
+    assert sorted(leaves(yaml.safe_load(text)["nav"])) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
 
 
 @pytest.mark.parametrize(
