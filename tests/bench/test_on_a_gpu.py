@@ -88,14 +88,14 @@ def only_looks_where_tensors_are(_, *given):
 @pytest.fixture
 def values_unseen(monkeypatch):
     """Whoever looks at values is answered without, for fake tensors have none: the gate, and counts of rows."""
-    for name in ("check_selection", "check_read", "check_outputs", "check_update"):
+    for name in ("check_selection", "check_read", "check_low_bits", "check_outputs", "check_update"):
         monkeypatch.setattr(gate, name, only_looks_where_tensors_are)
     monkeypatch.setattr(gate, "draw_tokens", lambda one, textbook: torch.empty(one.tokens, one.dim, device=GPU))
     monkeypatch.setattr(torch.Tensor, "unique", lambda tensor: tensor.flatten())
     monkeypatch.setattr(cases, "measure_peak", lambda *_: (1000, ""))
     # A backward pass has threads of its own for each GPU that there is, and BatchNorm asks for its version of cuDNN.
     forward = torch.no_grad()(lambda module, x_TD: module.eval()(x_TD))
-    monkeypatch.setattr(training, "_step", lambda module, _, x_TD, __: lambda: forward(module, x_TD))
+    monkeypatch.setattr(training, "_step", lambda module, _, x_TD, __, **___: lambda: forward(module, x_TD))
 
 
 def results_of(name, one, repeats=3):
@@ -126,7 +126,9 @@ def test_every_case_keeps_to_the_gpu(name, fake_gpu, values_unseen, monkeypatch,
 
 def test_limits_on_a_gpu_are_of_one_pass(fake_gpu, values_unseen, monkeypatch, tiny):
     monkeypatch.setattr(limits, "_STREAM_BYTES", 2**16)
-    for result in results_of("read", tiny):
+    of_floats, of_few_bits, *others = results_of("read", tiny)
+    assert list(of_few_bits.samples) == ["ours", "8 bits", "4 bits"]
+    for result in (of_floats, *others):
         assert list(result.samples) == ["ours", "F.embedding_bag", "copy (limit)", "as many bytes in order (limit)"]
         assert result.work["copy (limit)"] == (2 * 4 * 2**16, "GB/s")
         assert result.share("ours") == pytest.approx(result.work["ours"][0] / (2 * 4 * 2**16))

@@ -153,6 +153,6 @@ def test_the_footprint_has_tables_in_files_on_the_disk(tiny_config):
 
 def test_a_dry_run_makes_no_tables(tiny_config, tmp_path):
     config = of(tiny_config, tmp_path / "tables")
-    said = dry_run(config, say=lambda text: None).lines()
+    said = dry_run(config, corpus=None, say=lambda text: None).lines()
     assert "tables in files" in dict(said)
     assert not list(tmp_path.iterdir())

@@ -100,7 +100,8 @@ def _make(
     name: str, shape: Shape, textbook: TextbookMemory, moments: Moments, kind: torch.dtype = torch.float32
 ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     if name in (OURS, REFERENCE):
-        layer = make_layer(textbook, shape).to(kind)
+        layer = make_layer(textbook, shape)
+        layer = layer if kind == torch.float32 else layer.to(kind)
         return layer, our_optimizers(layer, moments)
     if name == PACKAGE:
         package = PackageMemory(shape, textbook.values.data)

@@ -18,7 +18,6 @@ from memlayers.files import (
     write_sealed,
 )
 from memlayers.lm.config import RunConfig
-from memlayers.lm.tables import mapped_tables
 
 if TYPE_CHECKING:
     import torch
@@ -217,6 +216,8 @@ class RunFolder:
 
     def save_model(self, model: "PreTrainedModel", corpus: "Corpus") -> None:
         """Write the model and the tokenizer of its corpus; the folder `model/` appears only once it is complete."""
+        from memlayers.lm.tables import mapped_tables  # imports torch, which takes seconds
+
         for left in (self.model, *self.path.glob(f".{self.model.name}.*.partial")):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         for table in mapped_tables(model):

@@ -124,7 +124,8 @@ class TableFolder:
         rows = torch.empty(len(slots), self.width, dtype=self.dtype)
         rows[torch.from_numpy(is_written)] = self.weight.tensor[torch.from_numpy(slots[is_written])]
         for part in self._pieces(np.flatnonzero(~is_written)):
-            rows[torch.from_numpy(part)] = torch.from_numpy(self._drawn(slots[part])).to(self.dtype)
+            drawn = torch.from_numpy(self._drawn(slots[part]))
+            rows[torch.from_numpy(part)] = drawn.to(self.dtype)
         return rows
 
     def _drawn(self, slots: np.ndarray) -> np.ndarray:
