@@ -35,6 +35,7 @@ from memlayers.ops.row_step import Step, adam, step_
 from memlayers.ops.row_sum import Part, dense_sum
 from memlayers.ops.search import CPU_BLOCK, GPU_BLOCK, search_backward_reference, search_reference, token_blocks
 from memlayers.sizes import size_text
+from memlayers.torch_private import current_backward
 from memlayers.values import ValueTable, value_tables
 
 if TYPE_CHECKING:
@@ -274,7 +275,6 @@ class LiveBytes(TorchDispatchMode):
 
             self._living[address] = weakref.ref(storage, forget)
             self.now += size
-        self._peak = max(self._peak, self.now)
 
     def take_peak(self) -> int:
         """The most bytes that lived at once since the last call."""
@@ -297,6 +297,9 @@ class LiveBytes(TorchDispatchMode):
                 self._inside[name](*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         self.hold(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        # Two gradients of one tensor autograd adds in place, but for fakes: one of the three is about to go.
+        if func is not torch.ops.aten.add.Tensor or current_backward() == -1:
+            self._peak = max(self._peak, self.now)
         return result
 
 
