@@ -164,9 +164,13 @@ class Launch:
             time.sleep(0.01)
         return self.process.poll() is not None
 
-    def kill(self, rank: int) -> None:
-        """By SIGKILL."""
-        os.kill(self.ranks[rank], signal.SIGKILL)
+    def kill(self, rank: int) -> bool:
+        """By SIGKILL; False: it had ended by itself."""
+        try:
+            os.kill(self.ranks[rank], signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
 
     def left(self) -> list[int]:
         """Ranks whose processes are there still; they are ended."""
@@ -229,7 +233,10 @@ def run_kills(
         if aim:
             launch.ends_before(aim, lambda script=script, run=run: script.step(run))
         moment, rank = draw.uniform(0, 0.2 if aim else usual[name]), draw.randrange(ranks)
-        if launch.ends_within(moment if killed < kills else 600):
+        has_finished = launch.ends_within(moment if killed < kills else 600)
+        if not has_finished and killed < kills and not launch.kill(rank):
+            has_finished = launch.ends_within(MOST_SECONDS)
+        if has_finished:
             is_equal = launch.process.returncode == 0 and script.found(run) == whole[name]
             _say(script=name, run=numbers[name], finished=launch.process.returncode == 0, equal=is_equal)
             if not is_equal:
@@ -240,7 +247,6 @@ def run_kills(
         if killed >= kills:
             launch.left()
             raise RuntimeError(f"a training that was resumed does not end:\n{launch.said()}")
-        launch.kill(rank)
         clock = time.perf_counter()
         has_ended = launch.ends_within(MOST_SECONDS)
         seconds, left = time.perf_counter() - clock, launch.left()

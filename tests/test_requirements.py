@@ -79,7 +79,7 @@ def test_the_requirements_can_be_resolved_under_the_constraints(python, a_new_pi
     resolve = [
         "install", "--quiet", "--dry-run", "--ignore-installed", "--use-feature=fast-deps", "--only-binary=:all:",
         "--target", str(tmp_path / "nothing"), "--python-version", python, "--implementation", "cp",
-        "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_17_x86_64",
+        *(f"--platform=manylinux_2_{minor}_x86_64" for minor in range(28, 16, -1)),
         "--platform", "manylinux2014_x86_64", "--platform", "linux_x86_64",
         "--constraint", str(ROOT / "constraints.txt"), "--find-links", str(tmp_path),
     ]  # fmt: skip
