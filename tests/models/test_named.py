@@ -232,6 +232,25 @@ def test_what_is_left_is_described_as_it_is_now(tmp_path):
     assert named_memories(again) == {"default": True}
 
 
+def test_a_mapped_memory_and_one_of_few_bits_beside_one_in_memory(tmp_path):
+    base = base_of()
+    save_memory(alone(base, "news", [1], seed=0), tmp_path / "news")
+    both = copy.deepcopy(base)
+    for name, values in (("mapped", "mapped"), ("rounded", "int8"), ("plain", "memory")):
+        load_memory(both, tmp_path / "news", name=name, values=values)
+    expected = logits(load_memory(copy.deepcopy(base), tmp_path / "news"))
+    for name in ("mapped", "plain"):
+        set_active(both, name)
+        assert torch.equal(logits(both), expected)
+    save_memory(both, tmp_path / "plain", name="plain")
+    save_memory(both, tmp_path / "rounded", name="rounded")
+    assert torch.equal(logits(load_memory(copy.deepcopy(base), tmp_path / "plain")), expected)
+    set_active(both, "rounded")
+    assert torch.equal(logits(load_memory(copy.deepcopy(base), tmp_path / "rounded")), logits(both))
+    refused(lambda: save_memory(both, tmp_path / "x", name="mapped"), "must have its tables in memory to be saved")
+    assert not (tmp_path / "x").exists()
+
+
 def refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

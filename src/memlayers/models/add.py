@@ -167,8 +167,8 @@ def save_memory(
     """
     _check_size(max_shard_size)
     inner = unwrap(model)
-    require_loaded(inner)
     placed = placed_memories(inner, name)
+    require_loaded(placed)
     base = savable_base(inner, placed)
     with whole_tables(inner, folder) as whole:
         if whole is not None:

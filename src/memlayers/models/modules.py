@@ -99,6 +99,11 @@ class PlacedMemories:
     def names(self) -> list[str]:
         return list(self.wrappers)
 
+    @property
+    def memories(self) -> nn.ModuleList:
+        """The memories by themselves, without what their wrappers stand around."""
+        return nn.ModuleList(wrapper.memory for wrapper in self.wrappers.values())
+
 
 def placed_memories(model: nn.Module, name: str | None = None) -> PlacedMemories:
     """What `add_memory` put into `model`, which was unwrapped, under this name; None: under the only one.

@@ -77,7 +77,7 @@ def write_memory(
         write_description(aside, description)
         if not keeps_card(folder):
             parameters = sum(tensor.numel() for tensor in placed.tensors.values() if isinstance(tensor, nn.Parameter))
-            parameters += unlisted_numbers(model)
+            parameters += unlisted_numbers(placed.memories)
             text = card(description, parameters, auto_class=auto_class)
             (aside / CARD).write_bytes(text.encode())
 
@@ -87,7 +87,7 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
     tensors, kind = placed.tensors, placed.placement.kind
     if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"model must hold the weights of its memories, got {meta[0]} on the meta device")
-    for table in value_tables(model):
+    for table in value_tables(placed.memories):
         table.require_whole()
     base = _base_of(model, placed)
     # What can be built again: the same as memories that were just made, neither more (adapters) nor less.
@@ -105,9 +105,9 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
     return base
 
 
-def require_loaded(model: nn.Module) -> None:
+def require_loaded(placed: PlacedMemories) -> None:
     """Raises `ValueError` for tables that are mapped from a folder, which has them already."""
-    for table in value_tables(model):
+    for table in value_tables(placed.memories):
         if isinstance(table, SavedTable):
             raise ValueError(
                 f"model must have its tables in memory to be saved, got one of {table.extra_repr()}: copy that folder, "
