@@ -1,12 +1,15 @@
-"""Listener: forward hooks that come and go together."""
+"""Listener: forward hooks that come and go together. EagerListener: those of models that may be compiled."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+
+from memlayers.torch_private import without_compiled_graphs
 
 
 class Listener(ABC):
@@ -45,6 +48,26 @@ class Listener(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+
+class EagerListener(Listener):
+    """A listener whose hooks a compiled graph would pass by: while it listens, models run as they were written."""
+
+    _eager: ExitStack | None = None
+
+    def attach(self) -> Self:
+        if self._eager is None:
+            with ExitStack() as stack:
+                stack.enter_context(without_compiled_graphs())
+                super().attach()
+                self._eager = stack.pop_all()
+        return self
+
+    def detach(self) -> None:
+        super().detach()
+        if self._eager is not None:
+            self._eager.close()
+            self._eager = None
 
 
 def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

@@ -6,9 +6,8 @@ slot, E reads.
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +19,14 @@ from memlayers.diagnosis.subjects import Subject, find_subjects
 from memlayers.explorer.columns import Columns
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
-from memlayers.listening import Listener, input_of
+from memlayers.listening import EagerListener, input_of
 from memlayers.query import is_recomputation
-from memlayers.torch_private import without_compiled_graphs
 from memlayers.usage import UsageMeter
 
 NO_TOKEN = -1  # where the model was not called with ids
 
 
-class SlotTrace(Listener):
+class SlotTrace(EagerListener):
     """Listens to all memories of a model, and keeps of what they read as much as was asked for, however long it runs.
 
         with SlotTrace(model) as trace, torch.no_grad():
@@ -66,7 +64,6 @@ class SlotTrace(Listener):
         self.size, self.strongest_of_each = tokens, strongest
         self._in_thread = threading.local()  # the call in progress
         self._adding = threading.Lock()
-        self._eager: AbstractContextManager[Any] = nullcontext()
         self.reset()
 
     def reset(self) -> None:
@@ -79,17 +76,6 @@ class SlotTrace(Listener):
         if self._handles:  # those of the meters that were there before
             self.detach()
             self.attach()
-
-    def attach(self) -> Self:
-        if not self._handles:
-            self._eager = without_compiled_graphs()
-            self._eager.__enter__()
-        return super().attach()
-
-    def detach(self) -> None:
-        super().detach()
-        self._eager.__exit__(None, None, None)
-        self._eager = nullcontext()
 
     def register_hooks(self) -> Iterator[RemovableHandle]:
         yield self._model.register_forward_pre_hook(self._before_model, with_kwargs=True)

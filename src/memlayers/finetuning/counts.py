@@ -5,7 +5,6 @@ Letters: T tokens, S slots.
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,14 +16,13 @@ from memlayers.files import file_aside
 from memlayers.finetuning.names import layers_by_table
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
-from memlayers.listening import Listener
-from memlayers.torch_private import without_compiled_graphs
+from memlayers.listening import EagerListener
 from memlayers.usage import UsageMeter
 
 _FORMAT = "memlayers slot counts 1"
 
 
-class SlotCounts(Listener):
+class SlotCounts(EagerListener):
     """Counts, over the batches that a model is called with, how often each slot was read, and in how many of them.
 
         with SlotCounts(model) as counts, torch.no_grad():
@@ -52,7 +50,6 @@ class SlotCounts(Listener):
     def __init__(self, model: nn.Module):
         self._model = model
         self._layers = layers_by_table(model)
-        self._eager: AbstractContextManager[Any] = nullcontext()
         self.batches = 0
         self.reads, self.batches_with, self._new = (self._zeros(dtype) for dtype in (torch.int64, torch.int32, None))
         self._meters = [_Reads(layer, self._new[name]) for name, layers in self._layers.items() for layer in layers]
@@ -69,17 +66,6 @@ class SlotCounts(Listener):
         for tensors in (self.reads, self.batches_with, self._new):
             for tensor in tensors.values():
                 tensor.zero_()
-
-    def attach(self) -> Self:
-        if not self._handles:
-            self._eager = without_compiled_graphs()
-            self._eager.__enter__()
-        return super().attach()
-
-    def detach(self) -> None:
-        super().detach()
-        self._eager.__exit__(None, None, None)
-        self._eager = nullcontext()
 
     def register_hooks(self) -> Iterator[RemovableHandle]:
         yield self._model.register_forward_hook(self._after_model, always_call=True)

@@ -111,23 +111,22 @@ def placed_memories(model: nn.Module, name: str | None = None) -> PlacedMemories
     Raises `ValueError` for a model without such memories, for memories that something was put around, and for memories
     that differ in more than their weights.
     """
-    name = require_name(model, name)
-    found = dict(find_wrappers(model, name))
+    found = dict(find_wrappers(model, require_name(model, name)))
     wrappers = {base_name(model, path): wrapper for path, wrapper in found.items()}
     memories: dict[str, MemoryLayer] = {}
-    for name, wrapper in wrappers.items():
+    for place, wrapper in wrappers.items():
         memory = unwrap(wrapper.memory)  # compiled or not
         if not isinstance(memory, MemoryLayer):
             raise ValueError(
-                f"model must have a MemoryLayer at {name}.memory, got a {type(memory).__name__}: merge or unload the "
+                f"model must have a MemoryLayer at {place}.memory, got a {type(memory).__name__}: merge or unload the "
                 f"adapters of memories first, and leave memories out of an adapter's modules_to_save"
             )
-        memories[name] = memory
+        memories[place] = memory
     placement = _placement(model, wrappers, memories)
     tensors = memory_tensors(memories)
-    for name, wrapper in wrappers.items():
+    for place, wrapper in wrappers.items():
         if isinstance(wrapper, ParallelMemory):
-            tensors[f"{name}.gate"] = wrapper.gate
+            tensors[f"{place}.gate"] = wrapper.gate
     return PlacedMemories(list(found), wrappers, placement, tensors)
 
 
