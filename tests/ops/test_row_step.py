@@ -154,7 +154,7 @@ def is_approximate(rule, *dtypes):
     """Whether a step is so, as the kernel's is for Adam where all is bfloat16 and the processor has AVX-512."""
     if rule != "adam" or any(dtype != torch.bfloat16 for dtype in dtypes):
         return False
-    return importlib.import_module("memlayers.ops.cpu.intrinsics").approximates()
+    return importlib.import_module("memlayers.ops.cpu.processor").approximates()
 
 
 def assert_rows(rows, expected, before, *, about):
@@ -345,6 +345,23 @@ def test_the_number_of_threads_changes_no_bit(rule, case, dtype):
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+
+def test_what_lies_in_fresh_memory_changes_no_bit():
+    """Of rows that fill no whole vectors the kernel works on the last few elsewhere, with others beside them."""
+    after = []
+    for is_filled_with_nan in (False, True):
+        torch.manual_seed(0)
+        table, avg, sq = (torch.randn(1000, 36).bfloat16() for _ in range(3))
+        steps = torch.zeros(1000, dtype=torch.int32)
+        given = torch.arange(1000)[:, None], torch.ones(1000, 1), torch.randn(1000, 36)
+        torch.use_deterministic_algorithms(is_filled_with_nan)
+        try:
+            row_adam_(table, avg, sq.abs_(), steps, *([one] for one in given), 100.0, 0.9, 0.99, 1e-8)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        after.append(torch.cat([table, avg, sq]))
+    assert torch.equal(*after)
 
 
 @pytest.mark.parametrize(("max_norm", "length"), [(None, 5.0), (2.0, 2.0), (50.0, 5.0)])

@@ -248,7 +248,7 @@ def _log_once(message: str) -> None:
 def describe() -> dict[str, str]:
     """By operation: what computes it on a CPU and on a GPU, for which dtypes, or why the reference does.
 
-    And on which threads the kernels for a CPU run.
+    And for which processors the kernels for a CPU are compiled, and on which threads they run.
     """
     found = {}
     for name, (_, where, on_cpu, on_gpu, is_slow) in OPERATIONS.items():
@@ -265,5 +265,6 @@ def describe() -> dict[str, str]:
             for device, kernels, why_not, dtypes in runs
         )
     if cpu.why_not() is None:
+        found["kernels for a CPU"] = cpu.variant()
         found["threads of a CPU"] = launch.what_threads()
     return found

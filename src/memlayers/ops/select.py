@@ -41,6 +41,11 @@ def check_halves(first_N: Tensor, second_N: Tensor, topk: int) -> None:
     num_subkeys = first_N.shape[-1]
     if first_N.shape != second_N.shape:
         raise ValueError(f"half scores must have one shape, got {[*first_N.shape]} and {[*second_N.shape]}")
+    check_topk(topk, num_subkeys)
+
+
+def check_topk(topk: int, num_subkeys: int) -> None:
+    """Raises `ValueError` for what the kernels cannot take."""
     if not 1 <= topk <= num_subkeys <= 2**16:
         raise ValueError(
             f"topk must be in [1, N] and N, the number of sub-keys, at most 2**16, got {topk} and {num_subkeys}"

@@ -3,7 +3,8 @@
 import torch
 
 from memlayers.ops.cpu import intrinsics
-from memlayers.ops.cpu.intrinsics import LANES, kernel, load, load_float16, store, store_float16
+from memlayers.ops.cpu.compile import kernel
+from memlayers.ops.cpu.intrinsics import LANES, load, load_float16, store, store_float16
 from memlayers.ops.cpu.launch import launch
 
 

@@ -30,13 +30,23 @@ def is_switched_off() -> bool:
 
 @functools.cache
 def why_not() -> str | None:
-    """Why the kernels are not used in this process, or None when they are."""
+    """Why the kernels are not used in this process, or None when they are.
+
+    Raises `ValueError` where the environment asks for kernels that this processor cannot run.
+    """
     if is_switched_off():
         return f"{SWITCH} is set"
     if importlib.util.find_spec("numba") is None:
         return "Numba is not installed"
-    try:
-        importlib.import_module("memlayers.ops.cpu.intrinsics")
-    except Exception as error:  # Numba refuses some versions of Python and NumPy in several ways
-        return f"Numba does not import: {error}"
+    for module in ("processor", "intrinsics"):
+        try:
+            importlib.import_module(f"memlayers.ops.cpu.{module}")
+        except Exception as error:  # Numba refuses some versions of Python and NumPy in several ways
+            return f"Numba does not import: {error}"
+        variant()  # before Numba makes its target, which the first decorator has it do
     return None
+
+
+def variant() -> str:
+    """The variant of the kernels, in words."""
+    return importlib.import_module("memlayers.ops.cpu.processor").describe()

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlayers.ops.cpu.intrinsics import f32, i64, kernel, next_task, part, task_done, tasks_done
+from memlayers.ops.cpu.compile import kernel, part
+from memlayers.ops.cpu.intrinsics import f32, i64, next_task, task_done, tasks_done
 from memlayers.ops.cpu.launch import launch, threads_for
 from memlayers.ops.cpu.low_bits import add_low_rows, scale_weights, takes, whole_width
 from memlayers.ops.cpu.products import ROUNDED, ROWS, nearest_bfloat16, products
 from memlayers.ops.cpu.read import BFLOAT16, FLOAT32, KINDS, add_rows
 from memlayers.ops.cpu.search import matrix_units, search
-from memlayers.ops.cpu.select import best_of_half, best_pairs, pair_plan, scratch_width, softmax_of
+from memlayers.ops.cpu.select import best_slots, pair_plan, scratch_width
 from memlayers.ops.infer import Layer, read_rows
 
 FEW_TOKENS = 4  # up to which reading the weights is what costs
@@ -169,13 +170,11 @@ def _decode_kernel(
             _wait_for(counters, first_select)
             token, head = (task - first_select) // heads, (task - first_select) % heads
             codes = selections + (task - first_select) * 10 * step
-            best1, best2, out = codes + 4 * step, codes + 6 * step, (token * heads + head) * topk
-            row = halves + (head * tokens + token) * num_subkeys * 4
-            best_of_half(row, num_subkeys, topk, codes, step, best1)
-            row += heads * tokens * num_subkeys * 4
-            best_of_half(row, num_subkeys, topk, codes, step, best2)
-            best_pairs(best1, best2, num_subkeys, topk, plan, codes, step, weights + out * 4, slots + out * 8)
-            softmax_of(f32(weights + out * 4), topk)
+            out, row = (token * heads + head) * topk, halves + (head * tokens + token) * num_subkeys * 4
+            best_slots(
+                row, row + heads * tokens * num_subkeys * 4, num_subkeys, topk, plan, codes, step, weights + out * 4,
+                slots + out * 8, 1,
+            )  # fmt: skip
             if bits > 0:
                 scale_weights(f32(scales), i64(slots), f32(weights), f32(weights), out, out + topk)
         else:

@@ -5,90 +5,18 @@ registers as the processor needs for it; loops over such values are as fast as t
 makes of a plain loop.
 """
 
-import ctypes
-import functools
-import hashlib
-import inspect
-import platform
-from pathlib import Path
+from llvmlite import ir
+from numba import types
+from numba.extending import models, register_model
 
-from llvmlite import binding, ir
-from numba import config, njit, types
-from numba.extending import intrinsic, models, register_model
-
-from memlayers.ops import rounding
-from memlayers.ops.cpu.cache import compile_kept
+from memlayers.ops.cpu.compile import SUMS, lowered, part
 from memlayers.ops.cpu.launch import Counters
+from memlayers.ops.cpu.processor import approximates, converts_halves
 
 LANES = 16
 _INT32, _INT64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
-# Sums may be contracted and reordered; NaN and infinity mean what they mean.
-_FLAGS = ("contract", "reassoc", "nsz")
 _EXACT = ("nsz",)  # of what may not be reordered; where there are none, Numba puts all of its own
-_OPTIONS = {"fastmath": {*_FLAGS}, "error_model": "numpy"}
 _ERROR = Counters.error.offset // 8
-
-
-def kernel(function):
-    """Compile ``function(counters, ...)`` to a C function of a record that `launch` fills; cached on disk.
-
-    The record holds the counters and then each further parameter of the function, under its name: an int64, or a
-    float64 where it is annotated ``float``.
-    """
-    parameters = list(inspect.signature(function).parameters.values())[1:]
-    kinds = {one.name: ctypes.c_double if one.annotation is float else ctypes.c_int64 for one in parameters}
-    record = type(function.__name__, (Counters,), {"_fields_": list(kinds.items())})
-    entry, signature = _entry(function, record, kinds), types.void(types.CPointer(types.int64))
-    compiled = compile_kept(entry, signature, _OPTIONS, _sources())
-    compiled.record, compiled.names = record, kinds.keys()
-    return compiled
-
-
-def _entry(function, record, kinds):
-    """``entry(counters)``, which calls the function with what the record holds behind the counters."""
-    fields = {name: f"counters[{getattr(record, name).offset // 8}]" for name in kinds}
-    values = [f"bits_double({fields[name]})" if kinds[name] is ctypes.c_double else fields[name] for name in kinds]
-    source = f"def entry(counters): function(counters, {', '.join(values)})"
-    # Text, since a closure's variables are in its code. What Numba inlines it does not also compile by itself.
-    inlined = njit(inline="always", **_OPTIONS)(function)
-    names = {"__name__": function.__module__, "function": inlined, "bits_double": bits_double}
-    exec(compile(source, function.__code__.co_filename, "exec"), names)
-    names["entry"].__name__ = names["entry"].__qualname__ = function.__name__
-    return names["entry"]
-
-
-@functools.cache
-def _sources() -> str:
-    """A hash of all files of kernels, and of the one whose constants they have."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(rounding.__file__)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def part(function):
-    """A function that kernels call; compiled into them."""
-    return njit(inline="never", forceinline=True, **_OPTIONS)(function)
-
-
-def shared(function):
-    """A long function that a kernel calls in several places; compiled once."""
-    return njit(no_cpython_wrapper=True, **_OPTIONS)(function)
-
-
-def lowered(signature):
-    """Decorates ``emit(builder, *values)``, which returns the LLVM value of a call, as a function that kernels call.
-
-    The signature is of Numba's types. What is `void` returns nothing.
-    """
-
-    def decorate(emit):
-        def generate(context, builder, _, values):
-            value = emit(builder, *values)
-            return context.get_dummy_value() if value is None else value
-
-        # Numba takes the names of the arguments from `emit`, the first of which is its own business.
-        return intrinsic(functools.wraps(emit)(lambda context, *kinds: (signature, generate)))
-
-    return decorate
 
 
 def _pointer_to(element, stored):
@@ -159,12 +87,6 @@ def bits_float(builder, bits):
     return builder.bitcast(bits, _FLOAT)
 
 
-@lowered(types.float64(types.int64))
-def bits_double(builder, bits):
-    """The float64 of these bits."""
-    return builder.bitcast(bits, ir.DoubleType())
-
-
 # 16 float32 at a time.
 
 
@@ -220,19 +142,6 @@ def load_bfloat16(builder, address):
     words = _load(builder, address, ir.IntType(16))
     upper = ir.Constant(ir.VectorType(_INT32, 2 * LANES), [at for i in range(LANES) for at in (LANES, i)])
     return builder.bitcast(builder.shuffle_vector(words, all_lanes(ir.IntType(16), 0), upper), _VECTOR)
-
-
-def has_feature(name: str) -> bool:
-    """Whether the processor that is compiled for has a feature, by LLVM's name."""
-    features = config.CPU_FEATURES
-    if features is None:
-        features = binding.get_host_cpu_features().flatten()
-    return f"+{name}" in features.split(",")
-
-
-def converts_halves() -> bool:
-    """Whether that processor has instructions for float16; else integers do."""
-    return platform.machine().lower() in ("aarch64", "arm64") or has_feature("f16c")
 
 
 @lowered(FLOATS(types.int64))
@@ -293,7 +202,7 @@ def store(builder, address, values):
 @lowered(FLOATS(FLOATS, types.float32, FLOATS))
 def add_scaled(builder, total, factor, values):
     """total + factor * values, factor a number."""
-    return builder.fadd(total, builder.fmul(broadcast(builder, factor), values, flags=_FLAGS), flags=_FLAGS)
+    return builder.fadd(total, builder.fmul(broadcast(builder, factor), values, flags=SUMS), flags=SUMS)
 
 
 @lowered(FLOATS(FLOATS, types.float32))
@@ -312,7 +221,7 @@ def add_scaled_last(builder, total, factor, values):
 def _binary(instruction):
     @lowered(FLOATS(FLOATS, FLOATS))
     def operation(builder, one, other):
-        return getattr(builder, instruction)(one, other, flags=_FLAGS)
+        return getattr(builder, instruction)(one, other, flags=SUMS)
 
     return operation
 
@@ -338,11 +247,6 @@ def fill(builder, value):
 @lowered(FLOATS(FLOATS))
 def square_root(builder, values):
     return builder.call(_declared(builder, "llvm.sqrt", _VECTOR, [_VECTOR]), [values])
-
-
-def approximates() -> bool:
-    """Whether the processor that is compiled for has `about_root` and `about_reciprocal`."""
-    return has_feature("avx512f")
 
 
 def _approximate(name):
@@ -504,7 +408,7 @@ def store_float16(builder, address, values):
 def lane_sum(builder, values):
     """The sum of the 16."""
     function = _declared(builder, "llvm.vector.reduce.fadd", _FLOAT, [_FLOAT, _VECTOR])
-    return builder.call(function, [ir.Constant(_FLOAT, -0.0), values], fastmath=_FLAGS)
+    return builder.call(function, [ir.Constant(_FLOAT, -0.0), values], fastmath=SUMS)
 
 
 @lowered(types.void(types.int64, FLOATS))
@@ -536,6 +440,12 @@ def mask_at_least_64(builder, address, least):
 def lowest_bit(builder, mask):
     """The number of the lowest bit that is set; undefined for 0."""
     return builder.cttz(mask, ir.Constant(ir.IntType(1), 1))
+
+
+@lowered(types.int64(types.int64))
+def count_bits(builder, mask):
+    """How many bits are set."""
+    return builder.ctpop(mask)
 
 
 @lowered(types.void(types.int64, types.int64, types.int64, types.int64))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memlayers.ops.cpu.compile import kernel, part
 from memlayers.ops.cpu.intrinsics import (
     LANES,
     add,
@@ -20,7 +21,6 @@ from memlayers.ops.cpu.intrinsics import (
     fail,
     fill,
     i64,
-    kernel,
     lane_sum,
     load,
     load_int8,
@@ -34,7 +34,6 @@ from memlayers.ops.cpu.intrinsics import (
     nibble5,
     nibble6,
     nibble7,
-    part,
     prefetch,
     store,
 )

@@ -1,14 +1,15 @@
-"""Half scores of bfloat16 queries and keys in float32, on the matrix units of a processor that has them (AMX).
+"""search of bfloat16 queries and keys, with half scores in float32, on a processor with matrix units (AMX).
 
 PyTorch rounds products of bfloat16 to bfloat16, in which two thirds of the scores near the K-th best are equal. The
-units multiply bfloat16 exactly and sum in float32, sixteen times as fast as products of float32.
+units multiply bfloat16 exactly and sum in float32, sixteen times as fast as products of float32. A thread selects from
+the half scores of a few tokens while they are in its cache; they are stored nowhere else.
 
 A tile is 16 rows of 64 bytes. Of queries it has 16 tokens and 32 elements of each, as they lie in memory; of keys it
 has 32 elements, two beside each other, of 16 sub-keys, so keys are laid out anew for each call (`tiles_of`). Two tiles
 of each make four of sums.
 
-Letters: T tokens, H heads, Q query width of a head, C = Q / 2, N sub-keys a codebook, X = 2 * H halves of heads (first
-halves first).
+Letters: T tokens, H heads, Q query width of a head, C = Q / 2, N sub-keys a codebook, K neighbours, X = 2 * H halves of
+heads (first halves first).
 """
 
 import functools
@@ -19,8 +20,11 @@ from llvmlite import ir
 from numba import types
 from torch import Tensor
 
-from memlayers.ops.cpu.intrinsics import kernel, lowered, next_task, part, this_thread
+from memlayers.ops.cpu.compile import kernel, lowered, part
+from memlayers.ops.cpu.intrinsics import next_task, this_thread
 from memlayers.ops.cpu.launch import launch, threads_for
+from memlayers.ops.cpu.select import best_slots, pair_plan, scratch_width
+from memlayers.ops.select import check_topk
 
 _TOKENS = 32  # of two tiles; as many sub-keys
 _GROUP = 128  # tokens of a task
@@ -31,7 +35,7 @@ SUMS, QUERIES, KEYS = 0, 4, 6
 
 
 def takes(query_THQ: Tensor, weight_2HNC: Tensor) -> bool:
-    """Whether `half_scores` knows these."""
+    """Whether `search` knows these."""
     _, _, num_subkeys, half = weight_2HNC.shape
     is_bfloat16 = query_THQ.dtype == weight_2HNC.dtype == torch.bfloat16
     return is_bfloat16 and num_subkeys % _TOKENS == 0 and half % _ELEMENTS == 0
@@ -44,25 +48,29 @@ def tiles_of(weight_2HNC: Tensor) -> Tensor:
     return pairs.permute(0, 1, 3, 4, 2).contiguous()
 
 
-def half_scores_into(query_THQ: Tensor, tiles: Tensor, scores_XTN: Tensor) -> None:
-    """float32 half scores of contiguous bfloat16 queries and the tiles of keys."""
+def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, softmax: bool) -> tuple[Tensor, Tensor]:
+    """The operation; with `softmax`, that of the K scores in their place."""
+    query_THQ = query_THQ.contiguous()
     num_tokens, heads, query_dim = query_THQ.shape
-    threads = threads_for(len(tiles) * -(-num_tokens // _GROUP))
+    num_subkeys = weight_2HNC.shape[2]
+    check_topk(topk, num_subkeys)
+    scores_THK = torch.empty(num_tokens, heads, topk, dtype=torch.float32)
+    slots_THK = torch.empty(num_tokens, heads, topk, dtype=torch.int64)
+    threads = threads_for(heads * -(-num_tokens // _GROUP))
+    scratch = scratch_width(num_subkeys, topk)
     launch(
-        _half_scores,
+        _search,
         threads,
-        query=query_THQ,
-        tiles=tiles,
-        scores=scores_XTN,
-        scores_step=scores_XTN.stride(0),
-        num_tokens=num_tokens,
-        heads=heads,
-        half=query_dim // 2,
-        num_subkeys=scores_XTN.shape[-1],
+        query=query_THQ, tiles=tiles_of(weight_2HNC), scores=scores_THK, slots=slots_THK,
+        num_tokens=num_tokens, heads=heads, half=query_dim // 2, num_subkeys=num_subkeys, topk=topk,
+        plan=pair_plan(topk), softmax=softmax,
+        halves=torch.empty(threads, 2, _TOKENS, num_subkeys, dtype=torch.float32),
+        scratch=torch.empty(threads, 10, scratch, dtype=torch.int32), width=scratch,
         whole=_configuration(16, 16),
         rest=_configuration(min(16, num_tokens % _TOKENS), num_tokens % _TOKENS - 16),
         before=torch.empty(threads, 64, dtype=torch.uint8),
-    )
+    )  # fmt: skip
+    return scores_THK, slots_THK
 
 
 @functools.cache
@@ -141,26 +149,36 @@ def _four_tiles(queries, others, row_bytes, tiles, blocks, scores, score_bytes, 
 
 
 @kernel
-def _half_scores(
-    counters, query, tiles, scores, scores_step, num_tokens, heads, half, num_subkeys, whole, rest, before
-):
-    groups, blocks = (num_tokens + _GROUP - 1) // _GROUP, half // _ELEMENTS
-    row_bytes, score_bytes = heads * half * 4, num_subkeys * 4
-    was = before + this_thread(counters) * 64
+def _search(
+    counters, query, tiles, scores, slots, num_tokens, heads, half, num_subkeys, topk, plan, softmax,
+    halves, scratch, width, whole, rest, before,
+):  # fmt: skip
+    groups, blocks, step = (num_tokens + _GROUP - 1) // _GROUP, half // _ELEMENTS, width * 4
+    row_bytes, score_bytes, codebook_bytes = heads * half * 4, num_subkeys * 4, num_subkeys * half * 2
+    thread = this_thread(counters)
+    was, codes = before + thread * 64, scratch + thread * 10 * step
+    first = halves + thread * 2 * _TOKENS * score_bytes
+    second = first + _TOKENS * score_bytes
     _store_configuration(was)  # of whoever else uses the units in this thread, and may rely on it
     while True:
         task = next_task(counters)
-        x, start = task // max(groups, 1), task % max(groups, 1) * _GROUP
-        if x >= 2 * heads or groups == 0:
+        head, start = task // max(groups, 1), task % max(groups, 1) * _GROUP
+        if head >= heads or groups == 0:
             break
-        side, head = x // heads, x % heads
         for token in range(start, min(num_tokens, start + _GROUP), _TOKENS):
             left = num_tokens - token
             _configure(whole if left >= _TOKENS else rest)
-            queries = query + token * row_bytes + (head * 2 + side) * half * 2
-            others = queries + 16 * row_bytes if left > 16 else queries
-            out = scores + (x * scores_step + token * num_subkeys) * 4
-            for n in range(0, num_subkeys, _TOKENS):
-                keys = tiles + (x * num_subkeys + n) * half * 2
-                _four_tiles(queries, others, row_bytes, keys, blocks, out + n * 4, score_bytes, left > 16)
+            for side in range(2):
+                queries = query + token * row_bytes + (head * 2 + side) * half * 2
+                others = queries + 16 * row_bytes if left > 16 else queries
+                keys, out = tiles + (side * heads + head) * codebook_bytes, first if side == 0 else second
+                for n in range(0, num_subkeys, _TOKENS):
+                    keys_n = keys + n * half * 2
+                    _four_tiles(queries, others, row_bytes, keys_n, blocks, out + n * 4, score_bytes, left > 16)
+            for t in range(min(left, _TOKENS)):
+                found = (token + t) * heads + head
+                best_slots(
+                    first + t * score_bytes, second + t * score_bytes, num_subkeys, topk, plan, codes, step,
+                    scores + found * topk * 4, slots + found * topk * 8, softmax,
+                )  # fmt: skip
     _configure(was)

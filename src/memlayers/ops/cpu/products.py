@@ -5,6 +5,7 @@ Libraries of dense products read it with one thread, at half the speed of the me
 
 import numpy as np
 
+from memlayers.ops.cpu.compile import part, shared
 from memlayers.ops.cpu.intrinsics import (
     LANES,
     add,
@@ -17,37 +18,12 @@ from memlayers.ops.cpu.intrinsics import (
     load_bfloat16,
     load_rounded,
     multiply,
-    part,
-    shared,
     u16,
 )
 from memlayers.ops.cpu.read import BFLOAT16, FLOAT32, bfloat16
 
 ROWS = 16  # rows of a task
 ROUNDED = 3  # beside the kinds of tables
-
-
-@shared
-def products(matrix, vectors, bias, outs, first, last, rows, columns, count, stride, kind):
-    """outs[t, r] = <row r of [rows, columns], vector t> + bias[r] for rows first to last and `count` vectors.
-
-    stride: floats from one vector to the next; bias: an address, or 0 for none; kind: of the matrix, FLOAT32, BFLOAT16
-    or ROUNDED, which is float32 that is multiplied as bfloat16; all else is float32.
-    """
-    row_bytes = columns * (2 if kind == BFLOAT16 else 4)
-    row = first
-    while row < last:
-        together = 4 if row + 4 <= last else 1
-        for t in range(count):
-            vector, out = vectors + t * stride * 4, f32(outs + (t * rows + row) * 4)
-            if together == 4:
-                _four_products(matrix + row * row_bytes, row_bytes, vector, columns, out, kind)
-            else:
-                out[0] = _one_product(matrix + row * row_bytes, vector, columns, kind)
-            if bias != 0:
-                for i in range(together):
-                    out[i] += f32(bias)[row + i]
-        row += together
 
 
 @part
@@ -112,3 +88,26 @@ def _one_product(row, vector, columns, kind):
     for v in range(whole, columns):
         total += _number(row, v, kind) * f32(vector)[v]
     return total
+
+
+@shared
+def products(matrix, vectors, bias, outs, first, last, rows, columns, count, stride, kind):
+    """outs[t, r] = <row r of [rows, columns], vector t> + bias[r] for rows first to last and `count` vectors.
+
+    stride: floats from one vector to the next; bias: an address, or 0 for none; kind: of the matrix, FLOAT32, BFLOAT16
+    or ROUNDED, which is float32 that is multiplied as bfloat16; all else is float32.
+    """
+    row_bytes = columns * (2 if kind == BFLOAT16 else 4)
+    row = first
+    while row < last:
+        together = 4 if row + 4 <= last else 1
+        for t in range(count):
+            vector, out = vectors + t * stride * 4, f32(outs + (t * rows + row) * 4)
+            if together == 4:
+                _four_products(matrix + row * row_bytes, row_bytes, vector, columns, out, kind)
+            else:
+                out[0] = _one_product(matrix + row * row_bytes, vector, columns, kind)
+            if bias != 0:
+                for i in range(together):
+                    out[i] += f32(bias)[row + i]
+        row += together

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memlayers.ops.cpu.compile import kernel, part
 from memlayers.ops.cpu.intrinsics import (
     LANES,
     add_scaled,
@@ -18,14 +19,12 @@ from memlayers.ops.cpu.intrinsics import (
     f32,
     fail,
     i64,
-    kernel,
     lane_sum,
     load,
     load_bfloat16,
     load_float16,
     multiply,
     next_task,
-    part,
     store,
     u16,
 )

@@ -6,6 +6,7 @@ approximate there, to 2**-12 of the step; states are exact, and so is all else.
 
 import numpy as np
 
+from memlayers.ops.cpu.compile import part
 from memlayers.ops.cpu.intrinsics import (
     LANES,
     about_reciprocal,
@@ -13,7 +14,6 @@ from memlayers.ops.cpu.intrinsics import (
     add,
     add_scaled,
     add_scaled_last,
-    approximates,
     are_finite,
     divide,
     fill,
@@ -24,7 +24,6 @@ from memlayers.ops.cpu.intrinsics import (
     load_odd,
     maximum,
     multiply,
-    part,
     prefetch,
     scaled,
     square_root,
@@ -36,6 +35,7 @@ from memlayers.ops.cpu.intrinsics import (
     widen_even,
     widen_odd,
 )
+from memlayers.ops.cpu.processor import approximates
 from memlayers.ops.cpu.read import BFLOAT16, FLOAT32
 from memlayers.ops.rounding import FACTORS
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memlayers.ops.cpu.compile import kernel, part
 from memlayers.ops.cpu.intrinsics import (
     LANES,
     add,
@@ -24,12 +25,10 @@ from memlayers.ops.cpu.intrinsics import (
     fill,
     i32,
     i64,
-    kernel,
     lane_sum,
     load,
     multiply,
     next_task,
-    part,
     scaled,
     store,
     this_thread,
@@ -163,8 +162,9 @@ def _launch_step(
     numbers = {"beta1": 0.0, "beta2": 0.0, "eps": 0.0, **numbers}  # not every rule has all of them
     tasks = (entries.count + _ENTRIES - 1) // _ENTRIES
     threads = threads_for(tasks)
-    # The summed row, and the last few elements of a row and of its states, where they fill no vector.
-    buffer = torch.empty(threads, entries.width + 4 * STRIDE, dtype=torch.float32)
+    # The summed row, and the last few elements of a row and of its states, where they fill no vector. Beside them are
+    # zeros, for an approximate step asks whether all that it works on is finite.
+    buffer = torch.zeros(threads, entries.width + 4 * STRIDE, dtype=torch.float32)
     launch(
         _step,
         threads,

@@ -15,26 +15,24 @@ import torch
 from torch import Tensor
 
 from memlayers.ops.cpu import kernels
+from memlayers.ops.cpu.compile import kernel, part
 from memlayers.ops.cpu.intrinsics import (
     LANES,
     add_scaled,
     f32,
     fail,
     fill,
-    has_feature,
     i32,
     i64,
-    kernel,
     load,
     next_task,
-    part,
     store,
     this_thread,
 )
 from memlayers.ops.cpu.launch import launch, threads_for
+from memlayers.ops.cpu.processor import has_matrix_units
 from memlayers.ops.cpu.select import select_into
 from memlayers.ops.search import CPU_BLOCK, token_blocks
-from memlayers.torch_private import starts_matrix_units
 
 _TOKENS = 64  # tokens of a task
 _COLUMNS = 64  # columns of the keys' gradient that a task sums
@@ -47,11 +45,10 @@ def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, *, softmax: bool =
     """
     if torch.float64 in (query_THQ.dtype, weight_2HNC.dtype):
         return NotImplemented
-    units, tiles = matrix_units(), None
+    units = matrix_units()
     if units is not None and units.takes(query_THQ, weight_2HNC):
-        query_THQ, tiles = query_THQ.contiguous(), units.tiles_of(weight_2HNC)
-    else:
-        query_THQ, weight_2HNC = query_THQ.float(), weight_2HNC.float()
+        return units.search(query_THQ, weight_2HNC, topk, softmax)
+    query_THQ, weight_2HNC = query_THQ.float(), weight_2HNC.float()
     num_tokens, heads, _ = query_THQ.shape
     _, _, num_subkeys, half = weight_2HNC.shape
     scores_THK = torch.empty(num_tokens, heads, topk, dtype=torch.float32)
@@ -61,12 +58,9 @@ def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, *, softmax: bool =
     for tokens in blocks:
         query_tHQ = query_THQ[tokens]
         halves_2HtN = products_2HtN[:, :, : len(query_tHQ)]
-        if units is not None and tiles is not None:
-            units.half_scores_into(query_tHQ, tiles, halves_2HtN.flatten(0, 1))
-        else:
-            by_half = zip(query_tHQ.unflatten(-1, (2, half)).unbind(2), weight_2HNC, halves_2HtN, strict=True)
-            for query_tHC, keys_HNC, out_HtN in by_half:
-                torch.bmm(query_tHC.transpose(0, 1), keys_HNC.transpose(1, 2), out=out_HtN)
+        by_half = zip(query_tHQ.unflatten(-1, (2, half)).unbind(2), weight_2HNC, halves_2HtN, strict=True)
+        for query_tHC, keys_HNC, out_HtN in by_half:
+            torch.bmm(query_tHC.transpose(0, 1), keys_HNC.transpose(1, 2), out=out_HtN)
         first_HtN, second_HtN = halves_2HtN
         found = scores_THK[tokens], slots_THK[tokens]
         select_into(first_HtN.transpose(0, 1), second_HtN.transpose(0, 1), *found, softmax=softmax)
@@ -76,7 +70,7 @@ def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, *, softmax: bool =
 @functools.cache
 def matrix_units() -> ModuleType | None:
     """The kernels of a processor with matrix units for bfloat16, where this process may use them."""
-    return kernels("matrix_units") if has_feature("amx-bf16") and starts_matrix_units() else None
+    return kernels("matrix_units") if has_matrix_units() else None
 
 
 def search_backward(

@@ -16,26 +16,25 @@ import math
 
 import numpy as np
 import torch
-from numba import carray
 from torch import Tensor
 
+from memlayers.ops.cpu.compile import kernel, part, part_with_a_sum, shared
 from memlayers.ops.cpu.intrinsics import (
     LANES,
     add,
     bits_float,
+    count_bits,
     count_greater_64,
     f32,
     fill,
     float_bits,
     i32,
     i64,
-    kernel,
     load,
     lowest_bit,
     mask_at_least_64,
     next_task,
     order_64,
-    part,
     store_ordered,
     store_sums,
     this_thread,
@@ -100,7 +99,7 @@ def pair_plan(topk: int) -> Tensor:
 
 
 @part
-def best_of_half(half, num_subkeys, topk, codes, step, best):
+def _best_of_half(half, num_subkeys, topk, codes, step, best):
     """The K best codes of the N scores at `half`, best first, at `best`, and where they stand, behind them.
 
     codes: scratch of ten rows of `step` bytes, as `select` lays it out.
@@ -165,7 +164,10 @@ def _score(code):
 
 @part
 def _raise_bound(codes, count, topk, low):
-    """A bound of at least `low`, which K codes reach, that at least K reach, and few more."""
+    """A bound of at least `low`, which K codes reach, that at least K reach, and few more.
+
+    count: a multiple of 64.
+    """
     code = i32(codes)
     low, high = np.int64(low), np.int64(_LOWEST)
     for j in range(count):
@@ -174,9 +176,9 @@ def _raise_bound(codes, count, topk, low):
     for _ in range(12):
         middle = low + (high - low) // 2
         bound = np.int32(middle)
-        reach = np.int32(0)
-        for j in range(count):
-            reach += np.int32(code[j] >= bound)
+        reach = 0
+        for block in range(0, count, 64):
+            reach += count_bits(mask_at_least_64(codes + block * 4, bound))
         if reach >= topk:
             low = middle
             if reach <= topk + topk // 8:
@@ -200,14 +202,16 @@ def _keep_best(candidates, ids, count, topk, ranks, packed, best, index):
     candidate, identity, rank = i32(candidates), i32(ids), i32(ranks)
     chosen, where = i32(best), i32(index)
     if count > _RANKED:
-        keys = carray(i64(packed), count)
+        key = i64(packed)
         for j in range(count):
             # Ascending order of the packed integers is descending order of codes, then ascending of ids.
-            keys[j] = (~np.int64(candidate[j]) << 32) | np.int64(np.uint32(identity[j]))
-        keys.sort()
+            key[j] = (~np.int64(candidate[j]) << 32) | np.int64(np.uint32(identity[j]))
+        for root in range(count // 2 - 1, -1, -1):
+            _sift(key, root, count)
         for j in range(topk):
-            chosen[j] = np.int32(~(keys[j] >> 32))
-            where[j] = np.int32(keys[j] & 0xFFFFFFFF)
+            chosen[j], where[j] = np.int32(~(key[0] >> 32)), np.int32(key[0] & 0xFFFFFFFF)
+            key[0] = key[count - 1 - j]
+            _sift(key, 0, count - 1 - j)
         return
     for j in range(count, count + 64):
         candidate[j] = _LOWEST
@@ -228,7 +232,22 @@ def _keep_best(candidates, ids, count, topk, ranks, packed, best, index):
 
 
 @part
-def best_pairs(best1, best2, num_subkeys, topk, plan, codes, step, scores, slots):
+def _sift(key, root, count):
+    """Make a heap of `count` integers, the least first, of one in which `root` may be too great."""
+    value = key[root]
+    while 2 * root + 1 < count:
+        child = 2 * root + 1
+        if child + 1 < count and key[child + 1] < key[child]:
+            child += 1
+        if value <= key[child]:
+            break
+        key[root] = key[child]
+        root = child
+    key[root] = value
+
+
+@part
+def _best_pairs(best1, best2, num_subkeys, topk, plan, codes, step, scores, slots):
     """The K best sums of the staircase of two sorted halves, at `scores` and `slots`; the halves are used up."""
     candidates, ids, ranks, places = codes + step, codes + 2 * step, codes + 3 * step, codes + 8 * step
     code1, code2, subkey1 = i32(best1), i32(best2), i32(best1 + step)
@@ -297,8 +316,8 @@ def _keep_at_least(bound, codes, ids, total, candidates, kept_ids):
     return min(count, total)  # not what fills the last 64
 
 
-@part
-def softmax_of(score, topk):
+@part_with_a_sum
+def _softmax(score, topk):
     """In place; the first score is the greatest."""
     greatest, total = score[0], np.float32(0)
     for j in range(topk):
@@ -308,24 +327,36 @@ def softmax_of(score, topk):
         score[j] /= total
 
 
+@shared
+def best_slots(first, second, num_subkeys, topk, plan, codes, step, scores, slots, softmax):
+    """The K best sums of the N scores at `first` and as many at `second`, best first, at `scores`, and their slots.
+
+    plan: `pair_plan`; codes: scratch, ten rows of `step` bytes: codes; codes, ids and ranks of candidates; both halves'
+    best codes and indices; sorting (two). softmax: 1 for that of the sums in their place.
+    """
+    best1, best2 = codes + 4 * step, codes + 6 * step
+    for side in range(2):
+        half, best = (first, best1) if side == 0 else (second, best2)
+        _best_of_half(half, num_subkeys, topk, codes, step, best)
+    _best_pairs(best1, best2, num_subkeys, topk, plan, codes, step, scores, slots)
+    if softmax != 0:
+        _softmax(f32(scores), topk)
+
+
 @kernel
 def _select(
     counters, first, first_a, first_b, second, second_a, second_b, scores, slots,
     rows, rows_b, num_subkeys, topk, scratch, width, plan, softmax,
 ):  # fmt: skip
-    # Rows of scratch: codes; codes, ids and ranks of candidates; both halves' best codes and indices; sorting (two).
     step = width * 4
     codes = scratch + this_thread(counters) * step * 10
-    best1, best2 = codes + 4 * step, codes + 6 * step
     while True:
         start = next_task(counters) * _ROWS
         if start >= rows:
             return
         for row in range(start, min(rows, start + _ROWS)):
             a, b = row // rows_b, row % rows_b
-            best_of_half(first + (a * first_a + b * first_b) * 4, num_subkeys, topk, codes, step, best1)
-            best_of_half(second + (a * second_a + b * second_b) * 4, num_subkeys, topk, codes, step, best2)
-            out = row * topk
-            best_pairs(best1, best2, num_subkeys, topk, plan, codes, step, scores + out * 4, slots + out * 8)
-            if softmax != 0:
-                softmax_of(f32(scores + out * 4), topk)
+            best_slots(
+                first + (a * first_a + b * first_b) * 4, second + (a * second_a + b * second_b) * 4, num_subkeys, topk,
+                plan, codes, step, scores + row * topk * 4, slots + row * topk * 8, softmax,
+            )  # fmt: skip
