@@ -1,6 +1,7 @@
 """Tables in files: read and trained as tables in memory, kept by checkpoints, and never copied into memory unasked."""
 
 import copy
+import mmap
 import os
 import pickle
 
@@ -12,6 +13,7 @@ import memlayers
 from memlayers import Experts, MappedFile, MemoryConfig, MemoryLayer, MemoryPlus, RowAdagrad, RowAdam, RowSGD
 from memlayers.optim import MemoryAdamW
 from memlayers.storage.mapped import MappedTable
+from memlayers.storage.rows import Ahead, MappedRows
 
 CONFIG = MemoryConfig(dim=32, heads=2, topk=4, num_subkeys=16, query_dim=8, query_norm="rms")
 
@@ -218,7 +220,25 @@ def test_memory_that_was_asked_for_is_given_back(tmp_path):
     assert figures["rows_read"] == figures["rows_asked"] > 0
 
 
-def test_many_rows_are_read_ahead_by_threads(tmp_path):
+def test_rows_that_are_asked_for_again_and_again_stay_when_others_are_given_back(tmp_path):
+    slots, page = 400, mmap.PAGESIZE
+    file = MappedRows(tmp_path / "rows", (slots, page // 4), torch.float32, writable=True)
+    ahead, hot = Ahead(slots, 40 * page), np.arange(0, 40, 2)
+    for first in range(100, 340, 2):  # 2 others each time
+        ahead.keep_to_budget()
+        ahead.fetch([file], np.concatenate((hot, [first, first + 1])))
+        assert ahead.held_bytes <= 42 * page
+    assert ahead.cold == 20 + 240
+    ahead.keep_to_budget()
+    ahead.fetch([file], np.arange(60))  # more than all of the budget at once
+    ahead.keep_to_budget()
+    assert ahead.held_bytes == 0
+    before = ahead.cold
+    ahead.fetch([file], hot)
+    assert ahead.cold == before + 20
+
+
+def test_the_system_is_asked_for_many_rows_at_once(tmp_path):
     config = MemoryConfig(dim=1024, heads=2, topk=16, num_subkeys=32, query_dim=8, query_norm="none")
     layer = mapped(tmp_path, config)
     layer.values.fill()

@@ -162,7 +162,7 @@ class TableFolder:
                     file.fill(fresh, np.zeros(file.row_bytes, np.uint8))
                     self.ahead.know(file, fresh)
                 log.add_fresh(fresh)
-            self.ahead.wait(self.ahead.fetch(self._large_files(), old))
+            self.ahead.fetch(self._large_files(), old)
             for part in self._pieces(old):
                 rows = {name: file.take(part) for name, file in self.files.items()}
                 log.add_old(part, rows)
@@ -395,7 +395,6 @@ class TableFolder:
 
     def close(self) -> None:
         """Closes all files; what has changed since the last checkpoint is put back when the folder is opened again."""
-        self.ahead.close()
         if self._log is not None:
             self._log.close()
             self._log = None

@@ -5,7 +5,6 @@ Letters: T tokens, S slots, V value width, M rows a token reads, U different slo
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -118,7 +117,6 @@ class MappedTable(ValueTable):
         self._files = TableFolder(
             Path(folder), slots, dim, dtype=dtype, std=self.std, new_seed=_new_seed, budget_bytes=budget_bytes
         )
-        self._begun: list[Future[None]] = []  # reads of states, for the next step
         self._is_left_out = False
         self.weight = nn.Parameter(self._files.weight.tensor)
         self._own = (self.weight,)  # of a tuple, so that it is registered once
@@ -147,17 +145,14 @@ class MappedTable(ValueTable):
         slots_U = distinct_slots(slots_TM, files.slots)
         files.ahead.keep_to_budget()
         is_written_U = files.written[slots_U]
-        started = files.ahead.fetch([files.weight], slots_U[is_written_U])
+        files.ahead.fetch([files.weight], slots_U[is_written_U])
         is_trained = torch.is_grad_enabled() and self.weight.requires_grad
         if is_trained and self.row_gradient is not None:
             if files.std:
                 files.write_fresh(slots_U[~is_written_U])
             states = [file for file in files.states.values() if file.tensor.ndim > 1]
-            self._begun = [read for read in self._begun if not read.done()]
-            self._begun += files.ahead.fetch(states, slots_U[is_written_U])
-            files.ahead.wait(started)
+            files.ahead.fetch(states, slots_U[is_written_U])
             return super()._compute(slots_TM, given)
-        files.ahead.wait(started)
         if files.std == 0 or is_written_U.all():
             y_TV = self._operations[1](self.weight.detach(), slots_TM, given)
         else:
@@ -185,8 +180,6 @@ class MappedTable(ValueTable):
 
     def before_step(self, parts: list[Part]) -> None:
         """Keeps the rows that were recorded, and their states, on the disk: a step may change them now."""
-        self._files.ahead.wait(self._begun)
-        self._begun = []
         slots = torch.cat([part.slots_TK[part.weights_TK != 0] for part in parts])
         self._files.before_change(distinct_slots(slots, self._files.slots))
 
@@ -223,7 +216,6 @@ class MappedTable(ValueTable):
 
         Raises `ValueError` for one that is not kept.
         """
-        self._begun = []
         self._files.restore(number)
 
     def drop_states(self) -> None:

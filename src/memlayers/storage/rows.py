@@ -1,8 +1,8 @@
 """MappedRows: rows in a file as a tensor that shares the file's pages, and Ahead: rows asked for before they are used.
 
 The kernels of a table read and write such a tensor as any other. Where a page is not in memory yet they wait for the
-disk, one page after the other; so the slots of a step, which are known before, are read ahead by several threads. The
-system keeps what was read in its page cache; what of it counts as memory of this process is given back over a budget.
+disk, one page after the other; so the system is asked to read the rows of a step, which are known before, all at once.
+It keeps what was read in its page cache; what of it counts as memory of this process is given back over a budget.
 
 Letters: S slots, V width.
 """
@@ -14,16 +14,16 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-THREADS = 24  # that wait for the disk; it answers many at a time
-_FEW = 8  # reads that are made without the threads
-_PIECE = 2**20  # bytes that are read at a time
+_PIECE = 2**20  # bytes that are written at a time
+_ASKED = 2**17  # bytes that are asked for at a time: systems read no more of what is advised at once
+_TURN = 1 / 64  # of the budget: what is read while rows count as equally old
+_KEPT = 15 / 16  # of the budget, where it was overstepped
 _NEW_FILE = os.O_RDWR | os.O_CREAT
 
 
@@ -116,9 +116,13 @@ class MappedRows:
             self.map.flush()
         os.fsync(self.descriptor)
 
-    def give_back(self) -> None:
-        """Has no page of the file count as memory of this process; they stay in the system's cache."""
-        self.map.madvise(mmap.MADV_DONTNEED)
+    def give_back(self, runs: Iterable[tuple[int, int]] | None = None) -> None:
+        """Has pages of the file (None: all) not count as memory of this process; they stay in the system's cache."""
+        if runs is None:
+            self.map.madvise(mmap.MADV_DONTNEED)
+            return
+        for begin, end in runs:
+            self.map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def runs(self, slots: np.ndarray) -> list[tuple[int, int]]:
         """The bytes of ascending slots in whole pages, first and the one behind the last, neighbours together."""
@@ -129,11 +133,11 @@ class MappedRows:
         closes = np.concatenate((opens[1:], [len(slots)])) - 1
         return list(zip(begin[opens].tolist(), end[closes].tolist(), strict=True))
 
-    def read(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Reads stretches of the file into the system's cache."""
+    def ask(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Has the system begin to read stretches of the file into its cache."""
         for begin, end in runs:
-            for place in range(begin, end, _PIECE):
-                os.pread(self.descriptor, min(_PIECE, end - place), place)
+            for place in range(begin, min(end, len(self.map)), _ASKED):
+                self.map.madvise(mmap.MADV_WILLNEED, place, min(_ASKED, end - place))
 
     def close(self) -> None:
         """Closes the file. The tensor stays, and its pages, until nobody has it any more."""
@@ -141,7 +145,7 @@ class MappedRows:
 
 
 class Ahead:
-    """Reads rows of some files ahead of their use, and gives back what has gathered over a budget.
+    """Asks for rows of some files ahead of their use, and gives back what has gathered over a budget.
 
     Args:
         slots: S, of each of the files.
@@ -151,67 +155,71 @@ class Ahead:
     def __init__(self, slots: int, budget_bytes: int):
         self.budget_bytes = budget_bytes
         self.asked = self.cold = 0  # rows, since the beginning: asked for, and not asked for before
-        self.pages = 0  # that were read ahead
+        self.pages = 0  # that the system was asked for
         self._slots = slots
-        self._warm: dict[MappedRows, np.ndarray] = {}  # the rows of each file that were asked for
-        self._held = 0  # bytes of them
-        self._pool: ThreadPoolExecutor | None = None
-        self._process = os.getpid()
+        self._asked_in: dict[MappedRows, np.ndarray] = {}  # by slot, 0 or the turn in which it was asked for last
+        self._turn, self._gathered = 1, 0  # bytes since the turn began
+        self._held: dict[MappedRows, int] = {}  # rows of each file that were asked for
 
-    def fetch(self, files: Iterable[MappedRows], slots: np.ndarray) -> list[Future[None]]:
-        """Begins to read the rows of ascending slots of each file; see `wait`."""
-        started: list[Future[None]] = []
+    def fetch(self, files: Iterable[MappedRows], slots: np.ndarray) -> None:
+        """Has the rows of ascending slots of each file read; whoever uses one that is not there yet waits for it."""
         for file in files:
-            warm = self._warm.setdefault(file, np.zeros(self._slots, np.bool_))
-            cold = slots[~warm[slots]]
+            cold = self._note(file, slots)
             self.asked += len(slots)
             self.cold += len(cold)
-            if not len(cold):
-                continue
-            warm[cold] = True
-            runs = file.runs(cold)
-            size = sum(end - begin for begin, end in runs)
-            self.pages += size // mmap.PAGESIZE
-            self._held += size
-            if len(runs) <= _FEW:
-                file.read(runs)
-                continue
-            count = min(THREADS, len(runs))
-            started += [self._threads().submit(file.read, runs[number::count]) for number in range(count)]
-        return started
+            if len(cold):
+                runs = file.runs(cold)
+                self.pages += sum(end - begin for begin, end in runs) // mmap.PAGESIZE
+                file.ask(runs)
 
     def know(self, file: MappedRows, slots: np.ndarray) -> None:
         """Tells of rows that were just written, and so need no reading."""
-        self._warm.setdefault(file, np.zeros(self._slots, np.bool_))[slots] = True
-        self._held += len(slots) * file.row_bytes
-
-    @staticmethod
-    def wait(started: list[Future[None]]) -> None:
-        """Returns when all is read. Raises `OSError` for what could not be."""
-        wait(started)
-        for future in started:
-            future.result()
+        self._note(file, slots)
 
     def keep_to_budget(self) -> None:
-        """Gives all pages back where more have gathered than the budget allows; to be called between two steps."""
-        if self._held > self.budget_bytes:
-            self.forget()
-            for file in self._warm:
-                file.give_back()
+        """Gives pages back where more have gathered than the budget allows; to be called between two steps.
+
+        Those of rows that were not asked for the longest go first, until a sixteenth of the budget is free.
+        """
+        if self._gathered > self.budget_bytes * _TURN:
+            self._turn, self._gathered = min(self._turn + 1, 255), 0
+        if self.held_bytes <= self.budget_bytes:
+            return
+        held = np.sum(
+            [np.bincount(rows, minlength=256) * _paged(file) for file, rows in self._asked_in.items()], axis=0
+        )
+        newer = held[::-1].cumsum()[::-1]  # by turn, what was asked for in it and since
+        first = 1 + int(np.count_nonzero(newer[1:] > self.budget_bytes * _KEPT))
+        for file, asked_in in self._asked_in.items():
+            old = np.flatnonzero((asked_in != 0) & (asked_in < first))
+            file.give_back(file.runs(old) if len(old) < self._held[file] else None)
+            asked_in[old] = 0
+            asked_in[asked_in != 0] -= np.uint8(first - 1)
+            self._held[file] -= len(old)
+        self._turn = max(1, self._turn - (first - 1))
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the pages of rows that were asked for, at most."""
+        return sum(min(file.nbytes, rows * _paged(file)) for file, rows in self._held.items())
 
     def forget(self) -> None:
         """Takes no row for read any more."""
-        self._held = 0
-        for warm in self._warm.values():
-            warm[:] = False
+        for file, asked_in in self._asked_in.items():
+            asked_in[:] = self._held[file] = 0
 
-    def close(self) -> None:
-        """Ends the threads."""
-        if self._pool is not None and self._process == os.getpid():
-            self._pool.shutdown()
-        self._pool = None
+    def _note(self, file: MappedRows, slots: np.ndarray) -> np.ndarray:
+        """Takes rows for asked for now; returns those that were not."""
+        if file not in self._asked_in:
+            self._asked_in[file], self._held[file] = np.zeros(self._slots, np.uint8), 0
+        asked_in = self._asked_in[file]
+        cold = slots[asked_in[slots] == 0]
+        asked_in[slots] = self._turn
+        self._held[file] += len(cold)
+        self._gathered += len(cold) * _paged(file)
+        return cold
 
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None or self._process != os.getpid():  # a fork has no threads
-            self._pool, self._process = ThreadPoolExecutor(THREADS, "memlayers-rows"), os.getpid()
-        return self._pool
+
+def _paged(file: MappedRows) -> int:
+    """The bytes of the pages of a row."""
+    return -(-file.row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -31,7 +31,7 @@ class Place(NamedTuple):
 class SavedTable(ValueTable):
     """A value table in a file of safetensors, mapped read-only: no copy of it is made, and nobody trains it.
 
-    The rows of a call are read ahead by several threads, and the kernels then read the pages of the file. Processes
+    The system is asked for the rows of a call all at once, and the kernels then read the pages of the file. Processes
     that map one file share the system's cache of it. What counts as memory of this process is given back over a budget.
     `load_memory(..., values="mapped")` makes it.
 
@@ -104,7 +104,7 @@ class SavedTable(ValueTable):
         if is_exporting():
             raise ValueError(f"a value table that is mapped cannot be exported: {_REMEDY}")
         self._ahead.keep_to_budget()
-        self._ahead.wait(self._ahead.fetch([self._rows], distinct_slots(slots_TM, self.shape[0])))
+        self._ahead.fetch([self._rows], distinct_slots(slots_TM, self.shape[0]))
         if self._scales_S is None or self.bits is None:
             return read(self._rows.tensor, slots_TM, given)
         return read_low_bits(self._rows.tensor, self._scales_S, slots_TM, given, self.shape[1], self.bits)
