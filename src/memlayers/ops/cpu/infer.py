@@ -189,5 +189,5 @@ def _decode_kernel(
                 if bits > 0:
                     add_low_rows(table, i64(slots), f32(weights), k, stop, known, out, first, last, row_bytes, bits)
                 else:
-                    add_rows(table, i64(slots), f32(weights), k, stop, out, first, last, width, kind)
+                    add_rows(table, i64(slots), f32(weights), k, stop, known, out, first, last, width, kind)
         task_done(counters)

@@ -1,8 +1,8 @@
 """read and dot on a CPU: weighted sums of table rows, and products of rows with outputs, straight from the table.
 
 Random rows come as fast as memory gives them, when sixteen are read side by side, a cache line of each in turn: that
-many streams the processor's own prefetcher follows, and prefetch instructions add nothing. 16-bit rows are widened in
-registers. Nothing is gathered.
+many streams the processor's own prefetcher follows. Rows of 16 bits end before it has run ahead, so the next sixteen
+are asked for meanwhile; they are widened in registers. Nothing is gathered.
 
 Letters: T tokens, K rows a token, S slots, V width.
 """
@@ -25,6 +25,7 @@ from memlayers.ops.cpu.intrinsics import (
     load_float16,
     multiply,
     next_task,
+    prefetch,
     store,
     u16,
 )
@@ -122,11 +123,16 @@ def are_slots(slot, start, end, num_slots):
 
 
 @part
-def add_rows(table, slot, weight, start, end, out, first, last, width, kind):
-    """out += the weighted sum of columns first to last of the rows of entries start to end."""
+def add_rows(table, slot, weight, start, end, known, out, first, last, width, kind):
+    """out += the weighted sum of columns first to last of the rows of entries start to end.
+
+    known: the entry behind the last one that follows; rows of the next ones are asked for.
+    """
     whole = first + (last - first) // LANES * LANES
     size = 4 if kind == FLOAT32 else 2
-    at = first if kind == FLOAT32 else _add_pairs(table, slot, weight, start, end, out, first, whole, width, kind)
+    at = first
+    if kind != FLOAT32:
+        at = _add_pairs(table, slot, weight, start, end, known, out, first, whole, width, kind)
     for v in range(at, whole, LANES):
         total = load(out + v * 4)
         if kind == FLOAT32:
@@ -144,18 +150,20 @@ def add_rows(table, slot, weight, start, end, out, first, last, width, kind):
 
 
 @part
-def _add_pairs(table, slot, weight, start, end, out, first, whole, width, kind):
+def _add_pairs(table, slot, weight, start, end, known, out, first, whole, width, kind):
     """The same for pairs of vectors of 16-bit numbers, a cache line each; returns where there are no more."""
     pairs = first + (whole - first) // (2 * LANES) * 2 * LANES
     for v in range(first, pairs, 2 * LANES):
         total1, total2 = load(out + v * 4), load(out + (v + LANES) * 4)
         if kind == BFLOAT16:
             for k in range(start, end):
+                _ask_for_next(table, slot, k, known, v, width)
                 at = table + (slot[k] * width + v) * 2
                 total1 = add_scaled(total1, weight[k], load_bfloat16(at))
                 total2 = add_scaled(total2, weight[k], load_bfloat16(at + LANES * 2))
         else:
             for k in range(start, end):
+                _ask_for_next(table, slot, k, known, v, width)
                 at = table + (slot[k] * width + v) * 2
                 total1 = add_scaled(total1, weight[k], load_float16(at))
                 total2 = add_scaled(total2, weight[k], load_float16(at + LANES * 2))
@@ -165,13 +173,19 @@ def _add_pairs(table, slot, weight, start, end, out, first, whole, width, kind):
 
 
 @part
+def _ask_for_next(table, slot, k, known, v, width):
+    """Ask for 16-bit column v of the row that comes a group of rows later."""
+    prefetch(table + (slot[min(k + _ROWS, known - 1)] * width + v) * 2)
+
+
+@part
 def _load_16_bits(address, kind):
     return load_bfloat16(address) if kind == BFLOAT16 else load_float16(address)
 
 
 @part
-def _products(table, slot, product, start, end, output, width, kind):
-    """product[k] = <row of entry k, output> for entries start to end."""
+def _products(table, slot, product, start, end, known, output, width, kind):
+    """product[k] = <row of entry k, output> for entries start to end; meanwhile rows up to entry `known` are asked for."""
     whole = width // LANES * LANES
     size = 4 if kind == FLOAT32 else 2
     for k in range(start, end):
@@ -183,9 +197,11 @@ def _products(table, slot, product, start, end, output, width, kind):
                 product[k] += lane_sum(multiply(values, load(table + (slot[k] * width + v) * 4)))
         elif kind == BFLOAT16:
             for k in range(start, end):
+                _ask_for_next(table, slot, k, known, v, width)
                 product[k] += lane_sum(multiply(values, load_bfloat16(table + (slot[k] * width + v) * 2)))
         else:
             for k in range(start, end):
+                _ask_for_next(table, slot, k, known, v, width)
                 product[k] += lane_sum(multiply(values, load_float16(table + (slot[k] * width + v) * 2)))
     for v in range(whole, width):
         for k in range(start, end):
@@ -202,7 +218,8 @@ def _read(counters, table, slots, weights, outputs, num_tokens, topk, num_slots,
         if first >= num_tokens:
             return
         last = min(width, column + columns)
-        for token in range(first, min(num_tokens, first + tokens)):
+        stop = min(num_tokens, first + tokens)
+        for token in range(first, stop):
             start, end = token * topk, (token + 1) * topk
             if not are_slots(slot, start, end, num_slots):
                 fail(counters)
@@ -211,7 +228,7 @@ def _read(counters, table, slots, weights, outputs, num_tokens, topk, num_slots,
             for v in range(column, last):
                 f32(out)[v] = np.float32(0)
             for k in range(start, end, _ROWS):
-                add_rows(table, slot, weight, k, min(k + _ROWS, end), out, column, last, width, kind)
+                add_rows(table, slot, weight, k, min(k + _ROWS, end), stop * topk, out, column, last, width, kind)
 
 
 @kernel
@@ -221,11 +238,12 @@ def _dot(counters, table, slots, weights, outputs, num_tokens, topk, num_slots, 
         first = next_task(counters) * tokens
         if first >= num_tokens:
             return
-        for token in range(first, min(num_tokens, first + tokens)):
+        stop = min(num_tokens, first + tokens)
+        for token in range(first, stop):
             start, end = token * topk, (token + 1) * topk
             if not are_slots(slot, start, end, num_slots):
                 fail(counters)
                 return
             output = outputs + token * width * 4
             for k in range(start, end, _ROWS):
-                _products(table, slot, product, k, min(k + _ROWS, end), output, width, kind)
+                _products(table, slot, product, k, min(k + _ROWS, end), stop * topk, output, width, kind)
