@@ -130,9 +130,7 @@ def add_rows(table, slot, weight, start, end, known, out, first, last, width, ki
     """
     whole = first + (last - first) // LANES * LANES
     size = 4 if kind == FLOAT32 else 2
-    at = first
-    if kind != FLOAT32:
-        at = _add_pairs(table, slot, weight, start, end, known, out, first, whole, width, kind)
+    at = _add_pairs(table, slot, weight, start, end, known, out, first, whole, width, kind)
     for v in range(at, whole, LANES):
         total = load(out + v * 4)
         if kind == FLOAT32:
@@ -151,11 +149,16 @@ def add_rows(table, slot, weight, start, end, known, out, first, last, width, ki
 
 @part
 def _add_pairs(table, slot, weight, start, end, known, out, first, whole, width, kind):
-    """The same for pairs of vectors of 16-bit numbers, a cache line each; returns where there are no more."""
+    """The same for pairs of vectors, a cache line of 16-bit numbers or two of others; returns where none are left."""
     pairs = first + (whole - first) // (2 * LANES) * 2 * LANES
     for v in range(first, pairs, 2 * LANES):
         total1, total2 = load(out + v * 4), load(out + (v + LANES) * 4)
-        if kind == BFLOAT16:
+        if kind == FLOAT32:
+            for k in range(start, end):
+                at = table + (slot[k] * width + v) * 4
+                total1 = add_scaled(total1, weight[k], load(at))
+                total2 = add_scaled(total2, weight[k], load(at + LANES * 4))
+        elif kind == BFLOAT16:
             for k in range(start, end):
                 _ask_for_next(table, slot, k, known, v, width)
                 at = table + (slot[k] * width + v) * 2
