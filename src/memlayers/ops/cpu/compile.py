@@ -128,7 +128,9 @@ def lowered(signature):
             return context.get_dummy_value() if value is None else value
 
         # Numba takes the names of the arguments from `emit`, the first of which is its own business.
-        return intrinsic(functools.wraps(emit)(lambda context, *kinds: (signature, generate)))
+        made = intrinsic(functools.wraps(emit)(lambda context, *kinds: (signature, generate)))
+        made.emit = emit
+        return made
 
     return decorate
 

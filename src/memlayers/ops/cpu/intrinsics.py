@@ -96,7 +96,7 @@ class _Floats(types.Type):
 
 
 FLOATS = _Floats()
-_VECTOR = ir.VectorType(_FLOAT, LANES)
+_VECTOR, _PLACES = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT32, LANES)
 
 
 @register_model(_Floats)
@@ -409,6 +409,41 @@ def lane_sum(builder, values):
     """The sum of the 16."""
     function = _declared(builder, "llvm.vector.reduce.fadd", _FLOAT, [_FLOAT, _VECTOR])
     return builder.call(function, [ir.Constant(_FLOAT, -0.0), values], fastmath=SUMS)
+
+
+def _row_products(load_row):
+    """An intrinsic: total + <16 elements of a row, values> for the 16 rows that begin at base + slot * row_bytes.
+
+    slots: the address of 16 int64. Each sum is that of `lane_sum`: of halves, and of their halves.
+    """
+
+    @lowered(FLOATS(FLOATS, FLOATS, types.int64, types.int64, types.int64))
+    def products(builder, total, values, base, slots, row_bytes):
+        slot = builder.inttoptr(slots, ir.PointerType(_INT64))
+
+        def sums(first, step):
+            """Partial sums of rows `first`, `first + step` and so on, as many of each as there is room for."""
+            if step == LANES:
+                start = builder.mul(builder.load(builder.gep(slot, [_INT64(first)])), row_bytes)
+                return builder.fmul(load_row.emit(builder, builder.add(base, start)), values, flags=_EXACT)
+            parts = sums(first, 2 * step), sums(first + step, 2 * step)
+            both = [
+                at + LANES * one
+                for start in range(0, LANES, 2 * step)
+                for one in (0, 1)
+                for at in range(start, start + step)
+            ]
+            halves = [
+                builder.shuffle_vector(*parts, ir.Constant(_PLACES, [at + by for at in both])) for by in (0, step)
+            ]
+            return builder.fadd(*halves, flags=_EXACT)
+
+        return builder.fadd(total, sums(0, 1), flags=_EXACT)
+
+    return products
+
+
+add_products, add_products_bfloat16, add_products_float16 = map(_row_products, (load, load_bfloat16, load_float16))
 
 
 @lowered(types.void(types.int64, FLOATS))

@@ -14,10 +14,14 @@ from torch import Tensor
 from memlayers.ops.cpu.compile import kernel, part
 from memlayers.ops.cpu.intrinsics import (
     LANES,
+    add_products,
+    add_products_bfloat16,
+    add_products_float16,
     add_scaled,
     bits_float,
     f32,
     fail,
+    fill,
     i64,
     lane_sum,
     load,
@@ -187,28 +191,49 @@ def _load_16_bits(address, kind):
 
 
 @part
-def _products(table, slot, product, start, end, known, output, width, kind):
-    """product[k] = <row of entry k, output> for entries start to end; meanwhile rows up to entry `known` are asked for."""
+def _products(table, slots, products, start, end, known, output, width, kind):
+    """products[k] = <row of entry k, output> for entries start to end.
+
+    known: the entry behind the last one that follows; rows of the next ones are asked for.
+    """
+    slot, product = i64(slots), f32(products)
     whole = width // LANES * LANES
     size = 4 if kind == FLOAT32 else 2
-    for k in range(start, end):
-        product[k] = np.float32(0)
-    for v in range(0, whole, LANES):
-        values = load(output + v * 4)
-        if kind == FLOAT32:
+    if end - start == LANES:
+        _add_products_of_16(
+            table, slot, slots + start * 8, start, known, output, products + start * 4, whole, width, kind
+        )
+    else:
+        for k in range(start, end):
+            product[k] = np.float32(0)
+        for v in range(0, whole, LANES):
+            values = load(output + v * 4)
             for k in range(start, end):
-                product[k] += lane_sum(multiply(values, load(table + (slot[k] * width + v) * 4)))
-        elif kind == BFLOAT16:
-            for k in range(start, end):
-                _ask_for_next(table, slot, k, known, v, width)
-                product[k] += lane_sum(multiply(values, load_bfloat16(table + (slot[k] * width + v) * 2)))
-        else:
-            for k in range(start, end):
-                _ask_for_next(table, slot, k, known, v, width)
-                product[k] += lane_sum(multiply(values, load_float16(table + (slot[k] * width + v) * 2)))
+                at = table + (slot[k] * width + v) * size
+                row = load(at) if kind == FLOAT32 else _load_16_bits(at, kind)
+                product[k] += lane_sum(multiply(values, row))
     for v in range(whole, width):
         for k in range(start, end):
             product[k] += number(table + slot[k] * width * size, v, kind) * f32(output)[v]
+
+
+@part
+def _add_products_of_16(table, slot, slots, start, known, output, products, whole, width, kind):
+    """Those of 16 rows, whole vectors of them."""
+    total = fill(np.float32(0))
+    for v in range(0, whole, LANES):
+        values, at = load(output + v * 4), table + v * 2
+        if kind == FLOAT32:
+            total = add_products(total, values, table + v * 4, slots, width * 4)
+            continue
+        if v % (2 * LANES) == 0:
+            for k in range(start, start + LANES):
+                _ask_for_next(table, slot, k, known, v, width)
+        if kind == BFLOAT16:
+            total = add_products_bfloat16(total, values, at, slots, width * 2)
+        else:
+            total = add_products_float16(total, values, at, slots, width * 2)
+    store(products, total)
 
 
 @kernel
@@ -236,7 +261,7 @@ def _read(counters, table, slots, weights, outputs, num_tokens, topk, num_slots,
 
 @kernel
 def _dot(counters, table, slots, weights, outputs, num_tokens, topk, num_slots, width, kind, tokens, columns):
-    slot, product = i64(slots), f32(weights)
+    slot = i64(slots)
     while True:
         first = next_task(counters) * tokens
         if first >= num_tokens:
@@ -249,4 +274,4 @@ def _dot(counters, table, slots, weights, outputs, num_tokens, topk, num_slots, 
                 return
             output = outputs + token * width * 4
             for k in range(start, end, _ROWS):
-                _products(table, slot, product, k, min(k + _ROWS, end), stop * topk, output, width, kind)
+                _products(table, slots, weights, k, min(k + _ROWS, end), stop * topk, output, width, kind)
