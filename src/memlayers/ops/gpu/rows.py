@@ -380,7 +380,6 @@ def _finish(
     square = 0.0
     if is_mine:
         at = key.to(tl.int64) * width + column
-        total = tl.load(aside_B2V + (block * 2 + 1) * width + column, mask=inside, other=0.0)
         sums = tl.zeros([TILE, COLUMNS], tl.float32)
         tile = block + 1 + tl.arange(0, TILE)
         going = True
@@ -391,6 +390,8 @@ def _finish(
             tile += TILE
             border += TILE * length
             going = tl.load(key_M + border, mask=border < count, other=-1) == key
+        # Not before the loop, in which the compiler would have no registers for it.
+        total = tl.load(aside_B2V + (block * 2 + 1) * width + column, mask=inside, other=0.0)
         total += tl.sum(sums, 0)
         if RULE == SQUARES:
             square = tl.sum(total * total)
