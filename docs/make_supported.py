@@ -22,6 +22,7 @@ TOPICS = (
     "Checkpoints of PyTorch",
     "Quantised models",
     "Tables in files",
+    "Tables on the host",
     "Adapters",
     "Masks",
     "Saving and loading",

@@ -100,6 +100,15 @@ def test_the_page_about_gpus_runs_on_what_there_is():
         exec(compile(code, "gpu.md", "exec"), names)
 
 
+def test_the_page_about_large_tables_runs_and_prints_what_it_shows(capsys):
+    page = (DOCS / "how-to" / "large-tables.md").read_text()
+    for code, shown in re.findall(r"```python\n(.*?)```\n(?:\n```\n(.*?)```)?", page, re.DOTALL):
+        exec(compile(code, "large-tables.md", "exec"), {})
+        assert capsys.readouterr().out == shown
+    bytes_of_columns = memlayers.distributed.traffic(slots=1024**2, width=1024, rows=128, tokens=2048, ranks=8).columns
+    assert f"| {bytes_of_columns / 1e6:.0f} MB |" in page
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory")  # of Trainer, where there is no GPU
 def test_the_page_about_facts_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from memlayers.memory_plus import MemoryPlus
     from memlayers.models import add_memory, disable_memory, load_memory, quantize_memory, save_memory
     from memlayers.optim import RowAdagrad, RowAdam, RowSGD
-    from memlayers.storage import MappedFile
+    from memlayers.storage import HostMemory, MappedFile
     from memlayers.usage import UsageMeter
     from memlayers.values import ValueTable
 
@@ -25,6 +25,7 @@ __all__ = [
     "Experts",
     "FlatKeys",
     "Hits",
+    "HostMemory",
     "MappedFile",
     "MemoryConfig",
     "MemoryLayer",
@@ -56,6 +57,7 @@ _ON_DEMAND = {
     "Experts": "experts",
     "FlatKeys": "keys",
     "Hits": "keys",
+    "HostMemory": "storage",
     "MappedFile": "storage",
     "MemoryConfig": "config",
     "MemoryLayer": "layer",

@@ -60,7 +60,7 @@ class MemoryLayer(nn.Module):
     Args:
         config: sizes and options.
         values: the table of another layer, to share it; ``config.slots`` rows of width ``config.width``. Or the place
-            of a table of its own (`memlayers.MappedFile`).
+            of a table of its own (`memlayers.MappedFile`, `memlayers.HostMemory`).
         device: of parameters and buffers.
         dtype: of parameters; statistics of the query's norm are in at least float32.
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from memlayers.lm.dry_run import dry_run
-from memlayers.lm.footprint import footprint
+from memlayers.lm.footprint import footprint, require_memory
 from memlayers.lm.run import RunFolder
 from memlayers.lm.tables import lines
 from memlayers.lm.train import Loop, train
@@ -127,8 +127,8 @@ def test_a_run_that_begins_wants_new_tables(tiny_config, tiny_corpus, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"memory_values": "mapped:"}, "memory_values must be 'memory' or 'mapped:FOLDER', got 'mapped:'"),
-        ({"memory_values": "disk"}, "memory_values must be 'memory' or 'mapped:FOLDER', got 'disk'"),
+        ({"memory_values": "mapped:"}, "memory_values must be 'memory', 'host' or 'mapped:FOLDER', got 'mapped:'"),
+        ({"memory_values": "disk"}, "memory_values must be 'memory', 'host' or 'mapped:FOLDER', got 'disk'"),
         ({"memory_kind": "experts", "memory_values": "mapped:x"}, "memory_values must be 'memory' with memory_kind"),
     ],
 )
@@ -156,3 +156,52 @@ def test_a_dry_run_makes_no_tables(tiny_config, tmp_path):
     said = dry_run(config, corpus=None, say=lambda text: None).lines()
     assert "tables in files" in dict(said)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_footprint_has_tables_on_the_host_of_a_gpu_there(tiny_config):
+    there = dataclasses.replace(of(tiny_config, None), memory_values="host")
+    plain, need = (footprint(config, vocab_size=300, device="cuda") for config in (of(tiny_config, None), there))
+    rows, moments = 16 * 16 * 4, 2 * 16 * 16 * 4 + 16 * 4  # slots, width, bytes; two moments, counts
+    recorded = 16 * (8 + 4) + rows  # more tokens than rows: one gradient of all rows
+    assert need.on_host == rows + moments + recorded
+    assert plain.parameters - need.parameters == rows
+    assert plain.optimizer_state - need.optimizer_state == moments
+    assert plain.gradients - need.gradients == recorded
+    assert need.activations - plain.activations == rows + 64 * 4 * 8  # all rows, and where in them
+    assert need.saved == plain.saved + recorded
+    assert need.to_dict()["on_host"] == need.on_host
+    said = dict(lines(there, need))
+    assert said["a step"] == "reads and writes at most 16 rows a table, 3 kB, on the host"
+    assert said["copied a step"] == "at most 1 kB to the GPU and 7 kB back"
+    on_cpu = footprint(there, vocab_size=300)
+    assert on_cpu == footprint(of(tiny_config, None), vocab_size=300)
+    assert dict(lines(there, on_cpu))["tables on the host"].endswith("nothing is copied")
+
+
+def test_tables_on_the_host_that_do_not_fit_there_are_refused(tiny_config, monkeypatch):
+    config = dataclasses.replace(of(tiny_config, None), memory_values="host")
+    monkeypatch.setattr("memlayers.lm.footprint.available_memory", lambda device: 2000 if device == "cpu" else 10**9)
+    with pytest.raises(ValueError, match="tables on the host need about 4 kB there and 2 kB are available"):
+        require_memory(config, vocab_size=300, device="cuda")
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`memlayers train --memory_values host`",
+    "supported",
+    "on a GPU the table is trained on the host; `--resume` goes on",
+)
+def test_a_run_with_its_table_on_the_host_is_bit_for_bit_one_in_memory(
+    tiny_config, tiny_corpus, tmp_path, stop_after, monkeypatch
+):
+    monkeypatch.setattr("memlayers.storage.host.is_beside", lambda weight_SV, slots_TM: False)
+    plain = of(tiny_config, None)
+    config = dataclasses.replace(plain, memory_values="host")
+    whole = train(plain, tmp_path / "whole", corpus=tiny_corpus, progress=False)
+    stop_after(7)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    stop_after(None)
+    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert result["validation"] == whole["validation"]

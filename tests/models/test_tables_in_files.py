@@ -47,5 +47,7 @@ def test_each_memory_has_its_table_below_the_place(tmp_path, share_values):
 
 def test_another_place_is_refused(tmp_path):
     model = causal_lm("gpt2", layers=1, dim=32, heads=2, context=16, vocab_size=100)
-    with pytest.raises(ValueError, match=r"values must be None or the place of tables \(MappedFile\), got '"):
+    with pytest.raises(
+        ValueError, match=r"values must be None or the place of tables \(MappedFile, HostMemory\), got '"
+    ):
         add_memory(model, CONFIG, layers=[1], values=str(tmp_path))

@@ -120,6 +120,8 @@ def test_fresh_rows_of_zeros_take_no_room(tmp_path):
     RowAdam(layer)
     with torch.no_grad():
         assert not layer(torch.randn(50, 1024)).any()
+    layer.values.fill()
+    assert not layer.state_dict()["values.weight"].any()
     assert layer.values.weight.nbytes == 16_777_216
     assert layer.values.figures()["disk_bytes"] < 50_000
 

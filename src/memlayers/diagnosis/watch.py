@@ -168,5 +168,5 @@ def read_slots(reads: Sequence[Read], table: ValueTable, *, live: bool = False) 
             counts_TM = read.weights_TM != 0
             if live:
                 counts_TM = counts_TM & read.live_T[:, None] if read.live_T is not None else torch.zeros_like(counts_TM)
-            found.append(read.slots_TM[counts_TM])
+            found.append(read.slots_TM[counts_TM].to(table.weight.device))
     return torch.cat(found).unique()

@@ -62,7 +62,7 @@ class Words:
     def pushed(self, subject: Subject, rows: Tensor) -> Tensor:
         """What values [R, D] add to the hidden states, times the gain of the final norm."""
         layer = subject.layer
-        pushed_RD = layer.output(values_of(subject, rows).to(layer.keys.weight.dtype)).float()
+        pushed_RD = layer.output(values_of(subject, rows).to(layer.keys.weight)).float()
         if subject.gate is not None:
             pushed_RD = pushed_RD * subject.gate.float()
         if self.gain is not None:

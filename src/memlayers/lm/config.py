@@ -18,7 +18,7 @@ ValueOptimizer = Literal["rows", "dense", "sparse"]
 MemoryKind = Literal["memory", "memory_plus", "experts"]
 MemoryMode = Literal["replace", "parallel"]
 
-MAPPED = "mapped:"  # before the folder, in `RunConfig.memory_values`
+HOST, MAPPED = "host", "mapped:"  # in `RunConfig.memory_values`; the folder follows
 _WITHOUT_EFFECT = ("training.save_every_tokens", "training.keep_checkpoints")  # on the result of a run
 OF_MEMORIES = ("memory", "training.value_", "training.selector_")  # without effect where there are none
 
@@ -149,7 +149,8 @@ class RunConfig:
     memory_share_values: bool = setting(False, "one table for all memories; queries and keys stay their own")
     memory_values: str = setting(
         "memory",
-        'where tables of values are trained: "memory", or "mapped:FOLDER", in files, which may be larger than memory',
+        'where tables of values are trained: "memory", beside the model; "host", which keeps them off a GPU; or '
+        '"mapped:FOLDER", in files, which may be larger than memory',
     )
     training: TrainingConfig = field(default_factory=TrainingConfig)  # the budget and the step
 
@@ -169,7 +170,7 @@ class RunConfig:
                 f"memory.keys must be 'product' with memory_kind {self.memory_kind!r}, got {self.memory.keys!r}"
             )
         if self.memory_values != "memory":
-            self._check_tables_in_files()
+            self._check_tables_elsewhere()
         if self.memory.dim != self.model.dim:
             raise ValueError(f"memory.dim must be model.dim = {self.model.dim}, got {self.memory.dim}")
         if self.training.batch_tokens % self.model.context:
@@ -197,16 +198,21 @@ class RunConfig:
     @property
     def tables_in_files(self) -> bool:
         """Whether tables of values are trained in files."""
-        return bool(self.memory_layers) and self.memory_values != "memory"
+        return bool(self.memory_layers) and self.memory_values.startswith(MAPPED)
 
-    def _check_tables_in_files(self) -> None:
-        if not self.memory_values.startswith(MAPPED) or self.memory_values == MAPPED:
-            raise ValueError(f"memory_values must be 'memory' or 'mapped:FOLDER', got {self.memory_values!r}")
+    @property
+    def tables_on_host(self) -> bool:
+        """Whether tables of values are trained on the host, wherever the model is."""
+        return bool(self.memory_layers) and self.memory_values == HOST
+
+    def _check_tables_elsewhere(self) -> None:
+        if self.memory_values != HOST and (not self.memory_values.startswith(MAPPED) or self.memory_values == MAPPED):
+            raise ValueError(f"memory_values must be 'memory', 'host' or 'mapped:FOLDER', got {self.memory_values!r}")
         if self.memory_kind == "experts":
             raise ValueError("memory_values must be 'memory' with memory_kind 'experts', whose tables are of their own")
         if self.training.value_optimizer != "rows":
             raise ValueError(
-                f"training.value_optimizer must be 'rows' for tables in files (memory_values), got "
+                f"training.value_optimizer must be 'rows' for memory_values {self.memory_values!r}, got "
                 f"{self.training.value_optimizer!r}"
             )
 

@@ -25,7 +25,7 @@ from memlayers.lm.data.windows import Windows
 from memlayers.lm.evaluate import ComputePrecision, autocast
 from memlayers.lm.footprint import Footprint, require_memory, size_text
 from memlayers.lm.tables import lines as lines_of_tables
-from memlayers.lm.tables import mapped_tables
+from memlayers.lm.tables import mapped_tables, place_of
 from memlayers.ops import cpu
 from memlayers.parameters import count_parameters
 from memlayers.storage import MappedFile
@@ -58,7 +58,7 @@ class DryRun:
     step_seconds: float
     training_seconds: float  # estimated, of the whole run
     evaluation_seconds: float  # estimated, of all evaluations
-    tables: tuple[tuple[str, str], ...] = ()  # in files: names and texts of what they take
+    tables: tuple[tuple[str, str], ...] = ()  # that are not beside the model: names and texts of what they take
 
     @property
     def tokens_per_s(self) -> float:
@@ -120,7 +120,7 @@ def dry_run(config: RunConfig, *, corpus: Corpus | None, say: Callable[[str], No
         if config.memory_layers and device.type == "cpu":
             cpu.compile_all()
         before = peak_bytes(device)
-        place = None
+        place = place_of(config)
         if config.tables_in_files:  # new ones, which do not stay
             place = MappedFile(held.enter_context(TemporaryDirectory(prefix="memlayers-")))
         model = build_model(config, vocab_size=vocab_size, eot_id=0 if corpus is None else corpus.eot_id, values=place)
@@ -151,7 +151,7 @@ def dry_run(config: RunConfig, *, corpus: Corpus | None, say: Callable[[str], No
         evaluations=evaluations,
         evaluation_tokens=training.eval_tokens,
         checkpoints=training.checkpoints,
-        checkpoint_bytes=need.parameters + need.optimizer_state,
+        checkpoint_bytes=need.saved,
         kept_checkpoints=min(training.keep_checkpoints, training.checkpoints),
         loss=loss,
         step_seconds=seconds,

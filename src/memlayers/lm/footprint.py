@@ -26,9 +26,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from memlayers.available import available_memory, is_lack_of_memory
+from memlayers.launch import number
 from memlayers.lm.build import batch_loss, build_model, build_optimizer, logits_loss
 from memlayers.lm.config import RunConfig
 from memlayers.lm.evaluate import ComputePrecision, autocast
+from memlayers.lm.table_costs import rows_on_device
 from memlayers.ops.read import dot_reference, read_reference
 from memlayers.ops.registry import DEVICES
 from memlayers.ops.row_step import Step, adam, step_
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _ENTRY = 28  # bytes of an entry in the kernel that sorts them: two arrays of keys, a weight, an address
 # The same on a GPU: key, token and weight as recorded and in order, the order; the sort has as much of its own.
 _GPU_ENTRY = 4 + 4 + 4 + 8 + 4 + 4 + 2 * (4 + 8)
+_ELSEWHERE = ("in_files", "on_host")  # fields of a footprint that are not where the model is
 _GPU_ASIDE = 4096  # blocks of entries there at most, each of which may put the sums of two rows aside
 
 
@@ -56,22 +59,27 @@ class Footprint:
     optimizer_state: int  # what the optimizer keeps between two steps
     activations: int  # all else at the peak: saved for backward, logits, temporaries
     in_files: int = 0  # of tables that are trained in files, and of their states: on the disk
+    on_host: int = 0  # of tables that stay on the host of a GPU, of their states and recorded rows
 
     @property
     def total(self) -> int:
-        """The peak, in bytes."""
+        """The peak, in bytes, where the model is."""
         return self.parameters + self.gradients + self.optimizer_state + self.activations
+
+    @property
+    def saved(self) -> int:
+        """What a checkpoint of a run has, in bytes."""
+        return self.parameters + self.optimizer_state + self.on_host
 
     def to_dict(self) -> dict[str, int]:
         """All figures, in bytes."""
-        figures = {**asdict(self), "total": self.total}
-        if not self.in_files:
-            del figures["in_files"]
-        return figures
+        elsewhere = {name: size for name in _ELSEWHERE if (size := getattr(self, name))}
+        here = {name: size for name, size in asdict(self).items() if name not in _ELSEWHERE}
+        return {**here, **elsewhere, "total": self.total}
 
     def lines(self) -> list[tuple[str, str]]:
         """A table for people: names, and sizes as `size_text` writes them."""
-        figures = {name: size for name, size in self.to_dict().items() if name != "in_files"}
+        figures = {name: size for name, size in self.to_dict().items() if name not in _ELSEWHERE}
         return [(name.replace("_", " "), size_text(size)) for name, size in figures.items()]
 
     def table(self) -> str:
@@ -153,21 +161,26 @@ def _count(
             loss.backward()
             del loss
         gradients = tensor_bytes([weight.grad for weight in weights if weight.grad is not None])
-        gradients += tensor_bytes(inside.row_gradients)
+        recorded = tensor_bytes(inside.row_gradients)
         peak_of_passes = live.take_peak()
         inside.hand_over()
         optimizer.step()
         states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         state = tensor_bytes(states)
         peak = max(peak_of_passes + state, live.take_peak())
-    in_files = [table.weight for table in value_tables(model)] if config.tables_in_files and not dense else []
-    moments = [value for one in in_files for value in optimizer.state[one].values()]
+    activations = peak - parameters - gradients - recorded - state
+    is_on_host = config.tables_on_host and device != "cpu" and not dense
+    is_elsewhere = is_on_host or (config.tables_in_files and not dense)
+    tables = [table.weight for table in value_tables(model)] if is_elsewhere else []
+    moments = [value for one in tables for value in optimizer.state[one].values()]
+    held = tensor_bytes([*tables, *moments])
     return Footprint(
-        parameters=parameters - tensor_bytes(in_files),
-        gradients=gradients,
+        parameters=parameters - tensor_bytes(tables),
+        gradients=gradients + (0 if is_on_host else recorded),
         optimizer_state=state - tensor_bytes(moments),
-        activations=peak - parameters - gradients - state,
-        in_files=tensor_bytes([*in_files, *moments]),
+        activations=activations + (rows_on_device(config) if is_on_host else 0),
+        in_files=0 if is_on_host else held,
+        on_host=held + recorded if is_on_host else 0,
     )
 
 
@@ -192,6 +205,13 @@ def require_memory(
             f"a training step needs about {size_text(need.total)} and {size_text(available)} are available on {device}"
             f"{'' if processes == 1 else f' for each of {processes} processes'}:"
             f"\n{need.table()}\n{_advice(config, need)}"
+        )
+    on_host = available_memory("cpu") // number("LOCAL_WORLD_SIZE")
+    if need.on_host > on_host:
+        raise ValueError(
+            f"tables on the host need about {size_text(need.on_host)} there and {size_text(on_host)} are available to "
+            f"a process: lower memory.num_subkeys (now {config.memory.num_subkeys}), or train on a "
+            f"CPU with tables in files (memory_values mapped:FOLDER)"
         )
     return need
 

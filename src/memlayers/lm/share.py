@@ -32,8 +32,8 @@ def share_of(config: RunConfig, size: int) -> RunConfig:
     """
     if size > 1 and config.tables_in_files:
         raise ValueError(
-            f"memory_values must be 'memory' for several processes, got {config.memory_values!r}: a table in files is "
-            f"trained by one process"
+            f"memory_values must be 'memory' or 'host' for several processes, got {config.memory_values!r}: a table in "
+            f"files is trained by one process"
         )
     training = config.training
     windows = config.batch_windows // training.accumulate

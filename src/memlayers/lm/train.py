@@ -176,7 +176,7 @@ def _train(
     settings: Any = {"precision": precision, "device": device, "processes": number_on(device, processes)}
     need = processes.first(lambda: require_memory(share, vocab_size=vocab_size, **settings))
     checkpoints = min(config.training.keep_checkpoints + 1, config.training.checkpoints)
-    space = checkpoints * (need.parameters + need.optimizer_state) + need.parameters + weight_bytes(config)
+    space = checkpoints * need.saved + need.parameters + weight_bytes(config, need)
     processes.first(lambda: require_space(folder, space))
 
     set_seed(config.training.seed)

@@ -66,8 +66,8 @@ def add_memory(
             adds the memory behind a gate that begins at zero: the outputs are bit for bit those of `model`.
         kind: the class of the memories, `MemoryLayer` or one derived from it (`MemoryPlus`, `Experts`).
         share_values: one table of values for all of them; queries and keys stay their own.
-        values: where the tables of values are, if not in memory: `memlayers.MappedFile`, each in a folder below that
-            has the name of its module.
+        values: where the tables of values are, if not beside the other weights: `memlayers.MappedFile`, each in a
+            folder below that has the name of its module, or `memlayers.HostMemory`.
         keep_original: in "replace" mode, keep the replaced modules for `remove_memory`, outside of the model: they are
             in no state_dict and no optimizer.
         name: of these memories, where a model is to have several kinds of them: to switch them (`set_active`), and to
@@ -84,7 +84,7 @@ def add_memory(
     inner = unwrap(model)
     require_new_name(inner, name)
     if values is not None and not isinstance(values, TablePlace):
-        raise ValueError(f"values must be None or the place of tables (MappedFile), got {values!r}")
+        raise ValueError(f"values must be None or the place of tables (MappedFile, HostMemory), got {values!r}")
     if not (isinstance(kind, type) and issubclass(kind, MemoryLayer)):
         raise ValueError(f"kind must be MemoryLayer or a class derived from it, got {kind!r}")
     placement = MemoryPlacement(
@@ -200,7 +200,8 @@ def load_memory(
         values: "memory" loads tables as they were saved. "int8" and "int4" round those of floats on the way to the
             nearest rows of 8 or 4 bits, as `quantize_memory` does, some rows at a time: for inference. "mapped" reads
             tables, also those of few bits, straight from the files of the folder, which must stay there: for inference
-            on the CPU with tables that are larger than memory.
+            on the CPU with tables that are larger than memory. "host" leaves tables of floats in the memory of the host
+            of a GPU, as `memlayers.HostMemory` does, to read and to train.
 
     Returns:
         `model` itself. Memories stand on the device, in the dtype and in the mode (train or eval) of their module.

@@ -45,6 +45,7 @@ from memlayers.models.modules import PlacedMemories, memory_tensors, placed_memo
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.targets import names_of
 from memlayers.models.wrappers import base_name, find_wrappers
+from memlayers.storage.host import put_on_host
 from memlayers.storage.low_bits import LowBitTable, unlisted_numbers
 from memlayers.storage.saved import Place, SavedTable
 from memlayers.values import ValueTable, value_tables
@@ -52,7 +53,7 @@ from memlayers.values import ValueTable, value_tables
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
 
-Values = Literal["memory", "int8", "int4", "mapped"]
+Values = Literal["memory", "int8", "int4", "mapped", "host"]
 
 CHUNK = 2**25  # bytes of a file that are read at once
 
@@ -239,8 +240,11 @@ def read_memory(
     expected |= {name: torch.empty(table.shape, device="meta") for name, table in rounded.items()}
     _check_stored(folder, stored, {**expected, **dict.fromkeys(gates, gate_like)})
     mapped = _map_tables(by_name, stored) if values == "mapped" else set()
+    tables = value_tables(nn.ModuleList(by_name.values()))
     if mesh is not None:
-        put_in_columns(value_tables(nn.ModuleList(by_name.values())), mesh)
+        put_in_columns(tables, mesh)
+    for table in tables if values == "host" else []:
+        put_on_host(table)
     for name, memory in zip(names, by_name.values(), strict=True):
         like = tensor_like(model, name)
         if like.is_meta:
@@ -271,8 +275,8 @@ def _placement_of(folder: Path, description: Description, values: Values, mesh: 
             f"values must be 'memory' or 'int{placement.value_bits}' for {str(folder)!r}, whose tables have "
             f"{placement.value_bits} bits, got {values!r}: quantise from a folder of floats"
         )
-    if mesh is not None and (asked is not None or values == "mapped"):
-        raise ValueError("mesh must be None for tables of few bits and for mapped ones, which are whole, got one")
+    if mesh is not None and (asked is not None or values in ("mapped", "host")):
+        raise ValueError(f"mesh must be None for tables of few bits and values={values!r}, which are whole, got one")
     return dataclasses.replace(placement, value_bits=asked)
 
 

@@ -224,8 +224,12 @@ class MappedTable(ValueTable):
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Writes all rows that have not been: from then on `state_dict` has the whole table."""
-        self._files.write_fresh(np.flatnonzero(~self._files.written))
+        """Writes all rows that have not been: from then on `state_dict` has the whole table.
+
+        Where fresh rows are zeros, as holes of the file are, there is nothing to write.
+        """
+        if self._files.std:
+            self._files.write_fresh(np.flatnonzero(~self._files.written))
 
     def close(self) -> None:
         """Closes the files, so that others may open them. What has changed since the last checkpoint is put back then.
