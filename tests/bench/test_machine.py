@@ -61,6 +61,7 @@ def test_the_peak_is_that_of_the_process():
     del filler
 
 
+@pytest.mark.slow
 def test_peak_of_a_step(tiny):
     bytes_, note = peak.measure(OURS, tiny, CPU)
     assert note == ""

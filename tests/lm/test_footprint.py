@@ -116,11 +116,11 @@ CASES = {
     "context": (run_config(layers=4, batch=4096, context=1024), 2000, {}),
     "vocabulary": (run_config(batch=512, accumulate=4), 60_000, {}),
 }
-QUICK = ("table",)
 
 
+@slow
 @on_linux
-@pytest.mark.parametrize("case", [pytest.param(name, marks=() if name in QUICK else slow) for name in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_the_footprint_is_within_10_percent_of_the_measured_peak(case):
     config, vocab_size, options = CASES[case]
     estimated = footprint(config, vocab_size=vocab_size, **options).total
@@ -221,7 +221,7 @@ def test_a_table_smaller_than_what_a_token_reads_can_be_asked_about():
     assert footprint(config, vocab_size=300).optimizer_state > 2 * 16 * 16 * 4
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=slow), "llama"])
 def test_gradient_checkpointing_lowers_the_activations(family):
     kept, recomputed = (
         footprint(run_config(family, layers=8, batch=1024, checkpointing=on), vocab_size=300) for on in (False, True)
@@ -359,6 +359,7 @@ def test_other_errors_are_not_explained():
     assert explain_out_of_memory(ValueError("no"), NEED) is None
 
 
+@slow
 @on_linux
 def test_a_real_failure_of_the_cpus_allocator_is_explained():
     script = textwrap.dedent(

@@ -434,7 +434,11 @@ def test_a_copy_hands_masks_to_its_own_memories(with_memory, enable_checkpointin
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpointing"), [("gpt2", None), ("llama", False), pytest.param("gpt2", True, marks=pytest.mark.slow)]
+    ("name", "checkpointing"),
+    [
+        ("llama", False),
+        *(pytest.param("gpt2", checkpointing, marks=pytest.mark.slow) for checkpointing in (None, True)),
+    ],
 )
 def test_compiled_in_one_graph(name, checkpointing, enable_checkpointing):
     model = causal_lm(name, vocab_size=40, layers=2, dim=16, heads=2, context=32).train()

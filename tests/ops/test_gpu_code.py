@@ -129,7 +129,7 @@ CASES = [
     ("select", PAPER, "fp32"),
     ("read", PAPER, "bf16"),
     ("dot", PAPER, "bf16"),
-    ("adam", PAPER, "bf16"),
+    pytest.param("adam", PAPER, "bf16", marks=pytest.mark.slow),
     pytest.param("search backward", PAPER, "bf16", marks=pytest.mark.slow),
     pytest.param("infer", FEW, "bf16", marks=pytest.mark.slow),
 ]

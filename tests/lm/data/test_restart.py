@@ -525,6 +525,7 @@ def test_the_reader_ends_with_the_call_whatever_happens(items):
 # Memory
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path):
     script = """
         import json, random, resource
