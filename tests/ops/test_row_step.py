@@ -375,6 +375,17 @@ def test_clipping_is_by_the_norm_of_the_summed_gradient(max_norm, length, path):
     torch.testing.assert_close(table, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.skipif(cpu.why_not() is not None, reason="there are no kernels")
+def test_clipping_takes_the_norm_of_the_entries_that_the_step_has_sorted(monkeypatch):
+    rows, sorts = cpu.kernels("rows"), []
+    entries = rows.SortedEntries
+    monkeypatch.setattr(rows, "SortedEntries", lambda *given: sorts.append(given) or entries(*given))
+    table = torch.zeros(4, 3)
+    row_sgd_(table, [torch.tensor([[1]])], [torch.ones(1, 1)], [torch.tensor([[3.0, 0.0, 4.0]])], lr=1.0, max_norm=1.0)
+    torch.testing.assert_close(table[1], torch.tensor([-0.6, 0.0, -0.8]))
+    assert len(sorts) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_clipped_step_is_bit_for_bit_that_of_scaled_sums(rule, dtype, path):
