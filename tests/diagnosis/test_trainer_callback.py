@@ -17,7 +17,7 @@ from memlayers import MemoryConfig, RowAdam
 from memlayers.diagnosis import MemoryAlarms, MemoryWarning, doctor
 from memlayers.diagnosis.alarms import Monitor
 from memlayers.diagnosis.subjects import find_subjects
-from memlayers.models import SaveMemory, add_memory, causal_lm, freeze_base, memory_layers
+from memlayers.models import SaveMemory, add_memory, causal_lm, freeze_base, memory_layers, set_active
 from memlayers.models.wrappers import ParallelMemory
 from memlayers.optim import MemoryAdamW
 
@@ -123,6 +123,16 @@ def test_a_gate_at_zero_is_healthy(train):
     alarms, _, error = train(model, MemoryAdamW(model), every=1)
     assert (alarms.raised, error) == ({}, None)
     assert block.mlp.gate.any()
+
+
+def test_a_memory_that_is_not_active_raises_none(train):
+    model = causal_lm("gpt2", vocab_size=50, layers=2, dim=16, heads=2, context=16)
+    config = MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=8, query_dim=8)
+    for name in ("news", "law"):
+        add_memory(model, config, [2], mode="parallel", name=name)
+    set_active(model, "law")
+    alarms, _, error = train(freeze_base(model), MemoryAdamW(model), every=1)
+    assert (alarms.raised, error) == ({}, None)
 
 
 def test_not_reached(model, train):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, UsageMeter
+from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, UsageMeter, quantize_memory
 from memlayers.explorer import SlotTrace, freeze_slots, grow_table, reset_slots
 from memlayers.models import add_memory, causal_lm, memory_layers
 from memlayers.optim import MemoryAdamW, RowAdagrad, RowAdam, RowSGD
@@ -226,7 +226,9 @@ def test_what_cannot_be_frozen_is_refused():
             freeze_slots(layer.values, slots)
     with pytest.raises(ValueError, match="memory must be a MemoryLayer or a ValueTable, got a Linear"):
         freeze_slots(nn.Linear(2, 2), [1])
-    del optimizer
+    optimizer.release()
+    with pytest.raises(ValueError, match="tables must be of floats to be trained, got one of 8 bits"):
+        freeze_slots(quantize_memory(layer), [1])
 
 
 def traced(model):

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 import memlayers
 import memlayers.explorer.view as module
-from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus
+from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, load_memory, quantize_memory, save_memory
 from memlayers.cli import main
 from memlayers.diagnosis.subjects import find_subjects
 from memlayers.explorer.words import Words, values_of
-from memlayers.models import add_memory, causal_lm, memory_layers
+from memlayers.models import add_memory, causal_lm, memory_layers, remove_memory, set_active
 from memlayers.storage.mapped import MappedTable
 
 EVIL = '</script><img src="https://example.org/x.png" onerror="document.title=1"><b>&amp;'
@@ -339,6 +339,42 @@ def test_values_in_files_have_words_too(tmp_path):
     table.close()
 
 
+def test_tables_of_few_bits_have_a_page_and_are_set_beside_floats(model, tokenizer):
+    page = memlayers.explore(quantize_memory(model_with()), tokenizer, TEXT, compare=model)
+    memory = content(page)["memories"][0]
+    assert memory["read"] > 8
+    assert len(numbers(memory["details"]["words"], "u4", -1)) > 8
+    assert numbers(memory["other"]["cosine"], "i1", -1).min() > 120
+
+
+def test_a_mapped_table_has_the_page_of_one_in_memory(tokenizer, tmp_path):
+    model = causal_lm("gpt2", vocab_size=300, layers=2, dim=32, heads=2, context=64).eval()
+    add_memory(model, MemoryConfig(dim=32, heads=2, topk=3, num_subkeys=8, query_dim=8), [1], mode="parallel")
+    torch.nn.init.ones_(model.transformer.h[0].mlp.gate)
+    expected = content(memlayers.explore(model, tokenizer, TEXT))
+    save_memory(model, tmp_path / "memory")
+    mapped = load_memory(remove_memory(model), tmp_path / "memory", values="mapped")
+    assert content(memlayers.explore(mapped, tokenizer, TEXT)) == expected
+
+
+def test_memories_that_are_not_active_are_left_out(tokenizer):
+    model = model_with(layers=[1], mode="parallel", name="news")
+    add_memory(model, memory_layers(model)["transformer.h.0.mlp.memory"].config, [2], mode="parallel", name="law")
+    set_active(model, "law")
+    page = content(memlayers.explore(model, tokenizer, TEXT))
+    assert [memory["name"] for memory in page["memories"]] == ["transformer.h.1.mlp.memory"]
+    set_active(model, [])
+    with pytest.raises(ValueError, match=r"model must have an active memory, .*set_active"):
+        memlayers.explore(model, tokenizer, TEXT)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    model = model_with()
+    model.resize_token_embeddings(250)
+    with pytest.raises(ValueError, match=r"tokenizer must be that of the model, which has 250 tokens, got one with to"):
+        memlayers.explore(model, tokenizer, TEXT)
+
+
 def test_usage_is_that_of_the_meter(made, model, tokenizer):
     with memlayers.UsageMeter(memory_layers(model)["transformer.h.1.mlp.memory"]) as meter, torch.no_grad():
         for ids in windows(tokenizer):
@@ -391,6 +427,13 @@ def test_what_makes_no_sense_is_refused(model, tokenizer, tmp_path, monkeypatch)
         ValueError, match=r"compare must have memories at transformer.h.0.mlp.memory, .*, got transformer"
     ):
         memlayers.explore(model, tokenizer, TEXT, compare=model_with(layers=[2]))
+    for output in (tmp_path, tmp_path / "none" / "page.html", ""):
+        with pytest.raises(ValueError, match="output must be a file in a folder that is there"):
+            memlayers.explore(None, tokenizer, TEXT, output)  # before anything is done
+    broken = model_with()
+    broken.lm_head.weight.data[7] = float("nan")
+    with pytest.raises(ValueError, match="model must have finite values and outputs to be shown"):
+        memlayers.explore(broken, tokenizer, TEXT)
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
     with pytest.raises(ModuleNotFoundError, match=r"memlayers.explore needs jinja2: pip install 'memlayers\[lm\]'"):
         memlayers.explore(model, tokenizer, TEXT)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -105,6 +106,16 @@ def test_other_files_and_the_counts_of_other_tables_are_refused(make_net, tmp_pa
     for name in ("text", "nothing"):
         with pytest.raises(ValueError, match=f"one of SlotCounts.save, .*{name}.* cannot be read"):
             counts.load(tmp_path / name)
+    whole, about = load_file(tmp_path / "counts.safetensors"), {"format": "memlayers slot counts 1", "batches": "0"}
+    name, batches = "reads first.values", "batches first.values"
+    for tensors, metadata in (
+        (whole, {**about, "batches": "many"}), (whole, {"format": about["format"]}),
+        ({**whole, name: whole[name].float()}, about), ({**whole, batches: whole[batches][:9]}, about),
+        ({key: one for key, one in whole.items() if key != batches}, about),
+    ):  # fmt: skip
+        save_file(tensors, tmp_path / "damaged", metadata)
+        with pytest.raises(ValueError, match=r"one of SlotCounts.save, .*damaged' is damaged"):
+            counts.load(tmp_path / "damaged")
     with pytest.raises(ValueError, match="at least one memory, got a Linear without"):
         SlotCounts(nn.Linear(2, 2))
 

@@ -42,11 +42,20 @@ def test_a_tokenizer_that_ends_each_text_or_has_no_end():
         (["a"], ["b", "c"], "as many answers as prompts, at least 1, got 2 and 1"),
         ([], [], "got 0 and 0"),
         (["a"], [" "], "at least one token, got ' ' for 'a'"),
+        ("ab", ["c", "d"], "prompts must be a list of texts, got the text 'ab'"),
+        (["a"], "b", "answers must be a list of texts, got the text 'b'"),
     ],
 )
 def test_facts_without_answers_are_refused(prompts, answers, named):
     with pytest.raises(ValueError, match=named):
         facts_batch(Words(), prompts, answers)
+
+
+def test_a_prompt_without_tokens_is_refused():
+    bare = Words()
+    bare.starts = []
+    with pytest.raises(ValueError, match="each prompt must have at least one token, got '' for 'a'"):
+        facts_batch(bare, [""], ["a"])
 
 
 def test_a_loss_over_questions_is_seen():

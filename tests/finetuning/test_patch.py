@@ -127,6 +127,9 @@ def test_patches_merge_and_their_conflicts_are_listed(make_net):
         assert same(model, base)
     with pytest.raises(ValueError, match="prefer must be 'self', 'other' or None, got 'mean'"):
         one.merge(other, prefer="mean")
+    apart = memory_diff(changed(base, [4, 5]), base)  # of the same table, no row of which both change
+    assert one.conflicts(apart) == {}
+    assert one.merge(apart).tables["first.values"].slots_R.tolist() == [3, 4, 5, 8, 9]
     elsewhere = changed(base, [30])
     with pytest.raises(ValueError, match="patches must be of one base, got two whose tables first.values differ"):
         one.merge(memory_diff(changed(elsewhere, [3]), elsewhere))

@@ -88,6 +88,13 @@ def test_the_model_is_left_as_it_is(make_net, make_batches):
     assert not net.first.keys._forward_hooks
 
 
+def test_counts_and_text_of_nothing_are_refused(net, counts, make_batches):
+    with pytest.raises(ValueError, match="counts must be of text that memories read, got counts of which"):
+        select_slots(net, SlotCounts(net), make_batches()[0][0], slots=3)
+    with pytest.raises(ValueError, match="batch must be of text that memories read, got batch of which"):
+        select_slots(net, counts, SlotCounts(net), slots=3)
+
+
 def test_new_text_is_not_counted_as_background(net, counts, make_batches):
     with counts, pytest.raises(ValueError, match="counts must not listen"):
         select_slots(net, counts, make_batches()[0][0], slots=3)

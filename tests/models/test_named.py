@@ -205,7 +205,7 @@ def test_a_trainer_saves_and_resumes_each_by_its_own_callback(tmp_path):
 
     both = add(alone(base_of(), "news", [1], seed=0), "law", [1], seed=1)
     freeze_base(both)
-    args = TrainingArguments(output_dir=str(tmp_path), report_to=[])
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], save_strategy="no")
     state, control = TrainerState(global_step=3), TrainerControl()
     callbacks = [SaveMemory("news"), SaveMemory("law")]
     for callback in callbacks:
@@ -219,6 +219,9 @@ def test_a_trainer_saves_and_resumes_each_by_its_own_callback(tmp_path):
     assert torch.equal(logits(both), expected)
     with pytest.raises(ValueError, match=r"name must be that of one memory, 'law' or 'news', got None"):
         SaveMemory().on_train_begin(args, state, control, model=both)
+    args.save_strategy = "steps"  # when Trainer saves the whole model, too, as it does without adapters
+    with pytest.raises(ValueError, match=r"must have adapters of PEFT, or .* use save_strategy='no', and save_memory"):
+        SaveMemory("law").on_train_begin(args, state, control, model=both)
 
 
 def test_what_is_left_is_described_as_it_is_now(tmp_path):
@@ -266,6 +269,7 @@ def test_what_has_no_sense_is_refused():
     refused(lambda: set_active(model, "law"), r"name must be that of one memory, 'news', got 'law'")
     refused(lambda: remove_memory(model, "law"), r"name must be that of one memory, 'news', got 'law'")
     refused(lambda: disable_memory(model, "law").__enter__(), r"name must be that of one memory, 'news', got 'law'")
+    refused(lambda: set_active(model, None), r"names must be the name of a memory or a list of them, got None")
     refused(lambda: set_active(base_of(), []), r"model must have memories that add_memory put there")
     replaced = alone(base_of(), "news", [1], seed=0, mode="replace")
     refused(lambda: add(replaced, "law", [1], seed=1), r"got 'replace' and 'parallel'")

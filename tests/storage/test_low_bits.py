@@ -149,6 +149,14 @@ def test_what_cannot_be_quantised_is_refused_and_left_as_it_is():
         quantize_memory(quantize_memory(layer), 4)
 
 
+def test_tables_of_few_bits_beside_others_stay_as_they_are():
+    pair = nn.ModuleList([quantize_memory(MemoryLayer(CONFIG)), MemoryLayer(CONFIG)])
+    before = pair[0].values
+    quantize_memory(pair, 4)
+    assert pair[0].values is before
+    assert [memory.values.bits for memory in pair] == [8, 4]
+
+
 def test_a_class_of_tables_that_is_not_known_is_refused_by_name():
     class Mine(ValueTable):
         pass

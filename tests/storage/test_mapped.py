@@ -1,6 +1,7 @@
 """Tables in files: read and trained as tables in memory, kept by checkpoints, and never copied into memory unasked."""
 
 import copy
+import dataclasses
 import mmap
 import os
 import pickle
@@ -290,6 +291,51 @@ def test_a_dense_gradient_is_refused(tmp_path):
     assert layer.keys.weight.grad.any()
 
 
+def test_a_dense_gradient_is_refused_where_the_weight_alone_requires_one(tmp_path):
+    layer = mapped(tmp_path).requires_grad_(False)
+    layer.values.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"build its row optimizer"):
+        layer(torch.randn(3, 32)).sum().backward()
+
+
+def test_a_table_that_was_closed_is_refused_and_no_other_file_is_written_to(tmp_path):
+    layer = mapped(tmp_path / "table")
+    optimizer = RowAdam(layer)
+    train(layer, optimizer, 1)
+    layer(torch.randn(3, 32)).sum().backward()
+    layer.values.close()
+    others = [(tmp_path / f"other-{number}").open("w+b") for number in range(8)]  # with the numbers of its files
+    for use in (optimizer.step, lambda: layer(torch.randn(3, 32)), layer.values.checkpoint, layer.values.fill):
+        with pytest.raises(ValueError, match=r"the table in '.*table' was closed: open it anew"):
+            use()
+    layer.values.close()
+    assert [os.fstat(one.fileno()).st_size for one in others] == [0] * 8
+    for one in others:
+        one.close()
+
+
+def test_another_working_folder_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layer = mapped("table")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(layer, RowAdam(layer), 1)
+    assert layer.values.checkpoint() == 1
+    assert layer.values.folder == tmp_path / "table"
+
+
+@pytest.mark.parametrize("std", [None, 0.0])  # fresh rows are written in the pass, or in the step
+def test_a_process_that_was_forked_does_not_write(tmp_path, monkeypatch, std):
+    layer = mapped(tmp_path, dataclasses.replace(CONFIG, value_std=std))
+    optimizer = RowAdam(layer)
+    train(layer, optimizer, 1)
+    before = contents(layer)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with pytest.raises(ValueError, match=r"is written by the process that opened it alone"):
+        train(layer, optimizer, 1, seed=2)
+    assert are_equal(contents(layer), before)
+
+
 @pytest.mark.promise(
     "Tables in files",
     "Cast or move the model afterwards",
@@ -364,6 +410,61 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path):
     os.truncate(tmp_path / "weight.rows", 1000)
     with pytest.raises(ValueError, match=r"is damaged: weight.rows has 1000 bytes of 32768"):
         mapped(tmp_path)
+
+
+def test_a_folder_of_something_else_is_refused_and_stays(tmp_path):
+    (tmp_path / "precious.rows").write_text("mine")
+    with pytest.raises(ValueError, match=r"folder of a new table must be empty, got .* with 'precious.rows'"):
+        mapped(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.rows"]
+
+
+def test_a_folder_without_its_description_is_refused_and_stays(tmp_path):
+    layer = mapped(tmp_path)
+    train(layer, RowAdam(layer), 1)
+    layer.values.checkpoint()
+    layer.values.close()
+    (tmp_path / "table.json").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"folder of a new table must be empty, got .* and no table.json"):
+        mapped(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_table_that_was_killed_while_it_was_made_is_made_anew(tmp_path):
+    (tmp_path / ".table.json.partial").write_text("{")
+    with (tmp_path / "weight.rows").open("wb") as file:
+        file.truncate(10**6)  # of another size
+    layer = mapped(tmp_path)
+    layer.values.checkpoint()
+    layer.values.close()
+    assert mapped(tmp_path).values.checkpoints == [1]
+
+
+def test_states_of_an_optimizer_that_lives_are_not_dropped(tmp_path):
+    layer = mapped(tmp_path)
+    optimizer = RowAdam(layer)
+    train(layer, optimizer, 1)
+    with pytest.raises(ValueError, match=r"cannot be dropped: call its release\(\) first"):
+        layer.values.drop_states()
+    assert set(layer.values.held_states()) == {"exp_avg", "exp_avg_sq", "steps"}
+    optimizer.release()
+    layer.values.drop_states()
+
+
+def test_states_are_dropped_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    layer = mapped(tmp_path)
+    optimizer = RowAdam(layer)
+    train(layer, optimizer, 1)
+    optimizer.release()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            layer.values.drop_states()
+    before = contents(layer)
+    assert set(before) == {"rows", "exp_avg", "exp_avg_sq", "steps"}
+    train(layer, RowAdam(layer), 1)
+    assert not torch.equal(contents(layer)["exp_avg"], before["exp_avg"])
 
 
 def test_states_of_another_optimizer_are_refused_and_can_be_dropped(tmp_path):

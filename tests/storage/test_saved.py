@@ -91,6 +91,13 @@ def test_copies_map_the_same_file(folder):
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
 
 
+def test_a_copy_is_made_in_another_working_folder(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = mapped("memory")
+    monkeypatch.chdir("/")
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
 def test_pages_are_given_back_over_a_budget(folder, monkeypatch):
     monkeypatch.setattr(saving, "BUDGET_BYTES", 1)
     model = mapped(folder)

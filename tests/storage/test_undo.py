@@ -98,6 +98,36 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monke
     assert kill_tables.digest(again) == expected
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_checkpoint_leaves_the_last_one_or_the_new_one(tmp_path, monkeypatch, when):
+    """Also to who goes on: what changes afterwards is put back to whichever of the two the folder names."""
+    layer, table, optimizer = kill_tables.build(tmp_path)
+    kill_tables.step(layer, optimizer, 0)
+    table.checkpoint()
+    last = kill_tables.digest(table)
+    for number in (1, 2):
+        kill_tables.step(layer, optimizer, number)
+    new, replace = kill_tables.digest(table), os.replace
+
+    def interrupted(source, target):
+        is_description = os.path.basename(target) == "table.json"
+        if not is_description or when == "after":
+            replace(source, target)
+        if is_description:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            table.checkpoint()
+    assert table.checkpoints == ([1] if when == "before" else [2])
+    for number in (2, 3):  # rows of the log that was open, and others
+        kill_tables.step(layer, optimizer, number)
+    table.close()
+    _, again, _ = kill_tables.build(tmp_path)
+    assert kill_tables.digest(again) == (last if when == "before" else new)
+
+
 def test_the_dense_parameters_do_not_step_without_the_table(tmp_path, monkeypatch):
     layer, _, rows = kill_tables.build(tmp_path)
     rows.release()

@@ -14,7 +14,7 @@ from memlayers.diagnosis.loss import check_loss, default_loss, has_labels
 from memlayers.diagnosis.neighbours import neighbours
 from memlayers.diagnosis.output import output
 from memlayers.diagnosis.reached import reached
-from memlayers.diagnosis.subjects import Subject, find_subjects, has_lost_owner
+from memlayers.diagnosis.subjects import Subject, find_trainable, has_lost_owner
 from memlayers.diagnosis.untouched import Undo, untouched
 from memlayers.diagnosis.watch import Watches
 from memlayers.diagnosis.written import take_step, unread, written
@@ -64,7 +64,8 @@ def doctor(
             raises goes through.
     """
     training = Training(as_optimizers(optimizer))
-    subjects = find_subjects(model)
+    subjects = find_trainable(model)
+    subjects = [subject for subject in subjects if subject.is_active] or subjects
     with (
         untouched(model, subjects),
         without_compiled_graphs(),

@@ -10,6 +10,7 @@ from memlayers.diagnosis.findings import Answer, fails, passed, warns
 from memlayers.diagnosis.subjects import Subject
 from memlayers.optim import MemoryAdamW
 from memlayers.optim.row_optimizer import RowOptimizer
+from memlayers.values import value_tables
 
 _Group = dict[str, Any]
 
@@ -127,7 +128,7 @@ def decay(subject: Subject, training: Training) -> Answer:
 def parameters(model: nn.Module, subjects: Sequence[Subject], training: Training) -> Answer:
     """Parameters outside of memories are in one group each, and the optimizers hold no others."""
     inside = {parameter for subject in subjects for _, parameter in subject.parameters()}
-    marks = {table.row_mark for subject in subjects for table in subject.tables}
+    marks = {table.row_mark for table in value_tables(model)}
     names = {parameter: name for name, parameter in model.named_parameters() if parameter not in marks}
     outside = {name: parameter for parameter, name in names.items() if parameter not in inside}
     if twice := [name for name, parameter in outside.items() if len(training.groups(parameter)) > 1]:

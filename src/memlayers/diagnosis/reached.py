@@ -5,6 +5,8 @@ from memlayers.diagnosis.watch import Watch
 
 
 def reached(watch: Watch) -> Answer:
+    if not watch.calls and not watch.subject.is_active:
+        return fails("the memory is not active", "choose it by memlayers.models.set_active(model, names)")
     if not watch.calls:
         return fails(
             "the memory was bypassed: the model never called it",

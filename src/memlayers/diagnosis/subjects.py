@@ -24,6 +24,11 @@ class Subject:
     wrapper: nn.Module | None = None  # what stands in the model, where that is not the layer itself
 
     @property
+    def is_active(self) -> bool:
+        """Whether it answers (`memlayers.models.set_active`)."""
+        return getattr(self.wrapper, "is_active", True)
+
+    @property
     def tables(self) -> list[ValueTable]:
         """Its table first, then others that a subclass may have."""
         return list(dict.fromkeys([self.table, *value_tables(self.layer)]))
@@ -64,8 +69,6 @@ def find_subjects(model: nn.Module) -> list[Subject]:
             place, base, gate = wrapper_name, wrapper._modules.get("base"), wrapper._parameters.get("gate")
         beside = (base,) if base is not None else tuple(_siblings(place, modules))
         table, *_ = value_tables(layer.values)
-        if table.untrainable:
-            raise ValueError(f"what is examined is the training of {_shown(name)}: {table.untrainable}")
         subjects.append(Subject(_shown(name), layer, table, gate, beside, base is not None, wrapper))
     if not subjects:
         raise ValueError(
@@ -73,6 +76,15 @@ def find_subjects(model: nn.Module) -> list[Subject]:
             "added, or the model was saved or loaded as a plain class"
         )
     return subjects
+
+
+def find_trainable(model: nn.Module) -> list[Subject]:
+    """Those whose tables can be trained. Raises `ValueError` if there is none."""
+    subjects = find_subjects(model)
+    trainable = [subject for subject in subjects if not subject.table.untrainable]
+    if not trainable:
+        raise ValueError(f"what is examined is the training of {subjects[0].name}: {subjects[0].table.untrainable}")
+    return trainable
 
 
 def _siblings(name: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 from memlayers.checks import require_int
 from memlayers.diagnosis.alarms import MemoryWarning, Monitor
-from memlayers.diagnosis.subjects import find_subjects
+from memlayers.diagnosis.subjects import find_trainable
 from memlayers.models.checkpoints import checkpoint_of, holds_adapters_alone
 
 
@@ -37,7 +37,7 @@ class MemoryAlarms(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.detach()  # of a training that was cut off
         self.raised = {}
-        self._monitors = [Monitor(subject, window=self.window) for subject in find_subjects(model)]
+        self._monitors = [Monitor(subject, window=self.window) for subject in find_trainable(model)]
         for monitor in self._monitors:
             monitor.attach()
 
@@ -54,27 +54,31 @@ class MemoryAlarms(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # What was saved since the last step (by now all callbacks have seen it), or what the run is resumed from.
         self._look_at_checkpoint(args, state)
-        for monitor in self._monitors:  # before its backward raises
+        for monitor in self._active():  # before its backward raises
             self._raise(monitor, monitor.owner())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if (state.global_step + 1) % self.every == 0:
-            for monitor in self._monitors:
+            for monitor in self._active():
                 monitor.note_rows(optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        for monitor in self._monitors:
+        for monitor in self._active():
             self._raise(monitor, monitor.written(optimizer))
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:  # first, so that no process is stopped before by what it alone found
             for monitor in self._monitors:
                 self._raise(monitor, monitor.replicas(optimizer), more="")
-        for monitor in self._monitors:
+        for monitor in self._active():
             monitor.end_step()
             if state.global_step % self.every == 0:
                 for look in (monitor.reached, monitor.gate, monitor.output, monitor.usage):
                     self._raise(monitor, look())
+
+    def _active(self) -> list[Monitor]:
+        """Those of memories that answer (`set_active`): others are passed by on purpose."""
+        return [monitor for monitor in self._monitors if monitor.subject.is_active]
 
     def _look_at_checkpoint(self, args: Any, state: Any) -> None:
         checkpoint = checkpoint_of(args, state)

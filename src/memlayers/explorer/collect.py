@@ -54,8 +54,16 @@ class Text:
         yield batch
 
 
+def answering(model: nn.Module) -> list[Subject]:
+    """The memories that answer (`set_active`). Raises `ValueError` for a model without."""
+    subjects = [subject for subject in find_subjects(model) if subject.is_active]
+    if not subjects:
+        raise ValueError("model must have an active memory, got one of which none is: memlayers.models.set_active")
+    return subjects
+
+
 def read_text(model: nn.Module, tokenizer: Any, texts: Iterable[str], most: int) -> Text:
-    """The first `most` tokens of the texts. Raises `ValueError` if there is none."""
+    """The first `most` tokens of the texts. Raises `ValueError` if there is none, or one that the model has not."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     context = min(getattr(text_config, "max_position_embeddings", None) or MOST_CONTEXT, MOST_CONTEXT)
@@ -79,6 +87,10 @@ def read_text(model: nn.Module, tokenizer: Any, texts: Iterable[str], most: int)
         windows += [ids[first : first + context] for first in range(0, len(ids), context)]
     if not windows:
         raise ValueError("texts must have at least one token, got none")
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    size, last = getattr(embeddings, "num_embeddings", None), max(map(max, windows))
+    if size is not None and last >= size:
+        raise ValueError(f"tokenizer must be that of the model, which has {size:,} tokens, got one with token {last:,}")
     return Text(windows=windows, is_cut=is_cut)
 
 
@@ -115,9 +127,9 @@ class Findings:
 def read_memories(model: nn.Module, text: Text, *, shown: int, strongest: int) -> Findings:
     """Calls the model with a text, and returns what its memories read.
 
-    Raises `ValueError` for a model without memories.
+    Raises `ValueError` for a model without memories, and one that passes a memory by.
     """
-    subjects = find_subjects(model)
+    subjects = answering(model)
     device = next(model.parameters()).device
     bytes_of_token = sum(12 * subject.layer.config.heads * subject.layer.config.topk for subject in subjects)
     trace = SlotTrace(model, tokens=max(1, TRACED_BYTES // bytes_of_token), strongest=strongest)
@@ -141,6 +153,9 @@ def read_memories(model: nn.Module, text: Text, *, shown: int, strongest: int) -
     finally:
         for module, mode in modes.items():
             module.training = mode
+    for subject in subjects:
+        if not trace.tokens_of(subject.name):
+            raise ValueError(f"the memory {subject.name} has read nothing of the text: the model does not call it")
     place_of = np.concatenate(places)
     shown_reads, reads = {}, first.reads()
     for subject in subjects:

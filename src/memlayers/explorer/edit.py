@@ -50,6 +50,8 @@ def freeze_slots(memory: MemoryLayer | ValueTable, slots: Tensor | Sequence[int]
     table = memory.values if isinstance(memory, MemoryLayer) else memory
     if not isinstance(table, ValueTable):
         raise ValueError(f"memory must be a MemoryLayer or a ValueTable, got a {type(memory).__name__}")
+    if table.untrainable:
+        raise ValueError(table.untrainable)
     keep_S = ~_mask(slots, len(table.weight), table.weight.device)
     stack = ExitStack()
     for one in value_tables(table):
@@ -309,10 +311,11 @@ def _require_editable(subject: Subject, optimizers: list[torch.optim.Optimizer],
         raise ValueError(f"{what} needs keys of memlayers, got a {type(keys).__name__} at {subject.name}")
     held = {one for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
     for table in subject.tables:
-        if type(table) not in (ValueTable, ExpertTable, InputTable) or type(table.weight) is not nn.Parameter:
+        weight = table._parameters.get("weight")  # none of a table of few bits, or of one that is mapped
+        if type(table) not in (ValueTable, ExpertTable, InputTable) or type(weight) is not nn.Parameter:
             raise ValueError(
                 f"{what} needs tables in memory, whole and not quantised, got a {type(table).__name__} with a "
-                f"{type(table.weight).__name__} at {subject.name}"
+                f"{type(weight).__name__} at {subject.name}"
             )
         gradient = table.row_gradient
         if (gradient is not None or optimizers) and table.weight.requires_grad and table.weight not in held:

@@ -193,7 +193,7 @@ def _compared(
     name = subject.name
     (match,) = (one for one in other.subjects if one.name == name)
     rows = torch.from_numpy(detailed)
-    values, others = (values_of(one, rows.to(one.table.weight.device)).cpu() for one in (subject, match))
+    values, others = (values_of(one, rows.to(one.table.row_mark.device)).cpu() for one in (subject, match))
     cosine_D = torch.cosine_similarity(values, others, dim=-1).numpy()
     mine, theirs = (one.shown_reads[name][0][:shown, :, :topk] for one in (found, other))
     overlap_T = (mine[..., :, None] == theirs[..., None, :]).any(-1).mean((1, 2))
@@ -221,7 +221,9 @@ def _map(counts_S: np.ndarray, subkeys: int, cells: int) -> tuple[int, np.ndarra
 
 
 def base64_of(array: np.ndarray, kind: str) -> str:
-    """Little-endian numbers."""
+    """Little-endian numbers. Raises `ValueError` for what is no number."""
+    if not np.isfinite(array).all():
+        raise ValueError("model must have finite values and outputs to be shown, got NaN or infinite ones")
     return base64.b64encode(np.ascontiguousarray(array, dtype=np.float64).astype(f"<{kind}").tobytes()).decode()
 
 

@@ -124,7 +124,11 @@ class SlotTrace(EagerListener):
     @property
     def tokens(self) -> int:
         """Real tokens so far, of the memory that saw most."""
-        return max(reads.tokens for reads in self._of.values())
+        return max(map(self.tokens_of, self._of))
+
+    def tokens_of(self, name: str) -> int:
+        """Real tokens so far, of one memory."""
+        return self._of[name].tokens
 
     @property
     def nbytes(self) -> int:

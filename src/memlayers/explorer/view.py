@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from memlayers.checks import require_int
-from memlayers.diagnosis.subjects import find_subjects
-from memlayers.explorer.collect import Findings, read_memories, read_text
+from memlayers.explorer.collect import Findings, answering, read_memories, read_text
 from memlayers.explorer.pack import Room, Strings, figures, most_shown, pack
 from memlayers.extras import require_extra
 from memlayers.files import write_text
@@ -40,7 +39,8 @@ def explore(
     The page is one file of at most 5 MB that asks the network for nothing. It has the text with the slots and weights
     of each token; of a slot its strongest reads in context, its top tokens, its nearest output words, and how often it
     is read; a map of all slots by use; and usage, KL and dead slots by memory and head. Where not everything fits it
-    holds a sample, and says which. The model is called in evaluation mode, without gradients.
+    holds a sample, and says which. Memories that are not active (`set_active`) are left out. The model is called in
+    evaluation mode, without gradients.
 
     Args:
         model: a causal language model with memories, as `transformers` has them.
@@ -57,12 +57,16 @@ def explore(
         The page.
 
     Raises:
-        ValueError: a model without memories, no text, or a model to compare whose memories differ in name or size.
+        ValueError: a model without active memories, or whose values are not finite; no text; a tokenizer of another
+            model; a model to compare whose memories differ in name or size; an output that cannot be written to.
         ModuleNotFoundError: Jinja2 is not installed.
     """
     require_extra("lm", "memlayers.explore", "jinja2")
     require_int("tokens", tokens, least=1)
-    subjects = find_subjects(model)
+    file = None if output is None else Path(output)
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise ValueError(f"output must be a file in a folder that is there, got {str(output)!r}")
+    subjects = answering(model)
     if compare is not None:
         _require_alike(model, compare)
     text = read_text(model, tokenizer, [texts] if isinstance(texts, str) else texts, tokens)
@@ -73,8 +77,8 @@ def explore(
     while not page or len(page.encode()) > MOST_BYTES:
         page = _page(found, other, tokenizer, room, name, compare_name)
         room = room.half()
-    if output is not None:
-        write_text(Path(output), page)
+    if file is not None:
+        write_text(file, page)
     return page
 
 
@@ -111,7 +115,7 @@ _FILES = ("page.html", "page.css", "page.js")
 
 
 def _require_alike(model: nn.Module, other: nn.Module) -> None:
-    ours, theirs = ({one.name: one.layer.config for one in find_subjects(each)} for each in (model, other))
+    ours, theirs = ({one.name: one.layer.config for one in answering(each)} for each in (model, other))
     if [*ours] != [*theirs]:
         raise ValueError(f"compare must have memories at {', '.join(ours)}, got {', '.join(theirs)}")
     for name, config in ours.items():

@@ -46,7 +46,7 @@ class Words:
     @torch.no_grad()
     def nearest(self, subject: Subject, slots: Sequence[int] | Tensor, most: int) -> tuple[Tensor, Tensor]:
         """Ids and logits [R, most] of the nearest words of slots, best first; without an output embedding [R, 0]."""
-        rows = torch.as_tensor(slots, dtype=torch.int64, device=subject.table.weight.device)
+        rows = torch.as_tensor(slots, dtype=torch.int64, device=subject.table.row_mark.device)
         if self.head is None or not len(rows):
             return torch.zeros(len(rows), 0, dtype=torch.int64), torch.zeros(len(rows), 0)
         like = next(self.head.parameters())

@@ -120,8 +120,12 @@ class SlotCounts(EagerListener):
             for kind in ("reads ", "batches ")
         )
         self._require_alike(reads, f"the file {str(file)!r}")
+        batches, shapes = metadata.get("batches", ""), {name: one.shape for name, one in reads.items()}
+        is_whole = batches.isdecimal() and shapes == {name: one.shape for name, one in batches_with.items()}
+        if not is_whole or any(one.is_floating_point() for one in tensors.values()):
+            raise ValueError(f"file must be one of SlotCounts.save, {str(file)!r} is damaged")
         self.reset()
-        self._add(int(metadata["batches"]), reads, batches_with, f"the file {str(file)!r}")
+        self._add(int(batches), reads, batches_with, f"the file {str(file)!r}")
         return self
 
     def _add(self, batches: int, reads: Mapping[str, Tensor], batches_with: Mapping[str, Tensor], what: str) -> None:

@@ -28,8 +28,11 @@ def facts_batch(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) 
         ``input_ids``, ``attention_mask`` and ``labels`` [B, T], to call a model with.
 
     Raises:
-        ValueError: not one answer a prompt, none at all, or one without tokens.
+        ValueError: not one answer a prompt, none at all, or one without tokens; a text in place of a list.
     """
+    for name, texts in (("prompts", prompts), ("answers", answers)):
+        if isinstance(texts, str):
+            raise ValueError(f"{name} must be a list of texts, got the text {texts!r}")
     if len(prompts) != len(answers) or not prompts:
         raise ValueError(f"there must be as many answers as prompts, at least 1, got {len(answers)} and {len(prompts)}")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -38,6 +41,8 @@ def facts_batch(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) 
         first = tokenizer(prompt)["input_ids"]
         if first[-1:] == end:  # some tokenizers end each text
             first = first[:-1]
+        if not first:
+            raise ValueError(f"each prompt must have at least one token, got {prompt!r} for {answer!r}")
         if not (said := tokenizer(answer, add_special_tokens=False)["input_ids"]):
             raise ValueError(f"each answer must have at least one token, got {answer!r} for {prompt!r}")
         rows.append((first, [*said, *end]))

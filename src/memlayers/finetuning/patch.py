@@ -242,7 +242,7 @@ def _plain_weight(name: str, table: ValueTable) -> Tensor:
 
 def _bits(tensor: Tensor) -> Tensor:
     """The bytes of each row: NaN is NaN, and -0 is not 0."""
-    return tensor.contiguous().view(len(tensor), -1).view(torch.uint8)
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> Tensor:

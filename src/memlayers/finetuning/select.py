@@ -50,7 +50,7 @@ def select_slots(
         By table, slots in ascending order. Those of `Experts` have two tables with the same slots.
 
     Raises:
-        ValueError: `slots` or `counts` that do not go with the method; counts of other tables.
+        ValueError: `slots` or `counts` that do not go with the method; counts of other tables, or of nothing.
     """
     require_method(method, slots, counts)
     if not isinstance(batch, SlotCounts) and counts is not None and counts.is_listening:
@@ -62,6 +62,8 @@ def select_slots(
             name: layers[0].config.slots for name, layers in own.items()
         }:
             raise ValueError(f"{what} must count the slots of {', '.join(own)}, got those of {', '.join(given.reads)}")
+        if given is not None and not given.batches:
+            raise ValueError(f"{what} must be of text that memories read, got {what} of which no slot was read")
     rows: dict[ValueTable, Tensor] = {}
     for name, layers in own.items():
         reads_S = new.reads[name]

@@ -80,6 +80,8 @@ def disable_memory(model: nn.Module, names: Names | None = None) -> Iterator[Non
 def _known(model: nn.Module, names: Names) -> set[str]:
     """The names as a set. Raises `ValueError` for a model without memories, or without one of a name."""
     require_memories(model)
+    if not isinstance(names, Iterable):
+        raise ValueError(f"names must be the name of a memory or a list of them, got {names!r}")
     return {require_name(model, name) for name in ([names] if isinstance(names, str) else names)}
 
 

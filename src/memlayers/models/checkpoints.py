@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from memlayers.distributed.whole import has_columns
 from memlayers.models.add import save_memory, trainable_base
 from memlayers.models.folder import lacks_memory
-from memlayers.models.modules import placed_memories, unwrap
+from memlayers.models.modules import memory_names, placed_memories, unwrap
 from memlayers.models.storage import refill_memory, savable_base
 
 MEMORY_FOLDER = "memory"  # in a checkpoint
@@ -23,7 +23,8 @@ class SaveMemory(TrainerCallback):
     For models with adapters of PEFT, which saves those and nothing else: a run that is resumed would begin with
     untrained memories, and say nothing. With ``load_best_model_at_end`` those of the best checkpoint come back at the
     end. Memories are filled in place: the optimizer goes on with the parameters that it has. Where a model has memories
-    of several names each has a callback: ``SaveMemory("news")`` saves those in ``memory-news``.
+    of several names each has a callback: ``SaveMemory("news")`` saves those in ``memory-news``. Without adapters
+    `Trainer` saves the whole model, which one with memories of several names refuses.
 
     Resume from a checkpoint in the ``output_dir`` of the run; a callback is not told of any other. Raises `ValueError`
     when training begins with a model that `save_memory` could not save afterwards, or from a checkpoint without
@@ -41,6 +42,12 @@ class SaveMemory(TrainerCallback):
             raise ValueError(
                 f"model must have a frozen base for SaveMemory, which saves the memories alone, got {len(trained)} "
                 f"parameters of the base that are trained, the first is {trained[0]!r}: use freeze_base"
+            )
+        if len(names := memory_names(inner)) > 1 and not hasattr(model, "peft_config") and args.save_strategy != "no":
+            raise ValueError(
+                f"model must have adapters of PEFT, or memories of one name, to be saved by Trainer, which saves any "
+                f"other one whole, got one with {', '.join(map(repr, names))}: use save_strategy='no', and "
+                f"save_memory(model, folder, name=...) after training"
             )
         if state.is_hyper_param_search:
             raise ValueError("SaveMemory must be in a training of one run, got a search of hyperparameters")

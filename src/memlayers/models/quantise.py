@@ -24,6 +24,7 @@ def quantize_memory(model: Model, bits: int = 8) -> Model:
 
     Args:
         model: any module with memories; one that `torch.compile`, PEFT or `DistributedDataParallel` is around, too.
+            Tables that are of few bits already, beside others, stay as they are.
         bits: 8, which changes hardly anything, or 4.
 
     Returns:
@@ -39,9 +40,9 @@ def quantize_memory(model: Model, bits: int = 8) -> Model:
     if not memories:
         raise ValueError(f"model must have memories (add_memory), got a {type(inner).__name__} without")
     made: dict[ValueTable, LowBitTable] = {}
-    for memory in memories:
-        if memory.values not in made:
-            made[memory.values] = low_bit_table(memory.values, bits)
+    tables = dict.fromkeys(memory.values for memory in memories)
+    for table in [table for table in tables if not isinstance(table, LowBitTable)] or tables:
+        made[table] = low_bit_table(table, bits)
     if isinstance(inner, MemoryMixin):
         with redeclared(inner, value_bits=bits):
             _exchange(inner, made)
@@ -53,4 +54,4 @@ def quantize_memory(model: Model, bits: int = 8) -> Model:
 
 def _exchange(model: nn.Module, made: dict[ValueTable, LowBitTable]) -> None:
     for memory in memory_layers(model).values():
-        memory.values = made[memory.values]
+        memory.values = made.get(memory.values, memory.values)

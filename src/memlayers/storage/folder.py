@@ -71,6 +71,7 @@ class TableFolder:
         new_seed: Callable[[], int],
         budget_bytes: int,
     ):
+        folder = folder.absolute()  # whatever the working folder becomes
         self.folder, self.slots, self.width, self.dtype, self.std = folder, slots, width, dtype, std
         self.seed = 0
         # By slot: whether a row has been written, was so at the last checkpoint, is in the log that is open.
@@ -82,19 +83,19 @@ class TableFolder:
         self._log: UndoLog | None = None
         self._next_log = 1
         self._unlock: Callable[[], None] | None = None
+        self._process = os.getpid()
+        self.is_closed = False
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"the folder of a table must be none or a folder, got the file {str(folder)!r}")
         folder.mkdir(parents=True, exist_ok=True)
-        is_new = not (folder / DESCRIPTION).exists()
-        if not is_new:
-            self._checked_description()  # before a file is made longer
+        self._require_table_or_nothing()  # before a file is made longer
         self.weight = self._open_rows(WEIGHT, (slots, width), dtype)
         try:
             self._lock()
-            if is_new:
-                self._begin(new_seed())
-            else:
+            if (folder / DESCRIPTION).exists():
                 self._go_on(self._checked_description())
+            else:
+                self._begin(new_seed())
         except BaseException:
             self.close()
             raise
@@ -113,6 +114,7 @@ class TableFolder:
 
     def write_fresh(self, slots: np.ndarray) -> None:
         """Writes the fresh values of rows that have not been written. Raises `OSError` on a full disk."""
+        self._require_own()
         for part in self._pieces(slots):
             self.weight.write(part, self.as_bytes(torch.from_numpy(self._drawn(part))))
         self.ahead.know(self.weight, slots)
@@ -148,6 +150,7 @@ class TableFolder:
         drawn: whether rows that have not been written get their fresh values; else the caller writes all of them.
         Raises `OSError`, as on a full disk; no row has changed then.
         """
+        self._require_own()
         new = slots[~self.logged[slots]]
         if not len(new):
             return
@@ -176,6 +179,13 @@ class TableFolder:
         self.logged_bytes += log.nbytes - before
         self.logged[new] = True
         self.written[new] = True
+
+    def _require_own(self) -> None:
+        if self._process != os.getpid():
+            raise ValueError(
+                f"the table in {str(self.folder)!r} is written by the process that opened it alone, got one that was "
+                f"forked from it: train in that process"
+            )
 
     def _large_files(self) -> list[MappedRows]:
         """Those of which pages are asked for; one number a row is read as a whole."""
@@ -227,7 +237,11 @@ class TableFolder:
     def drop_states(self) -> None:
         """Removes the optimizer's states; what the rows are is the only checkpoint then."""
         dropped, self.states = self.states, {}
-        self.checkpoint()  # which removes their files
+        try:
+            self.checkpoint()  # which removes their files
+        except BaseException:
+            self.states = dropped
+            raise
         for file in dropped.values():
             file.close()
 
@@ -243,21 +257,17 @@ class TableFolder:
         """
         for file in self.files.values():
             file.flush()
+        # From here on changes go to a new log, which goes back to what rows are now: so both this checkpoint and the
+        # last one can be restored, whichever of them an interruption leaves in the description.
+        self._end_log()
+        self.kept = self.written.copy()
         last = self.checkpoints[-1]
         number, bits = last.number + 1, last.bits
-        if not np.array_equal(self.kept, self.written):
+        if not np.array_equal(self._read_bits(bits), self.written):
             bits = number
             with file_aside(self._bits_file(number)) as aside:
                 aside.write_bytes(np.packbits(self.written).tobytes())
-        before = self.checkpoints
-        self.checkpoints = [*before, Checkpoint(number, self._next_log, bits)][-keep:]
-        try:
-            self._describe()
-        except BaseException:
-            self.checkpoints = before
-            raise
-        self._end_log()
-        self.kept = self.written.copy()
+        self._keep([*self.checkpoints, Checkpoint(number, self._next_log, bits)][-keep:])
         self._remove_unused()
         return number
 
@@ -272,9 +282,17 @@ class TableFolder:
             raise ValueError(f"the table in {str(self.folder)!r} has the checkpoints {numbers}, got {number}")
         self._end_log()
         if kept != self.checkpoints:
-            self.checkpoints = kept
-            self._describe()  # so that what follows is gone on with by whoever opens the folder
+            self._keep(kept)  # so that what follows is gone on with by whoever opens the folder
         self._undo()
+
+    def _keep(self, checkpoints: list[Checkpoint]) -> None:
+        """Describes these; where that fails or is interrupted, the checkpoints are what the description says."""
+        self.checkpoints = checkpoints
+        try:
+            self._describe()
+        except BaseException:
+            self.checkpoints = _checkpoints_in(self._checked_description())
+            raise
 
     def _undo(self) -> None:
         """Puts back what the logs after the last checkpoint say, the newest first."""
@@ -302,15 +320,27 @@ class TableFolder:
 
     # The folder.
 
+    def _require_table_or_nothing(self) -> None:
+        """Raises `ValueError` for a folder of something else, or of a table whose description is gone."""
+        if (self.folder / DESCRIPTION).exists():
+            self._checked_description()
+            return
+        for path in self.folder.iterdir():  # what a process leaves that is killed here is empty
+            if path.name != f".{DESCRIPTION}.partial" and (path.name != f"{WEIGHT}.rows" or path.stat().st_blocks):
+                raise ValueError(
+                    f"the folder of a new table must be empty, got {str(self.folder)!r} with {path.name!r} and no "
+                    f"{DESCRIPTION}: name another folder, or move its files away"
+                )
+
     def _begin(self, seed: int) -> None:
         self.seed = seed
-        self._remove_unused()
+        os.ftruncate(self.weight.descriptor, self.weight.nbytes)
         self.weight.flush()
         self._describe()
 
     def _go_on(self, description: Mapping[str, Any]) -> None:
         self.seed = description["seed"]
-        self.checkpoints = [Checkpoint(*one) for one in description["checkpoints"]]
+        self.checkpoints = _checkpoints_in(description)
         for name, (kind, ndim) in description["states"].items():
             shape = (self.slots, self.width)[:ndim]
             self.states[name] = self._open_rows(name, shape, getattr(torch, kind))
@@ -395,6 +425,7 @@ class TableFolder:
 
     def close(self) -> None:
         """Closes all files; what has changed since the last checkpoint is put back when the folder is opened again."""
+        self.is_closed = True
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -403,6 +434,10 @@ class TableFolder:
         self._unlock = None
         for file in self.files.values():
             file.close()
+
+
+def _checkpoints_in(description: Mapping[str, Any]) -> list[Checkpoint]:
+    return [Checkpoint(*one) for one in description["checkpoints"]]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -114,7 +114,7 @@ class MappedTable(ValueTable):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16 for a table in files, got {dtype}")
         super().__init__(slots, dim, device="meta", dtype=dtype, std=std)
-        self._files = TableFolder(
+        self._opened = TableFolder(
             Path(folder), slots, dim, dtype=dtype, std=self.std, new_seed=_new_seed, budget_bytes=budget_bytes
         )
         self._is_left_out = False
@@ -123,9 +123,15 @@ class MappedTable(ValueTable):
         self.settle_mark()
 
     @property
+    def _files(self) -> TableFolder:
+        if self._opened.is_closed:
+            raise ValueError(f"the table in {str(self.folder)!r} was closed: open it anew (MappedFile)")
+        return self._opened
+
+    @property
     def folder(self) -> Path:
         """Where its files are."""
-        return self._files.folder
+        return self._opened.folder
 
     def reset_parameters(self) -> None:
         """Does nothing to a new table, whose rows are fresh. Raises `ValueError` where rows have been written."""
@@ -157,7 +163,7 @@ class MappedTable(ValueTable):
             y_TV = self._operations[1](self.weight.detach(), slots_TM, given)
         else:
             y_TV = self._read_copies(slots_TM, given)
-        return _Unowned.apply(y_TV, self.row_mark) if is_trained else y_TV
+        return _Unowned.apply(y_TV, self.weight) if is_trained else y_TV
 
     def _read_copies(self, slots_TM: Tensor, given: Tensor) -> Tensor:
         """The same where some rows have not been written, which stay so: from copies, a few tokens at a time."""
@@ -219,7 +225,13 @@ class MappedTable(ValueTable):
         self._files.restore(number)
 
     def drop_states(self) -> None:
-        """Removes the states of the optimizer, for another one; makes a checkpoint, the only one kept."""
+        """Removes the states of the optimizer, for another one; makes a checkpoint, the only one kept.
+
+        Raises `ValueError` while the optimizer that has them lives.
+        """
+        owner = None if self.row_gradient is None else self.row_gradient.owner()
+        if isinstance(owner, torch.optim.Optimizer) and owner.state.get(self.weight):
+            raise ValueError("states of an optimizer that trains the table cannot be dropped: call its release() first")
         self._files.drop_states()
 
     @torch.no_grad()
@@ -236,7 +248,7 @@ class MappedTable(ValueTable):
 
         The table must not be used afterwards.
         """
-        self._files.close()
+        self._opened.close()
 
     def figures(self) -> dict[str, int]:
         """Bytes on the disk and of the logs, the rows asked for and those of them read from files, pages read."""
@@ -315,7 +327,7 @@ class _Unowned(torch.autograd.Function):
     """What was read of a table that nobody trains, though its weight requires a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, y_TV: Tensor, mark_1: Tensor) -> Tensor:
+    def forward(ctx: Any, y_TV: Tensor, weight_SV: Tensor) -> Tensor:
         return y_TV.view_as(y_TV)
 
     @staticmethod

@@ -142,6 +142,7 @@ class MappedRows:
     def close(self) -> None:
         """Closes the file. The tensor stays, and its pages, until nobody has it any more."""
         self._close()
+        self.descriptor = -1  # its number may be that of another file by now
 
 
 class Ahead:

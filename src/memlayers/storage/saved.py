@@ -27,6 +27,10 @@ class Place(NamedTuple):
     file: Path
     start: int
 
+    def absolute(self) -> "Place":
+        """The same, by a path that does not depend on the working folder."""
+        return Place(self.file.absolute(), self.start)
+
 
 class SavedTable(ValueTable):
     """A value table in a file of safetensors, mapped read-only: no copy of it is made, and nobody trains it.
@@ -61,7 +65,7 @@ class SavedTable(ValueTable):
         require_mapping()
         nn.Module.__init__(self)
         self.bits, self._shape, self._dtype = bits, torch.Size((slots, dim)), dtype
-        self._places = rows, scales
+        self._places = rows.absolute(), None if scales is None else scales.absolute()
         self.companion = Companion(torch.device("cpu"), torch.float32, requires_grad=False)
         self.row_gradient = None
         self._open()
