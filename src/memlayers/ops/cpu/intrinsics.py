@@ -471,6 +471,35 @@ def mask_at_least_64(builder, address, least):
     return builder.bitcast(builder.icmp_signed(">=", values, broadcast(builder, least, 64)), _INT64)
 
 
+def _keep(builder, codes, least, numbers, kept, kept_numbers):
+    """Of 16 int32 at `codes`, and of as many numbers, write those whose code is at least `least`; how many.
+
+    Writes 16 each, whatever there are. With AVX-512 alone.
+    """
+    vector, mask = ir.VectorType(_INT32, LANES), ir.VectorType(ir.IntType(1), LANES)
+    values = _load(builder, codes, _INT32)
+    reached = builder.icmp_signed(">=", values, broadcast(builder, least))
+    name, kind = "llvm.x86.avx512.mask.compress.v16i32", ir.FunctionType(vector, [vector, vector, mask])
+    compress = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    for given, address in ((values, kept), (numbers, kept_numbers)):
+        packed = builder.call(compress, [given, all_lanes(_INT32, 0), reached])
+        builder.store(packed, builder.inttoptr(address, ir.PointerType(vector)), align=4)
+    return builder.zext(builder.ctpop(builder.bitcast(reached, ir.IntType(LANES))), _INT64)
+
+
+@lowered(types.int64(types.int64, types.int32, types.int64, types.int64, types.int64))
+def keep_16(builder, codes, least, numbers, kept, kept_numbers):
+    """`_keep` of the numbers at an address."""
+    return _keep(builder, codes, least, _load(builder, numbers, _INT32), kept, kept_numbers)
+
+
+@lowered(types.int64(types.int64, types.int32, types.int32, types.int64, types.int64))
+def keep_places_16(builder, codes, least, first, kept, kept_numbers):
+    """`_keep` of the numbers from `first` on."""
+    numbers = builder.add(broadcast(builder, first), ir.Constant(_PLACES, list(range(LANES))))
+    return _keep(builder, codes, least, numbers, kept, kept_numbers)
+
+
 @lowered(types.int64(types.int64))
 def lowest_bit(builder, mask):
     """The number of the lowest bit that is set; undefined for 0."""

@@ -30,6 +30,8 @@ from memlayers.ops.cpu.intrinsics import (
     float_bits,
     i32,
     i64,
+    keep_16,
+    keep_places_16,
     load,
     lowest_bit,
     mask_at_least_64,
@@ -40,10 +42,12 @@ from memlayers.ops.cpu.intrinsics import (
     this_thread,
 )
 from memlayers.ops.cpu.launch import launch, threads_for
+from memlayers.ops.cpu.processor import has_feature
 from memlayers.ops.select import check_halves, select_by
 
 _ROWS = 16  # rows of a task
 _LOWEST = np.int32(-(2**31))  # below the code of every score
+_COMPRESSES = has_feature("avx512f")
 _RANKED = 256  # as many candidates are ranked by counting; more are sorted
 
 
@@ -109,18 +113,7 @@ def _best_of_half(half, num_subkeys, topk, codes, step, best):
     bound = _LOWEST
     if groups > 0:
         bound = _raise_bound(ranks, groups, topk, _least(ranks, groups))
-    # The candidates, by index.
-    code, candidate, identity = i32(codes), i32(candidates), i32(ids)
-    count = 0
-    for block in range(0, num_subkeys, 64):
-        mask = mask_at_least_64(codes + block * 4, bound)
-        while mask != 0:
-            where = block + lowest_bit(mask)
-            candidate[count] = code[where]
-            identity[count] = where
-            count += 1
-            mask &= mask - 1
-    count = min(count, num_subkeys)  # not what fills the last 64
+    count = _keep_at_least(bound, codes, 0, num_subkeys, candidates, ids)
     _keep_best(candidates, ids, count, topk, ranks, codes + 8 * step, best, best + step)
 
 
@@ -302,18 +295,26 @@ def _pair_sums(best1, best2, step, topk, codes, ids):
 
 @part
 def _keep_at_least(bound, codes, ids, total, candidates, kept_ids):
-    """Copy the codes that reach a bound, and their ids, in order; how many."""
-    code, identity, candidate, kept = i32(codes), i32(ids), i32(candidates), i32(kept_ids)
+    """Copy the codes that reach a bound, and their ids, in order; how many. ids: 0 for the places of the codes."""
     count = 0
+    if _COMPRESSES:
+        for at in range(0, total, LANES):
+            to, to_ids = candidates + count * 4, kept_ids + count * 4
+            if ids == 0:
+                count += keep_places_16(codes + at * 4, bound, np.int32(at), to, to_ids)
+            else:
+                count += keep_16(codes + at * 4, bound, ids + at * 4, to, to_ids)
+        return min(count, total)  # not what fills the last 16
+    code, identity, candidate, kept = i32(codes), i32(ids), i32(candidates), i32(kept_ids)
     for block in range(0, total, 64):
         mask = mask_at_least_64(codes + block * 4, bound)
         while mask != 0:
             where = block + lowest_bit(mask)
             candidate[count] = code[where]
-            kept[count] = identity[where]
+            kept[count] = np.int32(where) if ids == 0 else identity[where]
             count += 1
             mask &= mask - 1
-    return min(count, total)  # not what fills the last 64
+    return min(count, total)
 
 
 @part_with_a_sum
