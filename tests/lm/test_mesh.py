@@ -29,6 +29,7 @@ def lines(monkeypatch):
     def cells(config, mesh, room=10**9):
         def footprint(share, **_):
             assert share.training.batch_tokens == 128 // math.prod(mesh)
+            assert share.memory_values == "memory"
             return Footprint(parameters=HELD, gradients=0, optimizer_state=0, activations=10**6)
 
         monkeypatch.setattr(module, "available_memory", lambda device: room)
@@ -51,6 +52,10 @@ def test_two_processes_receive_less_as_replicas(lines):
             "with columns"
         ],
     }
+
+
+def test_tables_on_the_host_are_compared_as_if_beside_the_model(lines):
+    assert lines(dataclasses.replace(CONFIG, memory_values="host"), (2,)) == lines(CONFIG, (2,))
 
 
 def test_columns_are_chosen_where_replicas_do_not_fit(lines):

@@ -398,14 +398,14 @@ def test_a_model_on_a_gpu_reads_and_trains_a_table_on_the_host(dtype):
     assert layer.values.weight.device.type == "cpu"
     assert layer.keys.weight.is_cuda
     reference = in_memory(layer).cuda()
-    for one in (layer, reference):
-        optimizer = MemoryAdamW(one)
+    optimizers = [MemoryAdamW(one) for one in (layer, reference)]
+    for one, optimizer in zip((layer, reference), optimizers, strict=True):
         for number in range(3):
             x = torch.randn(300, 32, generator=torch.Generator().manual_seed(number)).to("cuda", dtype)
             optimizer.zero_grad()
             (one(x).float() - 1).square().mean().backward()
             optimizer.step()
-    assert all(state.device.type == "cpu" for state in optimizer.state[layer.values.weight].values())
+    assert {state.device.type for state in optimizers[0].state[layer.values.weight].values()} == {"cpu"}
     torch.testing.assert_close(layer.values.weight, reference.values.weight.cpu(), rtol=0.02, atol=1e-3)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), reference(x), rtol=0.02, atol=1e-3)

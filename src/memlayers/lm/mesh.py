@@ -1,5 +1,6 @@
 """mesh: what each of several processes holds and receives in a step of a run, by how they hold tables. Calculated."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
@@ -46,6 +47,7 @@ def mesh_lines(
         ValueError: as `share_on` does.
     """
     share, size = share_on(config, mesh), require_mesh(mesh)
+    share = dataclasses.replace(share, memory_values="memory")  # where the layouts have their tables
     model = build_model(config, vocab_size=vocab_size, eot_id=0, device="meta")
     memories = memory_layers(model).values()
     reads = Counter(table for memory in memories for table in value_tables(memory.values))  # one may be shared

@@ -48,9 +48,9 @@ class HostTable(ValueTable):
 
     A call on a GPU copies the different rows that it reads there, each once, through buffers that are pinned; they stay
     on the GPU until their backward pass. That pass copies slots, weights and the gradient of the output back, and
-    records them on the host, where a row optimizer keeps its states and makes its step by the kernels of a CPU. A
-    forward and a backward pass each wait for the device once. Without a row optimizer the table has an ordinary dense
-    gradient, on the host. A call on the host is that of any table.
+    records them on the host, where a row optimizer keeps its states and makes its step by the kernels of a CPU. Both
+    passes wait for the device. Without a row optimizer the table has an ordinary dense gradient, on the host. A call on
+    the host is that of any table.
 
     Args:
         slots: as of `ValueTable`, and so are ``dim``, ``dtype`` and ``std``.
