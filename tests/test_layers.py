@@ -22,7 +22,7 @@ LAYERS = {
         "hardware presentation"
     ),
     "operations": "ops",
-    "layer": "config query keys values usage layer memory_plus experts minimal parameters",
+    "layer": "config query keys values usage usage_metric layer memory_plus experts minimal parameters",
     "inference": "inference",
     "tables": "storage",
     "processes": "distributed",

@@ -192,3 +192,11 @@ def test_totals_of_another_memory_are_refused():
         meter.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match=r"usage must hold weight_HS of shape \[1, 16\], got None"):
         meter.load_state_dict({})
+
+
+def test_totals_follow_a_layer_that_is_moved():
+    layer = make().eval()
+    with UsageMeter(layer) as meter:
+        layer(torch.randn(4, 8))
+        layer.to("meta")(torch.empty(4, 8, device="meta"))
+    assert {total.device.type for total in meter.state_dict().values()} == {"meta"}

@@ -107,9 +107,10 @@ class UsageMeter(Listener):
         if not torch.compiler.is_compiling():
             _in_thread.masks = {**_masks(), id(self): mask_T}
             return
-        tokens = input_of(args, kwargs).shape[:-1].numel()
-        if tokens > len(self._real_T):
-            self._real_T = self._real_T.new_ones(tokens)
+        x = input_of(args, kwargs)
+        tokens = x.shape[:-1].numel()
+        if tokens > len(self._real_T) or self._real_T.device != x.device:
+            self._real_T = self._real_T.new_ones(max(tokens, len(self._real_T)), device=x.device)
         if mask_T is None:
             self._real_T[:tokens].fill_(True)
         else:
@@ -131,6 +132,9 @@ class UsageMeter(Listener):
     def add(self, hits: Hits, mask_T: Tensor | None = None) -> None:
         """Counts hits of shape [..., H, K]; skips tokens where mask_T is False."""
         scores_THK, slots_THK = (found.reshape(-1, *found.shape[-2:]) for found in hits)
+        if self._tokens.device != slots_THK.device:  # the layer was moved since
+            for name, total in self.state_dict().items():
+                setattr(self, f"_{name}", total.to(slots_THK.device))
         weights_THK = self.layer.weigh(scores_THK.double())
         # A masked token adds zero: selecting the others would wait for the device.
         real_T = torch.ones(len(slots_THK), dtype=torch.bool, device=slots_THK.device) if mask_T is None else mask_T
@@ -161,16 +165,22 @@ class UsageMeter(Listener):
 
     def report(self) -> UsageReport:
         """The figures so far. Raises `ValueError` if no token was counted."""
-        tokens = int(self._tokens)
-        if tokens == 0:
-            raise ValueError("usage needs at least one measured token, got 0: call the layer while the meter listens")
-        heads, slots = self._weight_HS.shape
-        return UsageReport(
-            tokens=tokens,
-            slots=slots,
-            overall=_figures(self._weight_HS.sum(0), self._count_HS.sum(0), self._top1_HS.sum(0)),
-            heads=tuple(_figures(self._weight_HS[h], self._count_HS[h], self._top1_HS[h]) for h in range(heads)),
-        )
+        return report_of(self.state_dict())
+
+
+def report_of(totals: Mapping[str, Tensor]) -> UsageReport:
+    """The figures of `UsageMeter.state_dict`. Raises `ValueError` if no token was counted."""
+    weight_HS, count_HS, top1_HS = (totals[name] for name in ("weight_HS", "count_HS", "top1_HS"))
+    tokens = int(totals["tokens"])
+    if tokens == 0:
+        raise ValueError("usage needs at least one measured token, got 0: call the layer while the meter listens")
+    heads, slots = weight_HS.shape
+    return UsageReport(
+        tokens=tokens,
+        slots=slots,
+        overall=_figures(weight_HS.sum(0), count_HS.sum(0), top1_HS.sum(0)),
+        heads=tuple(_figures(weight_HS[h], count_HS[h], top1_HS[h]) for h in range(heads)),
+    )
 
 
 def _figures(weight_S: Tensor, count_S: Tensor, top1_S: Tensor) -> UsageFigures:
