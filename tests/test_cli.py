@@ -190,7 +190,9 @@ def test_what_a_user_gets_wrong_is_one_line(run, tiny, tmp_path, capsys):
         assert "output must be a folder that can be made" in said
     assert "prompt must be valid UTF-8" in fails(capsys, "generate", run, "--prompt", "\udcff")
     assert "holds a finished run" in fails(capsys, "train", "--output", run, *tiny)
-    assert "it has no result.json" in fails(capsys, "eval", tmp_path)
+    assert "run must be the folder of a run, of a checkpoint in one, or of a saved model" in fails(
+        capsys, "eval", tmp_path
+    )
     assert "max_new_tokens must be at most" in fails(capsys, "generate", run, "--prompt", "", "--max_new_tokens", 99)
     assert "it has no config.json" in fails(capsys, "info", tmp_path)
     assert not new.exists()
@@ -253,6 +255,70 @@ def test_resuming_a_finished_run_leaves_it_as_it_is(run, tiny, capsys):
     before = (run / "result.json").read_bytes()
     assert main(["train", "--output", str(run), "--resume", *tiny]) == 0
     assert (run / "result.json").read_bytes() == before
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "more tokens for a finished run: `memlayers train --from RUN --output OTHER`",
+    "supported",
+    "its configuration gives the defaults, its corpus the text; schedule and moments are new; the perplexity that it "
+    "begins with is printed and is the first point of the curve in `result.json`",
+)
+def test_a_run_from_another_one_has_its_configuration_and_its_text(run, tmp_path, capsys):
+    arguments = ["train", "--from", str(run), "--output", str(tmp_path / "run"), "--training.tokens", "192"]
+    assert main([*arguments, "--training.seed", "1", "--training.save_every_tokens", "64"]) == 0
+    first, result = RunFolder(run).read_result(), RunFolder(tmp_path / "run").read_result()
+    expected = {**first["config"]["training"], "tokens": 192, "seed": 1, "save_every_tokens": 64}
+    assert result["config"] == {**first["config"], "training": {**expected, "begin_with": str(run)}}
+    assert result["data"]["corpus_sha256"] == first["data"]["corpus_sha256"]
+    assert len(result["data"]["begin_with_sha256"]) == 64
+    assert result["curve"][0]["step"] == 0
+    assert result["curve"][0]["perplexity"] == pytest.approx(first["validation"]["perplexity"], rel=1e-6)
+    assert f"perplexity {first['validation']['perplexity']:.2f} per token before\n" in capsys.readouterr().out
+    assert main([*arguments, "--training.seed", "1", "--training.save_every_tokens", "64", "--resume"]) == 0
+
+
+def test_a_run_from_another_one_reads_other_text_with_its_tokenizer(run, tmp_path, write_text):
+    text = write_text(tmp_path / "other.jsonl", documents=60)
+    arguments = ["train", "--from", str(run), "--output", str(tmp_path / "new" / "run"), "--data.sources", text]
+    assert main([*arguments, "--data.holdout_percent", "10"]) == 0
+    result, first = RunFolder(tmp_path / "new" / "run").read_result(), RunFolder(run).read_result()
+    assert result["data"]["tokenizer_sha256"] == first["data"]["tokenizer_sha256"]
+    assert result["data"]["corpus_sha256"] != first["data"]["corpus_sha256"]
+    assert result["data"]["folder"] == str(tmp_path / "new" / "corpus")
+    assert result["config"]["data"]["tokenizer"] == str(run)
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`memlayers train --from RUN` with another vocabulary, shape or preset, or from a run that did not finish",
+    "refused",
+    "before any work, by the field in which they differ",
+)
+def test_what_a_run_from_another_one_cannot_change_is_refused_by_name(run, tiny, tmp_path, capsys):
+    new = ("train", "--from", run, "--output", tmp_path / "run")
+    assert "memory.num_subkeys: 4, 8" in fails(capsys, *new, "--memory.num_subkeys", 8)
+    assert "model.dim: 16, 32" in fails(capsys, *new, "--model.dim", 32)
+    assert "preset must not be given with from" in fails(capsys, *new, "--preset", "demo")
+    assert "training.begin_with must not be given with from" in fails(capsys, *new, "--training.begin_with", run)
+    data = [word for pair in zip(tiny[::2], tiny[1::2], strict=True) if "data." in pair[0] for word in pair]
+    assert main(["prepare", "--output", str(tmp_path / "corpus"), *data, "--data.vocab_size", "260"]) == 0
+    capsys.readouterr()
+    for more in ([], ["--dry_run"]):
+        said = fails(capsys, *new, "--corpus", tmp_path / "corpus", *more)
+        assert "corpus must have the tokenizer of the run in training.begin_with" in said
+    (tmp_path / "half").mkdir()
+    shutil.copy(run / "config.json", tmp_path / "half")
+    said = fails(capsys, "train", "--from", tmp_path / "half", "--output", tmp_path / "run")
+    assert "from must be the folder of a finished run, got" in said
+    assert "which holds a run that did not finish: --resume lets it go on" in said
+    folder = RunFolder(tmp_path / "moved")
+    shutil.copytree(run, folder.path)
+    result = folder.read_result()
+    write_sealed(folder.result, {**result, "data": {**result["data"], "folder": str(tmp_path / "gone")}})
+    said = fails(capsys, "train", "--from", folder.path, "--output", tmp_path / "run")
+    assert "corpus must be given, since that of" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_run_is_named(run, tmp_path, capsys):

@@ -31,6 +31,7 @@ def trainings(monkeypatch):
         return {
             "parameters": {"total": 1},
             "training": {"tokens": 1, "seconds": 1.0, "tokens_per_s": 1.0},
+            "curve": [{"step": 1}],
             "validation": {
                 "perplexity": 1.0,
                 "perplexity_per_word": 1.0,

@@ -12,7 +12,7 @@ NEW = ("train", "--output", "new")
 OPTIONS = [
     # Options and commands that do not exist.
     (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-    (["nonsense"], "unknown command 'nonsense'; allowed: train, compare, reproduce, prepare, eval, .*"),
+    (["nonsense"], "unknown command 'nonsense'; allowed: train, retrofit, compare, reproduce, prepare, eval, .*"),
     ([], "a command is missing; allowed: train, .*"),
     ([*NEW, "--data.vocab_sise", "3"], r"unknown option --data.vocab_sise; did you mean --data.vocab_size\?"),
     ([*NEW, "--data.vocab_sise=3"], r"unknown option --data.vocab_sise; did you mean --data.vocab_size\?"),
@@ -33,7 +33,7 @@ OPTIONS = [
     (["reproduce", "depth"], "output must be given: --output FOLDER, .*"),
     (["reproduce", "depth", "--output", "new", "--scale", "huge"], "scale must be one of 'laptop', .*, got 'huge'"),
     (["reproduce", "depth", "--output", "new", "--jobs", "0"], "jobs must be an integer of at least 1, got 0"),
-    (["eval"], "memlayers eval needs RUN .folder of a finished run, or .*"),
+    (["eval"], "memlayers eval needs RUN .folder of a finished run or .*"),
     (["generate", "run"], "memlayers generate needs --prompt .*"),
     (["explore", "run"], "memlayers explore needs --text .*"),
     (["explore", "nowhere", "--text", "a"], "run must be the folder of a run, .*, got 'nowhere'"),
@@ -62,7 +62,7 @@ OPTIONS = [
     ([*NEW, "--memory.query_norm", "layer"], "memory.query_norm must be one of 'batch', 'rms', 'none', got 'layer'"),
     ([*NEW, "--memory.dim", "3"], "memory.dim must be model.dim = 128, got 3"),
     ([*NEW, "--memory.value_dropout", "1"], "memory.value_dropout must be .* and below 1, got 1.*"),
-    ([*NEW, "--model.family", "bert"], "model.family must be one of 'gpt2', 'llama', got 'bert'"),
+    ([*NEW, "--model.family", "bert"], "model.family must be one of 'gpt2', 'llama', 'pretrained', got 'bert'"),
     ([*NEW, "--model.heads", "3"], "model.heads must divide model.dim = 128, got 3"),
     ([*NEW, "--memory_layers", "[9]"], "memory_layers must be an integer from 1 to 4, got 9"),
     ([*NEW, "--training.accumulate", "3"], "training.accumulate must divide the 4 windows of a step .*, got 3"),
@@ -111,7 +111,7 @@ FILES = [
     (b"memory.topk: 129\n", r"memory.topk must be at most num_subkeys = 128 .*, got 129 \(in FILE\)"),
     (b"memory.dim: 8\n", r"memory.dim must be model.dim = 128, got 8 \(in FILE\)"),
     (b"model.dim: 64\nmemory.dim: 8\n", r"memory.dim must be model.dim = 64, got 8 \(in FILE\)"),
-    (b"model:\n  family: bert\n", r"model.family must be one of 'gpt2', 'llama', got 'bert' \(in FILE\)"),
+    (b"model:\n  family: bert\n", r"model.family must be one of 'gpt2', 'llama', 'pretrained', got 'bert' \(in FILE\)"),
     (b"model:\n  layers: true\n", r"model.layers must be an integer of at least 1, got True \(in FILE\)"),
     (b"preset: dmeo\n", "preset must be one of 'demo', .*, got 'dmeo'"),
     (b"preset: [1]\n", r"preset must be one of 'demo', .*, got \[1\]"),
@@ -193,7 +193,8 @@ REFUSED = [
     "train --output x --resume --overwrite", "train --output x --preset none", "train --output x --config none.yaml",
     "prepare --output x --data.vocab_size 3", "prepare --output x --data.sources none.txt",
     "compare --output x --model.dim -1", "reproduce none", "reproduce noise",
-    "eval missing", "doctor", "doctor missing", "generate missing --prompt a",
+    "train --output x --from none", "retrofit", "retrofit missing --data a --output x", "retrofit . --output x",
+    "eval . --base none", "eval missing", "doctor", "doctor missing", "generate missing --prompt a",
     "generate missing", "info --preset x", "info missing",
 ]  # fmt: skip
 

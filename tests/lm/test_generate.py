@@ -4,9 +4,15 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from memlayers import MemoryConfig, add_memory, save_memory
+from memlayers.cli import main
 from memlayers.lm.generate import generate
 from memlayers.lm.run import RunFolder
+from memlayers.lm.train import train
+from memlayers.models import causal_lm
+from memlayers.models.wrappers import find_wrappers
 
 PROMPT = "abc"
 
@@ -76,7 +82,9 @@ def test_a_run_that_did_not_finish_has_no_text(tiny_run, tmp_path):
     shutil.copy(tiny_run / "config.json", tmp_path / "config.json")
     with pytest.raises(ValueError, match="must be the folder of a finished run"):
         generate(tmp_path, PROMPT, max_new_tokens=5)
-    with pytest.raises(ValueError, match=r"it has no config.json"):
+    with pytest.raises(
+        ValueError, match="run must be the folder of a run, of a checkpoint in one, or of a saved model"
+    ):
         generate(tmp_path / "nothing", PROMPT, max_new_tokens=5)
 
 
@@ -118,8 +126,6 @@ def test_a_folder_of_transformers_writes_text(saved, tiny_run, capsys):
 
 
 def test_a_folder_of_transformers_is_evaluated_on_a_corpus(saved, tiny_run, tiny_corpus, capsys):
-    from memlayers.cli import main
-
     corpus = str(tiny_corpus.folder)
     assert main(["eval", str(saved), "--corpus", corpus, "--tokens", "300", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -142,3 +148,93 @@ def test_a_folder_without_a_tokenizer_is_refused(saved):
         (saved / name).unlink()
     with pytest.raises(ValueError, match="must hold the tokenizer of its model, too, .*tokenizer.save_pretrained"):
         generate(saved, PROMPT)
+
+
+@pytest.fixture
+def memory_alone(tiny_run, tmp_path):
+    """The folder of a memory beside a base in another one, and the logits of both together."""
+    base = tmp_path / "base"
+    plain = causal_lm("llama", vocab_size=300, layers=2, dim=16, heads=2, context=32)
+    plain.save_pretrained(base)
+    RunFolder(tiny_run).load_tokenizer().save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = MemoryConfig(dim=16, heads=2, topk=2, num_subkeys=4, query_dim=8, query_norm="rms", value_std=2.0)
+    add_memory(model, config, [2], mode="parallel")
+    for _, wrapper in find_wrappers(model):
+        wrapper.gate.data.fill_(3.0)
+    save_memory(model, tmp_path / "facts")
+    return tmp_path / "facts"
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`memlayers generate`, `eval`, `explore` and `doctor` on a folder that `save_memory` wrote",
+    "supported",
+    "the base, and the tokenizer where the folder has none, come from where the base was; `--base` says where it is",
+)
+def test_a_memory_beside_its_base_writes_text(memory_alone, tiny_corpus, tmp_path, capsys):
+    written = generate(memory_alone, PROMPT, max_new_tokens=8, temperature=0)
+    assert written != generate(tmp_path / "base", PROMPT, max_new_tokens=8, temperature=0)
+    for values in ("mapped", "int8"):
+        assert generate(memory_alone, PROMPT, max_new_tokens=8, temperature=0, memory_values=values) == written
+    assert main(["generate", str(memory_alone), "--prompt", PROMPT, "--max_new_tokens", "8", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == f"{written}\n"
+    figures = {}
+    for values in ("memory", "mapped", "int4"):
+        words = ["eval", str(memory_alone), "--corpus", str(tiny_corpus.folder), "--tokens", "300", "--json"]
+        assert main([*words, "--memory_values", values]) == 0
+        figures[values] = json.loads(capsys.readouterr().out)
+    assert figures["mapped"]["nll"] == pytest.approx(figures["memory"]["nll"], rel=1e-6)
+    assert figures["int4"]["nll"] != figures["memory"]["nll"]
+    assert [*figures["memory"]["usage"]] == ["model.layers.1.mlp.memory"]
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="base must be the folder of the model that the memory in .* --base FOLDER"):
+        generate(memory_alone, PROMPT)
+    moved = str(tmp_path / "moved")
+    assert generate(memory_alone, PROMPT, max_new_tokens=8, temperature=0, base=moved) == written
+    page = str(tmp_path / "page.html")
+    (tmp_path / "text.txt").write_text("abc def\n" * 20)
+    text = str(tmp_path / "text.txt")
+    assert main(["explore", str(memory_alone), "--base", moved, "--text", text, "--output", page]) == 0
+    assert main(["doctor", str(memory_alone), "--base", moved]) == 0
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`memlayers generate` and `eval` with `--memory_values mapped`, `int8` or `int4`",
+    "supported",
+    "on a folder that `save_memory` wrote; on one with a whole model they are refused by name",
+)
+def test_a_whole_model_has_neither_a_base_elsewhere_nor_tables_in_its_files(saved, memory_alone, tiny_run, tmp_path):
+    for folder in (saved, tiny_run):
+        with pytest.raises(
+            ValueError, match="memory_values must be memory for a folder with a whole model, got 'int8'"
+        ):
+            generate(folder, PROMPT, memory_values="int8")
+        with pytest.raises(ValueError, match="base must be left out for a folder with a whole model, got '"):
+            generate(folder, PROMPT, base=str(saved))
+    with pytest.raises(ValueError, match="values must be one of 'memory', 'int8', 'int4', 'mapped', got 'disk'"):
+        generate(memory_alone, PROMPT, memory_values="disk")
+    other = tmp_path / "other"
+    causal_lm("llama", vocab_size=300, layers=2, dim=16, heads=2, context=32).save_pretrained(other)
+    with pytest.raises(ValueError, match="model must be the base that the memory in .* was trained with"):
+        generate(memory_alone, PROMPT, base=str(other))
+
+
+def test_a_checkpoint_of_a_run_writes_text(tiny_config, tiny_corpus, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "finish", lambda *_: None)
+    with pytest.raises(ValueError, match="no result.json"):
+        train(tiny_config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    checkpoint = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    shutil.copytree(tiny_corpus.folder, tmp_path / "corpus")  # where a run has it, without being told
+    assert generate(checkpoint, PROMPT, max_new_tokens=5).startswith(PROMPT)
+    with pytest.raises(ValueError, match="must be the folder of a finished run, .* name one of its checkpoints in"):
+        generate(tmp_path / "run", PROMPT)
+
+
+def test_a_memory_of_a_module_that_is_not_of_transformers_is_refused(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    config = MemoryConfig(dim=16, heads=1, topk=2, num_subkeys=4, query_dim=8)
+    save_memory(add_memory(model, config, ["0"]), tmp_path / "facts")
+    with pytest.raises(ValueError, match="a memory of a module that is not of transformers: load_memory"):
+        generate(tmp_path / "facts", PROMPT)

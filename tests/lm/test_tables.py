@@ -205,3 +205,16 @@ def test_a_run_with_its_table_on_the_host_is_bit_for_bit_one_in_memory(
     result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert result["validation"] == whole["validation"]
+
+
+def test_a_run_in_files_begins_with_another_one(tiny_config, tiny_corpus, tiny_run, tmp_path, stop_after):
+    config = of(tiny_config, tmp_path / "tables", begin_with=str(tiny_run))
+    config = dataclasses.replace(config, memory=tiny_config.memory)
+    stop_after(2)
+    with pytest.raises(KeyboardInterrupt):  # before the first checkpoint: it begins again
+        train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
+    stop_after(None)
+    result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True)
+    in_memory = dataclasses.replace(config, memory_values="memory")
+    expected = train(in_memory, tmp_path / "whole", corpus=tiny_corpus, progress=False)
+    assert [point["loss"] for point in result["curve"]] == [point["loss"] for point in expected["curve"]]

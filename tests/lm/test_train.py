@@ -565,8 +565,14 @@ def test_a_run_that_began_with_another_one_goes_on(tiny_config, tiny_corpus, tin
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
     train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True)
-    losses = [[line["loss"] for line in RunFolder(tmp_path / name).read_metrics()] for name in ("whole", "run")]
+    runs = [RunFolder(tmp_path / name) for name in ("whole", "run")]
+    losses = [[line["loss"] for line in run.read_metrics()] for run in runs]
     assert losses[0] == losses[1]
+    whole, resumed = (run.read_result() for run in runs)
+    assert whole["model_files"] == resumed["model_files"]  # with the hashes of their bytes
+    quality = [[(point["step"], point["loss"]) for point in result["curve"]] for result in (whole, resumed)]
+    assert quality[0] == quality[1]
+    assert [step for step, _ in quality[0]] == [0, 1, 2, 3, 4]  # the first is of the model that it began with
 
 
 def test_the_model_to_begin_with_must_be_the_same_and_there(tiny_config, tiny_corpus, tiny_run, tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: ``memlayers train | compare | prepare | eval | generate | explore | doctor | bench | info``.
+"""The command line: ``memlayers train | retrofit | compare | prepare | eval | generate | explore | doctor | ...``.
 
 In the order of a command's way:
 
@@ -7,7 +7,7 @@ commands           every command with its options, and the choice between them
 arguments          what was typed becomes values; the help
 configuration      the configuration of a run from its preset, its files and its options
 options_file       a file of options
-training_commands  train, compare, prepare
+training_commands  train, retrofit, compare, reproduce, prepare
 model_commands     eval, generate, explore, doctor
 machine_commands   bench, info
 """

@@ -20,7 +20,7 @@ from memlayers.launch import is_launched, number
 from memlayers.lm.config import SECTIONS, RunConfig, run_settings
 from memlayers.lm.data.prepare import is_occupied
 from memlayers.lm.data.sources import open_sources
-from memlayers.lm.presets import Comparison, preset_names
+from memlayers.lm.presets import RETROFIT, Comparison, preset_names
 from memlayers.lm.run import RunFolder
 from memlayers.presentation import two_columns
 
@@ -35,17 +35,20 @@ class Command:
     flags: Mapping[str, str] = field(default_factory=dict)  # options without a value, and their help
     placed: str | None = None  # the option that is given by its place
     kind: type[RunConfig] | None = None  # the configuration that it takes
-    section: str = ""  # the only part of the configuration that it takes
+    sections: tuple[str, ...] = ("",)  # with which the names of those fields begin that it takes
+    aliases: Mapping[str, str] = field(default_factory=dict)  # its own names of fields
+    defaults: Mapping[str, Any] | None = None  # of its fields, in place of a preset's
     settings: str = ""  # a dataclass of further options, as module:name
     in_processes: bool = False  # whether several that `torchrun` started do it together
 
     def parser(self, name: str, defaults: Mapping[str, object]) -> Parser:
         """Its parser; `defaults` are those of the configuration, for the help."""
-        wanted = [section for section in SECTIONS if self.kind and section.startswith(self.section)]
+        fields = self.fields(defaults)
+        wanted = [section for section in SECTIONS if any(name.startswith(f"{section}.") for name in fields)]
         return Parser(
             name,
             f"{self.summary[0].upper()}{self.summary[1:]}.",
-            {**self.own_settings(), **self.fields(defaults)},
+            {**self.own_settings(), **fields},
             flags=self.flags,
             placed=self.placed,
             sections={section: (inspect.getdoc(SECTIONS[section]) or "").partition("\n")[0] for section in wanted},
@@ -54,7 +57,11 @@ class Command:
     def own_settings(self) -> dict[str, Setting]:
         """Its options, without the fields of the configuration."""
         further = settings_of(_load(self.settings)) if self.settings else {}
-        return {**self.options, **(_OF_A_CONFIGURATION if self.kind else {}), **further}
+        shared = _OF_A_CONFIGURATION if self.kind else {}
+        if self.defaults is not None:
+            shared = {name: found for name, found in shared.items() if name != "preset"}
+        known = run_settings(self.kind) if self.kind else {}
+        return {**self.options, **{name: known[of] for name, of in self.aliases.items()}, **shared, **further}
 
     def fields(self, defaults: Mapping[str, object]) -> dict[str, Setting]:
         """The fields of the configuration that it takes."""
@@ -62,8 +69,13 @@ class Command:
         return {
             name: found._replace(default=defaults.get(name))
             for name, found in known.items()
-            if name.startswith(self.section)
+            if name.startswith(self.sections) and name not in self.aliases.values()
         }
+
+    def typed(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields among what was given, by their own names."""
+        own = {of: given[name] for name, of in self.aliases.items() if name in given}
+        return {**own, **{name: given[name] for name in self.fields({}) if name in given}}
 
 
 def _option(help: str, kind: object = str, default: object = dataclasses.MISSING, **limits: int) -> Setting:
@@ -79,7 +91,26 @@ _OF_A_CONFIGURATION = {
     ),
 }
 _CHECKPOINT = "the folder of a run, of a checkpoint in one, or of a saved model"
-_RUN = {"run": _option("folder of a finished run, or of a model that save_pretrained wrote with its tokenizer")}
+_MODEL = (
+    "folder of a finished run or of a checkpoint in one; or what save_pretrained wrote, with its tokenizer, or "
+    "save_memory, beside its base"
+)
+_BASE = {
+    "base": _option(
+        "for a memory alone: folder of its base, if that is no longer where it was when the memory was added",
+        default=None,
+    )
+}
+_RUN = {
+    "run": _option(_MODEL),
+    **_BASE,
+    "memory_values": _option(
+        'for a memory alone: "memory" loads its tables as they are, "int8" and "int4" round them on the way, "mapped" '
+        "reads them from their files as they are needed",
+        Literal["memory", "int8", "int4", "mapped"],
+        "memory",
+    ),
+}
 _MESH = _option(
     "processes, or machines and processes of a machine: also say what each holds and receives in a step, with replicas "
     "of tables and with tables in columns, and which to choose",
@@ -91,22 +122,46 @@ _CORPUS = (
     "folder of the prepared corpus; made if it is not there. One that is ready decides the data options, unless some "
     "are given (default: `corpus` {})"
 )
+_TRAINED = {
+    "output": _option("folder of the run, which is written; needed but for --dry_run", default=None),
+    "corpus": _option(_CORPUS.format("beside the run"), default=None),
+}
+_TRAINING = {
+    "overwrite": "replace the run that the folder holds",
+    "resume": "go on with the run that the folder holds, from its last checkpoint; begin it if there is none",
+    "dry_run": "write nothing: take one step and say what the whole run needs, in memory and in time",
+}
 COMMANDS = {
     "train": Command(
         summary="train one model",
         run="memlayers.cli.training_commands:run_train",
         options={
-            "output": _option("folder of the run, which is written; needed but for --dry_run", default=None),
-            "corpus": _option(_CORPUS.format("beside the run"), default=None),
+            **_TRAINED,
             "mesh": _MESH._replace(help=f"for --dry_run: {_MESH.help}"),
+            "from": _option(
+                "folder of a finished run, with whose model this one begins. Its configuration gives the defaults, in "
+                "place of a preset's, and its corpus the text, unless --corpus or data options name another, which is "
+                "read with its tokenizer; schedule and moments are new",
+                default=None,
+            ),
         },
-        flags={
-            "overwrite": "replace the run that the folder holds",
-            "resume": "go on with the run that the folder holds, from its last checkpoint; begin it if there is none",
-            "dry_run": "write nothing: take one step and say what the whole run needs, in memory and in time",
-        },
+        flags=_TRAINING,
         kind=RunConfig,
         in_processes=True,
+    ),
+    "retrofit": Command(
+        summary="train a memory beside a model that is trained already",
+        run="memlayers.cli.training_commands:run_retrofit",
+        options={
+            "base": _option("folder of a causal language model of transformers, or of a run, with its tokenizer"),
+            **_TRAINED,
+        },
+        flags=_TRAINING,
+        placed="base",
+        kind=RunConfig,
+        sections=("data.", "memory.", "memory_kind", "memory_share", "model.context", "train_base", "training."),
+        aliases={"data": "data.sources", "layers": "memory_layers"},
+        defaults=RETROFIT,
     ),
     "compare": Command(
         summary="N layers with a memory against N and 2N layers without",
@@ -153,7 +208,7 @@ COMMANDS = {
         run="memlayers.cli.training_commands:run_prepare",
         options={"output": _option("folder of the token files, which is written")},
         kind=RunConfig,
-        section="data",
+        sections=("data.",),
     ),
     "eval": Command(
         summary="perplexity, bits per byte and memory usage of a trained model",
@@ -193,7 +248,8 @@ COMMANDS = {
         summary="a page in HTML about what a model's memories read of a text, and what their slots say",
         run="memlayers.cli.model_commands:run_explore",
         options={
-            "run": _option("folder of a finished run, a checkpoint in a run, or what save_pretrained wrote"),
+            "run": _option(_MODEL),
+            **_BASE,
             "text": _option("file of text, or a folder, as --data.sources takes them"),
             "output": _option("file of the page, which is written", default="explorer.html"),
             "compare": _option("folder of another model with the same memories, to compare with", default=None),
@@ -205,7 +261,8 @@ COMMANDS = {
         summary="whether a model's memories are reached, trained and used",
         run="memlayers.cli.model_commands:run_doctor",
         options={
-            "checkpoint": _option("folder of a finished run, a checkpoint in a run, or what save_pretrained wrote"),
+            "checkpoint": _option(_MODEL),
+            **_BASE,
             "corpus": _option("folder of the prepared corpus, if it has moved, or if the model has none", default=None),
         },
         flags={"json": "print all findings as JSON"},
@@ -245,13 +302,11 @@ def run_command(arguments: Sequence[str]) -> None:
     asks_for_help = given.pop("help", False)
     base = None
     if command.kind is not None:
-        base = Base.named(command.kind, given.get("preset"), given.get("config", ()))
+        base = Base.named(command.kind, given, command.defaults)
     if asks_for_help:
         print(command.parser(name, {} if base is None else base.fields).format_help(), end="")
         return
-    call = Call(
-        _options(name, command, given), {field: given[field] for field in command.fields({}) if field in given}, base
-    )
+    call = Call(_options(name, command, given), command.typed(given), base)
     _refuse_early(name, call)
     run = _load(command.run)
     if transformers := sys.modules.get("transformers"):  # which not every command imports
@@ -267,14 +322,21 @@ def _of_one_process(what: str) -> ValueError:
 
 def _refuse_early(name: str, call: Call) -> None:
     """Raises what the command would raise of its configuration and its folder, before seconds of imports."""
-    if name in ("train", "compare", "prepare") and call.base is not None:
+    base = call.options.get("base")
+    if base is not None and not Path(str(base)).is_dir():
+        raise ValueError(f"base must be the folder of a model, got {base!r}, which is not there")
+    if name in ("train", "retrofit", "compare", "prepare") and call.base is not None:
         options = call.options
         if options.get("overwrite") and options.get("resume"):
             raise ValueError("overwrite and resume exclude each other: a run is either replaced or goes on")
         if is_launched() and options.get("dry_run"):
             raise _of_one_process(f"{name} --dry_run")
-        if name == "train" and options["output"] is None and not options["dry_run"]:
+        if name in ("train", "retrofit") and options["output"] is None and not options["dry_run"]:
             raise ValueError("output must be given: --output FOLDER, for the run")
+        if name == "retrofit":
+            if options["corpus"] is None and not call.base.names_data(call.fields):
+                raise ValueError("data must be given: --data TEXT, or --corpus FOLDER from memlayers prepare")
+            return  # the base says the rest of the configuration
         if options.get("mesh") and not options["dry_run"]:
             raise ValueError("mesh is for --dry_run: torchrun says how many processes train")
         # A corpus that is ready says what the data are, and weights need its sources.

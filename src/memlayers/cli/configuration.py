@@ -1,13 +1,14 @@
 """The configuration of a run from the command line: what a preset says, then files, then options."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from memlayers.cli.options_file import read_options_file
 from memlayers.lm.config import RunConfig, flat_fields
 from memlayers.lm.presets import preset
+from memlayers.lm.run import RunFolder
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,18 @@ class Base:
     files: Mapping[str, str] = field(default_factory=dict)  # fields that come from a file, and from which
 
     @classmethod
-    def named(cls, kind: type[RunConfig], name: str | None, files: Sequence[str]) -> "Base":
-        """The preset and the files that were named; a file may name the preset, too. Without either, the demo."""
+    def named(
+        cls, kind: type[RunConfig], given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> "Base":
+        """What the options `preset`, `config` and `from` name; a file may name the preset, too. Else the demo.
+
+        `defaults` take the place of a preset.
+        """
         in_files: dict[str, Any] = {}
         places: dict[str, str] = {}
+        name, first = given.get("preset"), given.get("from")
         asked = name
-        for file in files:
+        for file in given.get("config", ()):
             if not file:
                 raise ValueError("config must be the name of a file, got ''")
             content = read_options_file(file)
@@ -38,6 +45,16 @@ class Base:
             in_files |= found
             places |= dict.fromkeys(found, file)
         chosen = asked is not None or bool(places)
+        if first is not None:
+            if asked is not None:
+                raise ValueError(f"preset must not be given with from, whose run says the defaults, got {asked!r}")
+            if "training.begin_with" in given or in_files.get("training.begin_with") is not None:
+                raise ValueError("training.begin_with must not be given with from, which sets it")
+            return cls(kind, _fields_of_run(first, in_files, given), True, None, places)
+        if defaults is not None:
+            if asked is not None:
+                raise ValueError(f"preset must not be given to a command with defaults of its own, got {asked!r}")
+            return cls(kind, {**cls.of(kind, kind()).fields, **defaults, **in_files}, True, None, places)
         asked = "demo" if asked is None else asked
         return cls(kind, {**cls.of(kind, preset(asked)).fields, **in_files}, chosen, asked, places)
 
@@ -63,6 +80,25 @@ class Base:
             if name in self.files and name not in options:
                 raise ValueError(f"{error} (in {self.files[name]})") from None
             raise
+
+
+def _fields_of_run(first: str, in_files: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a finished run, for one that begins with its model: other text is read with its tokenizer.
+
+    Raises `ValueError` for a folder without a finished run.
+    """
+    run = RunFolder(first)
+    if not run.finished:
+        state = "a run that did not finish: --resume lets it go on" if run.is_run else "none"
+        raise ValueError(f"from must be the folder of a finished run, got {first!r}, which holds {state}")
+    fields = dict(Base.of(RunConfig, run.read_config()).fields)
+    named = {name for name in (*in_files, *options) if name.startswith("data.") and name != "data.weights"}
+    if "data.sources" in named:  # what says how the text of the run was read says nothing of another
+        for name in [name for name in fields if name.startswith("data.") and name != "data.vocab_size"]:
+            del fields[name]
+    if named:
+        fields["data.tokenizer"] = first
+    return {**fields, **in_files, "training.begin_with": first}
 
 
 @dataclass(frozen=True)

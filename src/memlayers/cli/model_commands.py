@@ -2,20 +2,19 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from memlayers.cli.configuration import Base, Call
 from memlayers.diagnosis import DoctorError, doctor
 from memlayers.explorer import explore
 from memlayers.lm.build import KINDS, build_model, build_optimizer, pick_device, resolve_precision
-from memlayers.lm.checkpoint import DESCRIPTION, Checkpoints
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus, open_corpus
 from memlayers.lm.data.sources import open_sources
@@ -23,10 +22,12 @@ from memlayers.lm.evaluate import evaluate
 from memlayers.lm.footprint import available_memory, footprint
 from memlayers.lm.generate import generate
 from memlayers.lm.mesh import mesh_lines, share_on
+from memlayers.lm.opened import open_saved
 from memlayers.lm.presets import preset, preset_names
 from memlayers.lm.run import RunFolder
-from memlayers.lm.saved import TOKENIZERS, is_saved_model, load_model, load_tokenizer, read_again
+from memlayers.lm.saved import read_again
 from memlayers.lm.tables import lines as lines_of_tables
+from memlayers.models import freeze_base
 from memlayers.optim import MemoryAdamW
 from memlayers.parameters import count_parameters
 from memlayers.presentation import Lines, perplexity_text
@@ -38,37 +39,25 @@ EVAL_TOKENS = 1024  # of one that a model of transformers is evaluated on; those
 
 def run_eval(call: Call) -> None:
     """memlayers eval"""
-    options, folder = call.options, RunFolder(call.options["run"])
-    if not folder.finished and is_saved_model(folder.path):
-        evaluation = _evaluate_saved(folder.path, options)
-        print(json.dumps(evaluation, indent=2) if options["json"] else quality(evaluation))
-        return
-    result, config = folder.read_result(), folder.read_config()
-    data = _entry(result, "data", folder.result)
-    corpus = _open_corpus(
-        options["corpus"] or _entry(data, "folder", folder.result), _entry(data, "tokenizer_sha256", folder.result)
-    )
-    device = pick_device()
-    evaluation = evaluate(
-        folder.load_model(device),
-        getattr(corpus, options["split"]),
-        tokens=options["tokens"],
-        context=config.model.context,
-        precision=resolve_precision(config.training.precision, device),
-    ).to_dict()
+    options = call.options
+    saved = open_saved(options["run"], base=options["base"], values=options["memory_values"], field="run")
+    folder = options["corpus"] or saved.corpus
+    if folder is None:
+        why = "for a model that is no run" if saved.run is None else f"as {saved.run.result} does not say where it is"
+        raise ValueError(f"corpus must be given {why}: --corpus FOLDER, from memlayers prepare")
+    device = torch.device("cpu") if saved.values == "mapped" else pick_device()  # which files are read by
+    corpus = _open_corpus(folder, saved.tokenizer_sha256)
+    text, model = getattr(corpus, options["split"]), saved.load()
+    how: dict[str, Any]
+    if saved.config is not None:
+        precision = resolve_precision(saved.config.training.precision, device)
+        how = {"context": saved.config.model.context, "precision": precision}
+    else:
+        text = read_again(text, corpus.tokenizer(), saved.tokenizer(), options["tokens"])
+        how = {"context": _limits(model, EVAL_TOKENS)[1], "batch_windows": 4}
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that loses its signature
+    evaluation = evaluate(model, text, tokens=options["tokens"], **how).to_dict()
     print(json.dumps(evaluation, indent=2) if options["json"] else quality(evaluation))
-
-
-def _evaluate_saved(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model of transformers makes of a corpus, whose text it reads with its own tokenizer."""
-    if options["corpus"] is None:
-        raise ValueError("corpus must be given for a model that is no run: --corpus FOLDER, from memlayers prepare")
-    corpus, tokenizer, device = open_corpus(options["corpus"]), load_tokenizer(folder), pick_device()
-    text = read_again(getattr(corpus, options["split"]), corpus.tokenizer(), tokenizer, options["tokens"])
-    model: Any = load_model(folder)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or EVAL_TOKENS
-    model.to(device)
-    return evaluate(model, text, tokens=options["tokens"], context=min(context, EVAL_TOKENS), batch_windows=4).to_dict()
 
 
 def run_generate(call: Call) -> None:
@@ -80,15 +69,14 @@ def run_explore(call: Call) -> None:
     """memlayers explore"""
     options, device = call.options, pick_device()
     folder, other = Path(options["run"]), options["compare"] and Path(options["compare"])
-    tokenizer = _tokenizer_of(folder)
-    if tokenizer is None:
-        raise ValueError(f"run must have the tokenizer of its model, or a corpus that has it, got {str(folder)!r}")
-    theirs = _tokenizer_of(other) if other else None
+    saved = open_saved(folder, base=options["base"], field="run")
+    compared = open_saved(other, field="compare") if other else None
+    tokenizer, theirs = saved.tokenizer(), None if compared is None else compared.find_tokenizer()
     if theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"compare must have the tokenizer of {str(folder)!r}, got {str(other)!r}, which has another one"
         )
-    models: list[Any] = [open_saved(one).load() for one in (folder, other) if one]
+    models: list[Any] = [one.load() for one in (saved, compared) if one]
     (group,) = open_sources([options["text"]], text_field="text", id_field="id")
     texts = (document.text for source in group for document in source.documents())
     page = explore(
@@ -106,12 +94,14 @@ def run_explore(call: Call) -> None:
 
 def run_doctor(call: Call) -> None:
     """memlayers doctor"""
-    saved = open_saved(Path(call.options["checkpoint"]))
+    saved = open_saved(call.options["checkpoint"], base=call.options["base"])
     folder = call.options["corpus"] or (saved.corpus if saved.corpus and Path(saved.corpus).is_dir() else None)
     corpus = None if folder is None else _open_corpus(folder, saved.tokenizer_sha256)
     model, device = saved.load(), pick_device()
     ids_BT = _random_ids(model) if corpus is None else _validation_ids(corpus, model)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that loses its signature
+    if saved.config is not None and saved.config.base_is_frozen:
+        freeze_base(model)
     optimizer = MemoryAdamW(model) if saved.config is None else build_optimizer(saved.config, model)
     report = doctor(model, {"input_ids": ids_BT.to(device)}, optimizer=optimizer)
     if corpus is None:
@@ -123,53 +113,6 @@ def run_doctor(call: Call) -> None:
     )
     if not report.ok:
         raise DoctorError(f"{len(report.failures)} of {len(report.findings)} checks failed")
-
-
-class Saved(NamedTuple):
-    """A model on disk."""
-
-    load: Callable[[], PreTrainedModel]
-    config: RunConfig | None = None  # of the run that trained it
-    corpus: str | None = None  # folder of the text that it was trained on
-    tokenizer_sha256: str | None = None
-
-
-def open_saved(folder: Path) -> Saved:
-    """What a folder holds. Raises `ValueError` if it is none of a run, a checkpoint and a saved model."""
-    run = RunFolder(folder)
-    if run.finished:
-        data = run.read_result()["data"]
-        return Saved(run.load_model, run.read_config(), data.get("folder"), data.get("tokenizer_sha256"))
-    if (folder / DESCRIPTION).is_file():
-        content = Checkpoints(folder.parent).named(folder.name).content
-        try:
-            config, data = RunConfig.from_dict(content["config"]), content["data"]
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{folder / DESCRIPTION} is of another version: {error}") from error
-        # A checkpoint does not say where its text is; without being told, a run puts it beside its own folder.
-        corpus = folder.absolute().parents[2] / "corpus"
-        return Saved(lambda: load_model(folder), config, str(corpus), data.get("tokenizer_sha256"))
-    if run.checkpoints.is_dir():
-        raise ValueError(
-            f"checkpoint must be the folder of a finished run, got {str(folder)!r}, which did not finish; "
-            f"name one of its checkpoints in {str(run.checkpoints)!r}"
-        )
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"checkpoint must be the folder of a run, of a checkpoint in one, or of a saved model, got {str(folder)!r}"
-        )
-    return Saved(lambda: load_model(folder))
-
-
-def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a run, of a saved model, or of the corpus of a checkpoint; None if there is none."""
-    run = RunFolder(folder)
-    if run.finished:
-        return run.load_tokenizer()
-    if any((folder / name).is_file() for name in TOKENIZERS):
-        return load_tokenizer(folder)
-    corpus = open_saved(folder).corpus
-    return open_corpus(corpus).tokenizer() if corpus and Path(corpus).is_dir() else None
 
 
 def _open_corpus(folder: str, tokenizer_sha256: str | None) -> Corpus:
@@ -197,10 +140,10 @@ def _random_ids(model: PreTrainedModel) -> Tensor:
     return torch.randint(vocab_size, (BATCH_WINDOWS, length), generator=torch.Generator().manual_seed(0))
 
 
-def _limits(model: PreTrainedModel) -> tuple[int, int]:
+def _limits(model: PreTrainedModel, most: int = MOST_TOKENS) -> tuple[int, int]:
     """Its vocabulary, and the tokens of a window."""
     config = model.config.get_text_config()
-    return config.vocab_size, min(MOST_TOKENS, getattr(config, "max_position_embeddings", None) or MOST_TOKENS)
+    return config.vocab_size, min(most, getattr(config, "max_position_embeddings", None) or most)
 
 
 def quality(evaluation: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""train, compare, reproduce, prepare: the commands that make a model, a comparison, an experiment, token files."""
+"""train, retrofit, compare, reproduce, prepare: the commands that make models, experiments, token files."""
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from memlayers.lm.data.prepare import copies_text, is_occupied, strange_text
 from memlayers.lm.data.sources import open_sources
 from memlayers.lm.dry_run import dry_run
 from memlayers.lm.mesh import share_on
-from memlayers.lm.run import check_output
-from memlayers.lm.start import training_windows
+from memlayers.lm.opened import model_folder
+from memlayers.lm.retrofit import fields_of_base
+from memlayers.lm.run import RunFolder, check_output
+from memlayers.lm.start import first_run, same_tokens, training_windows
 from memlayers.lm.train import train
 from memlayers.presentation import two_columns
 
@@ -34,15 +37,31 @@ def run_train(call: Call) -> None:
     run = result["training"]
     if not is_first():  # several processes return the same
         return
+    first = result["curve"][0]
+    before = f"perplexity {first['perplexity']:.2f} per token before\n" if first["step"] == 0 else ""
     show(
         f"{result['parameters']['total']:,} parameters, {run['tokens']:,} tokens in {run['seconds']:,.0f} s "
-        f"({run['tokens_per_s']:,.0f} tokens/s)\n{quality(result['validation'])}\nrun: {options['output']}"
+        f"({run['tokens_per_s']:,.0f} tokens/s)\n{before}{quality(result['validation'])}\nrun: {options['output']}"
     )
+
+
+def run_retrofit(call: Call) -> None:
+    """memlayers retrofit"""
+    base = call.base
+    assert base is not None
+    decided = fields_of_base(model_folder(call.options["base"]))
+    of_files = {name: base.fields[name] for name in base.files}
+    fields = {**base.fields, **decided, **of_files, "base": decided["base"]}
+    run_train(replace(call, base=replace(base, fields=fields)))
+    if not call.options["dry_run"]:
+        model = RunFolder(call.options["output"]).model
+        show(f"memory: {model}, for load_memory, eval, generate and explore")
 
 
 def _dry_run(call: Call) -> None:
     config, corpus = _with_data_of_corpus(call)
-    if mesh := call.options["mesh"]:
+    first = None if config.training.begin_with is None else first_run(config)
+    if mesh := call.options.get("mesh"):
         share_on(config, mesh)  # mistakes show before a step is made
     if isinstance(corpus, str | None):
         output, data = call.options["output"], config.data
@@ -54,6 +73,8 @@ def _dry_run(call: Call) -> None:
             corpus = None
     if corpus is not None:
         training_windows(config, corpus)
+        if first is not None:
+            same_tokens(first, corpus)
     lines = dry_run(config, corpus=corpus).lines()
     if corpus is None:
         lines = [("corpus", "the text was not tokenised yet"), *lines]
@@ -122,8 +143,15 @@ def _described(corpus: Corpus, seconds: float | None) -> str:
 
 def _with_data_of_corpus(call: Call) -> tuple[Any, Any]:
     """The configuration, and the corpus or its folder. A ready corpus that is named says what the data are."""
-    folder = call.options["corpus"]
+    folder, first = call.options["corpus"], call.options.get("from")
     assert call.base is not None
+    if folder is None and first is not None and not call.base.names_data(call.fields):
+        folder = RunFolder(first).read_result()["data"].get("folder", "")
+        if not _is_ready(folder):
+            raise ValueError(
+                f"corpus must be given, since that of {first!r}, {folder!r}, is not there: --corpus FOLDER, or "
+                f"--data.sources TEXT for other text"
+            )
     if folder is None or not _is_ready(folder) or call.base.names_data(call.fields):
         return call.configuration(), folder
     if "data.weights" not in (*call.fields, *call.base.files):  # which need the sources

@@ -13,9 +13,11 @@ from memlayers.experts import Experts
 from memlayers.layer import MemoryLayer
 from memlayers.lm.config import MemoryKind, Precision, RunConfig, ValueOptimizer
 from memlayers.lm.evaluate import ComputePrecision, device_name
+from memlayers.lm.retrofit import base_model, places
 from memlayers.lm.value_optimizers import DenseValues, SparseValues
 from memlayers.memory_plus import MemoryPlus
-from memlayers.models import add_memory, causal_lm
+from memlayers.models import add_memory, causal_lm, freeze_base
+from memlayers.models.carriers import FAMILIES
 from memlayers.optim import MemoryAdamW
 from memlayers.values import TablePlace
 
@@ -45,31 +47,35 @@ def build_model(
 ) -> "PreTrainedModel":
     """The model of a run with fresh weights, drawn from PyTorch's global generator; ``device="meta"``: shapes only.
 
+    Of a run with a `base` the memories alone are fresh, and are all that requires gradients unless `train_base`.
     values: Where its tables are, if not in memory.
     """
     with torch.device(device):
-        model = causal_lm(
-            config.model.family,
-            layers=config.model.layers,
-            dim=config.model.dim,
-            heads=config.model.heads,
-            context=config.model.context,
-            vocab_size=vocab_size,
-            dropout=config.model.dropout,
-            eos_id=eot_id,
-        )
+        if config.base is not None:
+            model = base_model(config, is_empty=str(device) == "meta")
+        else:
+            model = causal_lm(
+                config.model.family,
+                layers=config.model.layers,
+                dim=config.model.dim,
+                heads=config.model.heads,
+                context=config.model.context,
+                vocab_size=vocab_size,
+                dropout=config.model.dropout,
+                eos_id=eot_id,
+            )
         if config.memory_layers:
             add_memory(
                 model,
                 config.memory,
-                layers=config.memory_layers,
+                layers=config.memory_layers if config.base is None else places(model, config.memory_layers),
                 mode=config.memory_mode,
                 kind=KINDS[config.memory_kind],
                 share_values=config.memory_share_values,
                 values=values,
             )
     model.to(device)  # type: ignore[arg-type]  # the companions of value tables, too, which are not made on "meta"
-    return model
+    return freeze_base(model) if config.base_is_frozen else model
 
 
 def build_optimizer(config: RunConfig, model: "PreTrainedModel") -> MemoryAdamW:
@@ -103,10 +109,12 @@ def batch_loss(model: "PreTrainedModel", inputs_BT: Tensor, labels_BT: Tensor) -
     """Mean negative log likelihood in float32. Labels are shifted already: all count.
 
     In float32 on a CPU the logits of a block of tokens stay in the cache until their gradient is made, and those of the
-    whole batch never exist: most of the time of a small model is spent on them.
+    whole batch never exist: most of the time of a small model is spent on them. A base of another kind may do more
+    than multiply by a matrix (biases, caps), so all of its logits are made.
     """
     on_cpu = model.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    if on_cpu and hasattr(F, "linear_cross_entropy"):  # since torch 2.13
+    is_plain = model.config.model_type.removeprefix("memory_") in FAMILIES
+    if on_cpu and is_plain and hasattr(F, "linear_cross_entropy"):  # since torch 2.13
         hidden_BTD = model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
         weight_CD = model.get_output_embeddings().weight
         block = max(32, LOGITS_BYTES // (weight_CD.element_size() * len(weight_CD)))

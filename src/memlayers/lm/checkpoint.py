@@ -3,7 +3,8 @@
 checkpoints/step-00000240/     appears by a rename, once all of it is on the disk
     checkpoint.json            sealed (`memlayers.files`): the step, the run's configuration and figures, and the
                                size and SHA-256 of every other file; written last
-    model.safetensors ...      the model, as `save_pretrained` writes it: each table once, streamed from where it is
+    model.safetensors ...      the model, as `save_pretrained` writes it: each table once, streamed from where it is;
+                               or memories alone, as `save_memory` writes them, beside a base that is frozen
     optimizer.pt               the optimizer's state; without tables in files, which have checkpoints of their own
     loop.pt                    the states of the schedule, of the loss scaler, and of all random generators, those of
                                every process
@@ -37,6 +38,7 @@ from memlayers.files import (
 )
 from memlayers.lm.run import without_bars
 from memlayers.lm.tables import left_out, mapped_tables
+from memlayers.lm.weights import load_weights, save_weights
 from memlayers.usage import UsageMeter
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ class TrainingState(NamedTuple):
     def save(self, folder: Path, random_states: Sequence[Mapping[str, Any]]) -> None:
         """Write it to `folder`, with the `random_states` of each process."""
         with without_bars(), left_out(self.model):
-            self.model.save_pretrained(folder)
+            save_weights(self.model, folder)
         torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
         loop = {
             "scheduler": self.scheduler.state_dict(),
@@ -155,7 +157,7 @@ class TrainingState(NamedTuple):
         From the disk straight into place (files are mapped): a second copy of a table or of its moments may not fit.
         Raises `ValueError` for a model of other tensors.
         """
-        load_weights(self.model, folder, without_tables=True)
+        load_weights(self.model, folder, beside=(USAGE,), without_tables=True)
         loop = torch.load(folder / LOOP, map_location="cpu", weights_only=True)
         for table, number in zip(mapped_tables(self.model), loop.get("tables", ()), strict=True):
             table.restore(number)
@@ -176,25 +178,6 @@ class TrainingState(NamedTuple):
                 meter.reset()
         for states in [loop["random"], *loop.get("random_of_others", ())][rank : rank + 1]:
             _set_random_states(states)
-
-
-def load_weights(model: "PreTrainedModel", folder: Path, *, without_tables: bool = False) -> None:
-    """Take weights from a verified folder, straight from the disk. Raises `ValueError` for those of another model.
-
-    without_tables: Those of tables in files are not in the folder.
-    """
-    weights: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name != USAGE:
-            weights |= load_file(file)
-    with left_out(model):
-        held = model.state_dict(keep_vars=True)
-    result = model.load_state_dict(weights, strict=False)
-    loaded = {id(held[name]) for name in weights if name in held}
-    missing = [name for name in result.missing_keys if name in held or not without_tables]
-    missing = [name for name in missing if name not in held or id(held[name]) not in loaded]  # tied: stored once
-    if missing or result.unexpected_keys:
-        raise ValueError(f"{folder} is not of this model: missing {missing}, unknown {result.unexpected_keys}")
 
 
 def random_states() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from memlayers.checks import Setting, check_settings, instead, require_int, sett
 from memlayers.config import MemoryConfig
 from memlayers.lm.data.config import DataConfig
 
-Family = Literal["gpt2", "llama"]
+Family = Literal["gpt2", "llama", "pretrained"]
 Schedule = Literal["cosine", "inverse_sqrt", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ValueSchedule = Literal["constant", "same"]
@@ -25,9 +25,11 @@ OF_MEMORIES = ("memory", "training.value_", "training.selector_")  # without eff
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The transformer that carries the memory: a Hugging Face causal language model, built from scratch."""
+    """The transformer that carries the memory: a Hugging Face causal language model, built from scratch, or `base`."""
 
-    family: Family = setting("gpt2", '"gpt2": learned positions, GELU; "llama": rotary positions, gated SiLU')
+    family: Family = setting(
+        "gpt2", '"gpt2": learned positions, GELU; "llama": rotary positions, gated SiLU; "pretrained": that of `base`'
+    )
     layers: int = setting(4, "number of blocks", least=1)
     dim: int = setting(256, "D, width of the model", least=1)
     heads: int = setting(4, "attention heads; they divide dim", least=1)
@@ -38,7 +40,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "model")
-        if self.dim % self.heads:
+        if self.family != "pretrained" and self.dim % self.heads:
             raise ValueError(f"model.heads must divide model.dim = {self.dim}, got {self.heads}")
         if self.family == "llama" and (self.dim // self.heads) % 2:
             raise ValueError(
@@ -152,6 +154,11 @@ class RunConfig:
         'where tables of values are trained: "memory", beside the model; "host", which keeps them off a GPU; or '
         '"mapped:FOLDER", in files, which may be larger than memory',
     )
+    base: str | None = setting(
+        None,
+        "folder of a trained model, beside whose FFNs the memories are put; `model` says its sizes; None: from scratch",
+    )
+    train_base: bool = setting(False, "train the base, too, and save the whole model; else the memories alone")
     training: TrainingConfig = field(default_factory=TrainingConfig)  # the budget and the step
 
     def __post_init__(self) -> None:
@@ -171,6 +178,7 @@ class RunConfig:
             )
         if self.memory_values != "memory":
             self._check_tables_elsewhere()
+        self._check_base()
         if self.memory.dim != self.model.dim:
             raise ValueError(f"memory.dim must be model.dim = {self.model.dim}, got {self.memory.dim}")
         if self.training.batch_tokens % self.model.context:
@@ -204,6 +212,28 @@ class RunConfig:
     def tables_on_host(self) -> bool:
         """Whether tables of values are trained on the host, wherever the model is."""
         return bool(self.memory_layers) and self.memory_values == HOST
+
+    @property
+    def base_is_frozen(self) -> bool:
+        """Whether there is a base, of which nothing is trained or saved."""
+        return self.base is not None and not self.train_base
+
+    def _check_base(self) -> None:
+        if self.base is None:
+            if self.model.family == "pretrained":
+                raise ValueError("model.family must be 'gpt2' or 'llama' without a base, got 'pretrained'")
+            if self.train_base:
+                raise ValueError("train_base must be False without a base, got True")
+            return
+        for name, value, allowed in (
+            ("model.family", self.model.family, "pretrained"),
+            ("memory_mode", self.memory_mode, "parallel"),
+            ("memory_values", self.memory_values, "memory"),
+        ):
+            if value != allowed:
+                raise ValueError(f"{name} must be {allowed!r} beside a base, got {value!r}")
+        if not self.memory_layers:
+            raise ValueError("memory_layers must name at least one block of the base, got ()")
 
     def _check_tables_elsewhere(self) -> None:
         if self.memory_values != HOST and (not self.memory_values.startswith(MAPPED) or self.memory_values == MAPPED):

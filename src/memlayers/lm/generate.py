@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from memlayers.checks import require_int, require_number
-from memlayers.lm.run import RunFolder
-from memlayers.lm.saved import first_token, is_saved_model, load_model, load_tokenizer
+from memlayers.lm.opened import open_saved
+from memlayers.lm.saved import first_token
+from memlayers.models.storage import Values
 
 
 def generate(
@@ -18,18 +19,23 @@ def generate(
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
+    base: str | None = None,
+    memory_values: Values = "memory",
 ) -> str:
     """Continue `prompt` with a trained model: the prompt and what follows, up to the document's end.
 
     Args:
-        run: folder of a finished run, or one that `save_pretrained` (or `save_memory`) wrote, with its tokenizer.
+        run: folder of a finished run or of a checkpoint in one; or one that `save_pretrained` wrote, with its
+            tokenizer; or one that `save_memory` wrote, beside its base, which may have the tokenizer.
         prompt: the beginning of a document; may be empty.
         max_new_tokens: tokens to write at most. With the prompt they must fit into the model's context.
         temperature: of the distribution that is drawn from; 0: the likeliest token each time.
         top_p: draw from the likeliest tokens that together have this probability.
         seed: of the draws.
+        base: of a memory alone, the folder where its base is; None: where it was when the memory was added.
+        memory_values: of a memory alone, where its tables are: as `values` of `memlayers.load_memory`.
 
-    Raises `ValueError` for a folder without a finished run or saved model, a bad setting, or a text that does not fit.
+    Raises `ValueError` for a folder without a model, a bad setting, or a text that does not fit.
     """
     require_int("max_new_tokens", max_new_tokens, least=1)
     require_int("seed", seed, least=0, most=2**64 - 1)
@@ -40,20 +46,18 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"prompt must be valid UTF-8, got {prompt!r}") from error
-    folder = RunFolder(run)
-    if not folder.finished and is_saved_model(folder.path):
-        model, tokenizer = load_model(folder.path), load_tokenizer(folder.path)
-        config = model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or len(prompt) + max_new_tokens + 1
+    saved = open_saved(run, base=base, values=memory_values, field="run")
+    model, tokenizer = saved.load(), saved.tokenizer()
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = longest or len(prompt) + max_new_tokens + 1
+    if saved.config is None:
         ids = tokenizer.encode(prompt) or [first_token(tokenizer)]
         if ids == [None]:
             raise ValueError("prompt must not be empty for a tokenizer without a token that begins a text")
     else:
-        context = folder.read_config().model.context
-        model, tokenizer = folder.load_model(), folder.load_tokenizer()
         _refuse_endless(prompt, context, tokenizer)
-        # Documents begin with <|endoftext|> in training, so a prompt does here.
-        ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
+        # Documents begin with this token in training, so a prompt does here.
+        ids = [first_token(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
     if len(ids) >= context:
         raise ValueError(
             f"prompt must have at most {context - 1} tokens to leave room for one more in the model's context of "

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from memlayers.checks import setting
 from memlayers.config import MemoryConfig
@@ -34,6 +35,8 @@ class Comparison(RunConfig):
             raise ValueError(
                 f"training.begin_with must be None for a comparison of models, got {self.training.begin_with!r}"
             )
+        if self.base is not None:
+            raise ValueError(f"base must be None for a comparison of models, got {self.base!r}")
         layers, run = self.model.layers, self.run()
         return {
             f"{layers}-layers": self._baseline(layers, self.base_learning_rate),
@@ -49,6 +52,19 @@ class Comparison(RunConfig):
             memory_layers=(),
             training=dataclasses.replace(self.training, learning_rate=rate),
         )
+
+
+# Of a memory beside a trained model: as `memory_preset("retrofit", model)` of `memlayers.models`, and its rates.
+RETROFIT: dict[str, Any] = {
+    "memory.heads": 4,
+    "memory.topk": 32,
+    "memory.num_subkeys": 256,
+    "memory.query_dim": 256,
+    "memory.query_norm": "rms",
+    "memory_mode": "parallel",
+    "training.learning_rate": 1e-3,
+    "training.value_learning_rate": 1e-2,
+}
 
 
 def preset_names() -> tuple[str, ...]:

@@ -86,7 +86,8 @@ class RunFolder:
     ``metrics.jsonl``         one line for each step; some have usage, rates and evaluations
     ``tensorboard/``          those figures for TensorBoard
     ``checkpoints/``          what an unfinished run goes on from (`memlayers.lm.checkpoint`)
-    ``model/``                the trained model and its tokenizer, as `save_pretrained` writes them
+    ``model/``                the trained model and its tokenizer, as `save_pretrained` writes them; beside a base that
+                              is frozen the memories alone, as `save_memory` does
     ``result.json``           metrics, configuration, versions, hardware, hashes of the model's files; sealed, written
                               last: a finished run
     ``.replaced/``            the finished run that is overwritten, whole, until the new one is finished
@@ -217,6 +218,7 @@ class RunFolder:
     def save_model(self, model: "PreTrainedModel", corpus: "Corpus") -> None:
         """Write the model and the tokenizer of its corpus; the folder `model/` appears only once it is complete."""
         from memlayers.lm.tables import mapped_tables  # imports torch, which takes seconds
+        from memlayers.lm.weights import save_weights  # likewise
 
         for left in (self.model, *self.path.glob(f".{self.model.name}.*.partial")):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -225,7 +227,7 @@ class RunFolder:
             table.checkpoint(keep=len(table.checkpoints) + 1)  # a resumed run may go back from here
         with new_folder(self.model) as folder:
             with without_bars():
-                model.save_pretrained(folder)
+                save_weights(model, folder)
             corpus.save_tokenizer(folder)
 
     def load_model(self, device: "torch.device | str" = "cpu") -> "PreTrainedModel":

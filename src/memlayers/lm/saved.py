@@ -1,4 +1,4 @@
-"""Models that `save_pretrained` or `save_memory` wrote, and no run of ours: their weights, their tokenizer."""
+"""Models that `save_pretrained` or `save_memory` wrote, their weights and their tokens."""
 
 import json
 from pathlib import Path
@@ -6,24 +6,13 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import memlayers.models as models
-from memlayers.lm.data.corpus import DOCUMENT, Split
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # one of them is there
+from memlayers.lm.data.corpus import DOCUMENT, END_OF_TEXT, Split
 
 
-def is_saved_model(folder: Path) -> bool:
-    """Whether a folder holds a model of `transformers`."""
-    try:
-        content = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "model_type" in content
-
-
-def load_model(folder: Path) -> PreTrainedModel:
+def load_model(folder: Path, **options: Any) -> PreTrainedModel:
     """The causal language model in a folder, on the CPU, in evaluation mode. Raises `ValueError` if there is none."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
@@ -39,24 +28,20 @@ def load_model(folder: Path) -> PreTrainedModel:
     for name in names:  # known to the Auto classes from now on
         getattr(models, name, None)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} are damaged: {error}") from error
     return model.eval()
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder. Raises `ValueError` if there is none."""
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise ValueError(
-            f"the folder must hold the tokenizer of its model, too, got {str(folder)!r} with none: save it there by "
-            f"tokenizer.save_pretrained"
-        )
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that a text begins with, or that ends the one before; None if the tokenizer has neither."""
+    """The token that a text begins with, or that ends the one before; None if the tokenizer has neither.
+
+    As a corpus has it: <|endoftext|> where the tokenizer knows it.
+    """
+    mark = tokenizer.get_vocab().get(END_OF_TEXT)
+    if mark is not None:
+        return mark
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 

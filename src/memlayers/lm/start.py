@@ -5,6 +5,7 @@ The model that it begins with, the checkpoint from which it goes on, its text, a
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,12 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from memlayers.available import available_memory
+from memlayers.lm.build import build_model
 from memlayers.lm.checkpoint import Checkpoint, Checkpoints
 from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus, Windows, training_order
-from memlayers.lm.footprint import size_text
+from memlayers.lm.footprint import Footprint, size_text
 from memlayers.lm.metrics import MetricsFile
+from memlayers.lm.retrofit import base_sha256
 from memlayers.lm.run import RunFolder
+from memlayers.lm.tables import weight_bytes
+from memlayers.parameters import count_parameters
 
 
 class Text(NamedTuple):
@@ -33,9 +38,10 @@ def first_run(config: RunConfig) -> RunFolder:
     first = RunFolder(str(config.training.begin_with))
     if not first.finished:
         raise ValueError(f"training.begin_with must be the folder of a finished run, got {str(first.path)!r}")
-    parts = ("model.", "memory")
+    parts = ("model.", "memory", "base", "train_base")
     others = [line for line in differences(first.read_config(), config) if line.startswith(parts)]
-    if others := [line for line in others if "dropout" not in line.partition(":")[0]]:
+    # Neither where a table lies nor what is dropped is of the model.
+    if others := [line for line in others if not re.match(r"\S*dropout: |memory_values: ", line)]:
         raise ValueError(
             f"training.begin_with must be a run of the same model; {str(first.path)!r} differs in (there, asked for): "
             f"{'; '.join(others)}"
@@ -125,8 +131,28 @@ def training_windows(config: RunConfig, corpus: Corpus) -> Windows:
     return Windows(corpus.train, needed)
 
 
-def require_space(folder: RunFolder, needed: int) -> None:
+def data_identity(config: RunConfig, text: Text, first: RunFolder | None) -> dict[str, str]:
+    """The hashes of all that a run reads. Raises `ValueError` for a corpus whose tokens are not those of its model."""
+    corpus = text.corpus
+    hashes = {
+        "corpus_sha256": corpus.manifest["corpus_sha256"],
+        "tokenizer_sha256": corpus.tokenizer_sha256,
+        "order_sha256": hashlib.sha256(text.order.data).hexdigest(),
+    }
+    if first is not None:
+        hashes["begin_with_sha256"] = same_tokens(first, corpus)
+    if config.base is not None:
+        hashes["base_sha256"] = base_sha256(config, corpus)
+    return hashes
+
+
+def require_space(folder: RunFolder, config: RunConfig, need: Footprint) -> None:
     """Room for the checkpoints that are kept, one more that is being written, and the model."""
+    of_base = 0  # is in none of them if it is frozen
+    if config.base_is_frozen:
+        of_base = 4 * count_parameters(build_model(config, vocab_size=0, eot_id=0, device="meta"))["rest"]
+    checkpoints = min(config.training.keep_checkpoints + 1, config.training.checkpoints)
+    needed = checkpoints * (need.saved - of_base) + need.parameters - of_base + weight_bytes(config, need)
     held = sum(path.stat().st_size for path in folder.checkpoints.rglob("*") if path.is_file())
     place = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free + held

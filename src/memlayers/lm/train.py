@@ -15,7 +15,6 @@ Shapes: B windows, T tokens of a window.
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import shutil
@@ -38,7 +37,7 @@ from memlayers.files import sole_user
 from memlayers.hardware import hardware, versions
 from memlayers.layer import memory_layers
 from memlayers.lm.build import batch_loss, build_model, build_optimizer, build_scheduler, pick_device, resolve_precision
-from memlayers.lm.checkpoint import Checkpoint, Checkpoints, TrainingState, load_weights, random_states
+from memlayers.lm.checkpoint import Checkpoint, Checkpoints, TrainingState, random_states
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus
 from memlayers.lm.evaluate import ComputePrecision, Evaluation, autocast, device_name, evaluate
@@ -58,13 +57,14 @@ from memlayers.lm.share import number_on, order_of_share, prepared_by_first, rep
 from memlayers.lm.start import (
     Text,
     checkpoint_to_go_on,
+    data_identity,
     first_run,
     require_same_config,
     require_space,
-    same_tokens,
     text_of,
 )
-from memlayers.lm.tables import begin_tables, place_of, weight_bytes
+from memlayers.lm.tables import begin_tables, place_of
+from memlayers.lm.weights import load_weights
 from memlayers.ops import cpu
 from memlayers.parameters import count_parameters
 from memlayers.signals import Stopped, StopRequest, stop_request
@@ -159,25 +159,13 @@ def _train(
         corpus = prepared_by_first(config.data, place, processes, progress=progress)
     with processes.together():
         text = text_of(config, corpus)
-        identity: dict[str, Any] = {
-            "config": config.to_dict(),
-            "data": {
-                "corpus_sha256": corpus.manifest["corpus_sha256"],
-                "tokenizer_sha256": corpus.tokenizer_sha256,
-                "order_sha256": hashlib.sha256(text.order.data).hexdigest(),
-            },
-            "precision": precision,
-        }
-        if first is not None:
-            identity["data"]["begin_with_sha256"] = same_tokens(first, corpus)
+        identity = {"config": config.to_dict(), "data": data_identity(config, text, first), "precision": precision}
     if (passes := len(text.order) / len(text.windows)) > 1:
         say(f"training.tokens are {passes:.1f} times the training text of {str(corpus.folder)!r}: text is seen again")
     vocab_size = corpus.vocab_size
     settings: Any = {"precision": precision, "device": device, "processes": number_on(device, processes)}
     need = processes.first(lambda: require_memory(share, vocab_size=vocab_size, **settings))
-    checkpoints = min(config.training.keep_checkpoints + 1, config.training.checkpoints)
-    space = checkpoints * need.saved + need.parameters + weight_bytes(config, need)
-    processes.first(lambda: require_space(folder, space))
+    processes.first(lambda: require_space(folder, config, need))
 
     set_seed(config.training.seed)
     model = build_model(config, vocab_size=vocab_size, eot_id=corpus.eot_id, values=place_of(config))
@@ -295,6 +283,8 @@ class Loop:
             if self._checkpoint is not None:
                 with self.processes.together():
                     self._restore(self._checkpoint)
+            if self._checkpoint is None and (training.begin_with is not None or self.config.base is not None):
+                self._show({f"eval_{name}": value for name, value in self._quality(self._evaluate()).items()})
             model.train()
             self.clock.skip()
             while self.step < training.steps:

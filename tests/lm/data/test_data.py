@@ -257,7 +257,7 @@ def test_ready_token_files_need_no_library_for_text(corpus):
         cwd=corpus.folder.parent,
     )
     windows, words = len(Windows(corpus.train, 16)), corpus.validation.prefix(100).num_words
-    assert done.stdout == f"{windows} {corpus.vocab_size} {words}\n257\ntransformers\n"
+    assert done.stdout == f"{windows} {corpus.vocab_size} {words}\n257\ntokenizers\n"
 
 
 def test_the_manifest_counts_what_is_there(corpus):

@@ -224,7 +224,7 @@ class Corpus:
 
     @property
     def eot_id(self) -> int:
-        """The token <|endoftext|>, which stands before each document."""
+        """The token that stands before each document: <|endoftext|>, or that of another model's tokenizer."""
         return self.manifest["eot_id"]
 
     @property
@@ -233,14 +233,14 @@ class Corpus:
         return self.manifest["tokenizer"]["files"]["tokenizer.json"]
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """Return the tokenizer for `transformers`; <|endoftext|> begins and ends a text, and is not added by itself."""
+        """Return the tokenizer for `transformers`; the token before each document begins and ends a text."""
+        from tokenizers import Tokenizer  # not needed to train on ready tokens
         from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
+        tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER / "tokenizer.json"))
+        mark = tokenizer.id_to_token(self.eot_id)
         return PreTrainedTokenizerFast(
-            tokenizer_file=str(self.folder / TOKENIZER / "tokenizer.json"),
-            bos_token=END_OF_TEXT,
-            eos_token=END_OF_TEXT,
-            clean_up_tokenization_spaces=False,
+            tokenizer_object=tokenizer, bos_token=mark, eos_token=mark, clean_up_tokenization_spaces=False
         )
 
     def save_tokenizer(self, folder: str | Path) -> None:

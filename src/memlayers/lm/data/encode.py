@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from memlayers.lm.data.corpus import END_OF_TEXT, progress_bar
+from memlayers.lm.data.corpus import progress_bar
 from memlayers.lm.data.sources import Source
 from memlayers.lm.data.spans import Place, Span, SpanWriter
 from memlayers.lm.data.survey import Measured, measured_documents
@@ -51,6 +51,7 @@ def encode_documents(
     spans: list[Span],
     *,
     num_bytes: int,
+    eot_id: int,
     progress: bool,
 ) -> list[Span]:
     """Return all spans: those that `folder` has, and the rest, which this writes.
@@ -59,8 +60,6 @@ def encode_documents(
     training tokens reach `SHARD_TOKENS`, and at the end of a source. (Held-out tokens end it too when they reach that:
     they wait in memory as well.) Raises `ChangedError` if a file does not have the documents that the survey saw.
     """
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-    assert end_of_text is not None
     spans = list(spans)
     start = spans[-1].end if spans else Place(0, 0)
     done = sum(counts["bytes"] for span in spans for counts in span.counts.values())
@@ -84,7 +83,7 @@ def encode_documents(
                     span = SpanWriter(folder, len(spans), place.source, dtype)
                 span.add(
                     document.split,
-                    [end_of_text, *tokens],
+                    [eot_id, *tokens],
                     rank=document.rank,
                     words=read.words,
                     bytes=document.num_bytes,

@@ -34,7 +34,6 @@ from memlayers.files import (
 )
 from memlayers.lm.data import encode
 from memlayers.lm.data.corpus import (
-    END_OF_TEXT,
     FORMAT,
     MANIFEST,
     SEVERAL_SOURCES,
@@ -52,6 +51,7 @@ from memlayers.lm.data.survey import survey_documents
 from memlayers.lm.data.tokenize import (
     SMALLEST_VOCABULARY,
     copy_tokenizer,
+    document_mark,
     load_tokenizer,
     save_tokenizer,
     token_dtype,
@@ -182,7 +182,7 @@ def _first_pass(
         "versions": _versions(),
         **survey.figures,
         "vocab_size": vocab_size,
-        "eot_id": tokenizer.token_to_id(END_OF_TEXT),
+        "eot_id": document_mark(tokenizer, aside / TOKENIZER),
         "dtype": token_dtype(vocab_size).str,
         "tokenizer": {
             "files": {name: file["sha256"] for name, file in describe_files(aside / TOKENIZER).items()},
@@ -256,6 +256,7 @@ def _second_pass(
         aside,
         spans,
         num_bytes=held["num_bytes"],
+        eot_id=held["eot_id"],
         progress=progress,
     )
     kept = ("corpus_sha256", "vocab_size", "eot_id", "dtype", "tokenizer", "blank_documents", "malformed_records")

@@ -104,7 +104,8 @@ def open_what_is_here(config: "DataConfig", held: dict[str, Any]) -> list[list[S
 
 def differences(held: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """Return what differs between two requests, in words; nothing if they ask for the same corpus."""
-    names = [name for name in asked if name != "sources" and asked[name] != held.get(name)]
+    no_matter = {"sources", *(("vocab_size", "tokenizer_megabytes") if asked["tokenizer"] is not None else ())}
+    names = [name for name in asked if name not in no_matter and asked[name] != held.get(name)]
     found = [f"{name} {held.get(name)!r}, asked for {asked[name]!r}" for name in names]
     if _contents(asked) != _contents(held):
         files = ([file["name"] for entry in request["sources"] for file in entry["files"]] for request in (held, asked))

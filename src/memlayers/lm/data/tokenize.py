@@ -1,6 +1,7 @@
 """The tokenizer of a corpus: a byte-level BPE, trained, saved, loaded and applied."""
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -80,9 +81,29 @@ def copy_tokenizer(folder: str, into: Path) -> "Tokenizer":
         if re.fullmatch(TOKENIZER_FILES, path.name):
             shutil.copyfile(path, into / path.name)
     tokenizer = load_tokenizer(into)
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise ValueError(f"data.tokenizer must have the token {END_OF_TEXT}, got {str(file)!r} without it")
+    if document_mark(tokenizer, into) is None:
+        raise ValueError(
+            f"data.tokenizer must have the token {END_OF_TEXT}, or say in tokenizer_config.json which one begins or "
+            f"ends a text, got {str(file)!r} without"
+        )
     return tokenizer
+
+
+def document_mark(tokenizer: "Tokenizer", folder: Path) -> int | None:
+    """The token before each document: <|endoftext|>, or else the one that begins, or ends, a text; None: none of them.
+
+    `folder` is where the tokenizer was loaded from.
+    """
+    try:
+        said = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        said = None
+    said = said if isinstance(said, dict) else {}
+    for name in (END_OF_TEXT, said.get("bos_token"), said.get("eos_token")):
+        text = name.get("content") if isinstance(name, dict) else name
+        if isinstance(text, str) and (found := tokenizer.token_to_id(text)) is not None:
+            return found
+    return None
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer":
