@@ -4,6 +4,7 @@ Its tensors are wrappers around those of the CPU, and an operation on tensors of
 between a GPU and its host. So what works here has moved each tensor to where it is used.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from memlayers import HostMemory, MemoryConfig, MemoryLayer, UsageMeter, doctor, select_slots
-from memlayers.finetuning import SlotCounts
 from memlayers.optim import MemoryAdamW
 
 AWAY = torch.device("privateuseone", 0)  # "away" from `main` on
@@ -91,14 +91,14 @@ def layer_of(values: HostMemory | None, device: torch.device | str) -> MemoryLay
     return MemoryLayer(CONFIG, values=values).to(device)
 
 
-def train(layer: MemoryLayer, device: torch.device | str) -> list[float]:
+def train(layer: MemoryLayer, device: torch.device | str, optimizer: MemoryAdamW | None = None) -> list[float]:
     """The losses of some steps, of which the last ones are of some rows alone."""
-    optimizer = MemoryAdamW(layer, value_max_grad_norm=0.1)
+    optimizer = optimizer or MemoryAdamW(layer, value_max_grad_norm=0.1)
     draw, losses = torch.Generator().manual_seed(1), []
     for number in range(4):
         x = torch.randn(6, CONFIG.dim, generator=draw).to(device)
         if number == 2:
-            optimizer.choose_rows(select_slots(layer, SlotCounts(layer), x, method="all"))
+            optimizer.choose_rows(select_slots(layer, None, x, method="all"))
         optimizer.zero_grad()
         with UsageMeter(layer):
             loss = (layer(x) - 1).square().mean()
@@ -129,6 +129,11 @@ def main() -> None:
     library.impl("_copy_from", copy_from, "PrivateUse1")
     expected = layer_of(None, "cpu")
     losses, dense_losses = train(expected, "cpu"), train_dense(layer_of(None, "cpu"), "cpu")
+    run = layer_of(None, "cpu")
+    of_run = MemoryAdamW(run, value_max_grad_norm=0.1)
+    train(run, "cpu", of_run)
+    saved = copy.deepcopy([run.state_dict(), of_run.state_dict()])
+    later_losses = train(run, "cpu", of_run)
     with SecondDevice():
         layer = layer_of(HostMemory(), AWAY)
         places = {name: parameter.device.type for name, parameter in layer.named_parameters()}
@@ -140,7 +145,12 @@ def main() -> None:
         assert train_dense(layer_of(HostMemory(), AWAY), AWAY) == dense_losses
         for name, tensor in layer.state_dict().items():
             assert torch.equal(tensor.cpu(), expected.state_dict()[name]), name
-        optimizer = MemoryAdamW(layer)
+        # What was saved by a model all of which was there.
+        layer = layer_of(HostMemory(), AWAY)
+        layer.load_state_dict(tree_map_only(Tensor, lambda one: one.to(AWAY), saved[0]))
+        optimizer = MemoryAdamW(layer, value_max_grad_norm=0.1)
+        optimizer.load_state_dict(tree_map_only(Tensor, lambda one: one.to(AWAY), saved[1]))
+        assert train(layer, AWAY, optimizer) == later_losses
         report = doctor(layer, torch.randn(64, CONFIG.dim).to(AWAY), optimizer=optimizer)
         assert report.ok, str(report)
     print("all as on one device")

@@ -111,6 +111,9 @@ def test_training_is_bit_for_bit_that_of_a_table_in_memory(away, kind, dtype, bu
     assert away == [3] * 6
 
 
+@pytest.mark.promise(
+    "Tables on the host", "Dense gradients of one", "supported", "they are on the host, as the table is"
+)
 def test_a_dense_gradient_is_that_of_a_table_in_memory(away):
     layer = on_host()
     other = in_memory(layer)
@@ -292,6 +295,7 @@ def test_it_has_its_storage_when_the_model_gets_one():
     assert on_host().to("meta").values.weight.is_meta
 
 
+@pytest.mark.promise("Tables on the host", "`deepcopy` or pickle it", "supported", "the copy is on the host, and dense")
 @pytest.mark.parametrize(
     "make", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["deepcopy", "pickle"]
 )
@@ -363,6 +367,7 @@ def test_on_a_second_device_every_tensor_is_where_it_is_used():
     assert done.stdout == "all as on one device\n", done.stderr
 
 
+@pytest.mark.promise("Tables on the host", "Export a model from a GPU", "refused", "move the model to the CPU first")
 def test_an_export_from_another_device_is_refused(away, monkeypatch):
     monkeypatch.setattr(host_module, "is_exporting", lambda: True)
     with pytest.raises(ValueError, match="a value table on the host cannot be exported from a GPU"):
