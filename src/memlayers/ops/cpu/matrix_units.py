@@ -4,9 +4,9 @@ PyTorch rounds products of bfloat16 to bfloat16, in which two thirds of the scor
 units multiply bfloat16 exactly and sum in float32, sixteen times as fast as products of float32. A thread selects from
 the half scores of a few tokens while they are in its cache; they are stored nowhere else.
 
-A tile is 16 rows of 64 bytes. Of queries it has 16 tokens and 32 elements of each, as they lie in memory; of keys it
-has 32 elements, two beside each other, of 16 sub-keys, so keys are laid out anew for each call (`tiles_of`). Two tiles
-of each make four of sums.
+A tile is 16 rows of 64 bytes. Of queries it has 16 tokens and 32 elements of each, which are copied beside each other,
+since 4 KB apart they push each other out of the first cache; of keys it has 32 elements, two beside each other, of 16
+sub-keys, so keys are laid out anew for each call (`tiles_of`). Two tiles of each make four of sums.
 
 Letters: T tokens, H heads, Q query width of a head, C = Q / 2, N sub-keys a codebook, K neighbours, X = 2 * H halves of
 heads (first halves first).
@@ -21,7 +21,7 @@ from numba import types
 from torch import Tensor
 
 from memlayers.ops.cpu.compile import kernel, lowered, part
-from memlayers.ops.cpu.intrinsics import next_task, this_thread
+from memlayers.ops.cpu.intrinsics import LANES, load, next_task, store, this_thread
 from memlayers.ops.cpu.launch import launch, threads_for
 from memlayers.ops.cpu.select import best_slots, pair_plan, scratch_width
 from memlayers.ops.select import check_topk
@@ -64,6 +64,7 @@ def search(query_THQ: Tensor, weight_2HNC: Tensor, topk: int, softmax: bool) -> 
         query=query_THQ, tiles=tiles_of(weight_2HNC), scores=scores_THK, slots=slots_THK,
         num_tokens=num_tokens, heads=heads, half=query_dim // 2, num_subkeys=num_subkeys, topk=topk,
         plan=pair_plan(topk), softmax=softmax,
+        copies=torch.empty(threads, _TOKENS, query_dim // 2, dtype=torch.bfloat16),
         halves=torch.empty(threads, 2, _TOKENS, num_subkeys, dtype=torch.float32),
         scratch=torch.empty(threads, 10, scratch, dtype=torch.int32), width=scratch,
         whole=_configuration(16, 16),
@@ -151,13 +152,14 @@ def _four_tiles(queries, others, row_bytes, tiles, blocks, scores, score_bytes, 
 @kernel
 def _search(
     counters, query, tiles, scores, slots, num_tokens, heads, half, num_subkeys, topk, plan, softmax,
-    halves, scratch, width, whole, rest, before,
+    copies, halves, scratch, width, whole, rest, before,
 ):  # fmt: skip
     groups, blocks, step = (num_tokens + _GROUP - 1) // _GROUP, half // _ELEMENTS, width * 4
-    row_bytes, score_bytes, codebook_bytes = heads * half * 4, num_subkeys * 4, num_subkeys * half * 2
+    row_bytes, score_bytes, codebook_bytes = half * 2, num_subkeys * 4, num_subkeys * half * 2
     thread = this_thread(counters)
     was, codes = before + thread * 64, scratch + thread * 10 * step
-    first = halves + thread * 2 * _TOKENS * score_bytes
+    queries, first = copies + thread * _TOKENS * row_bytes, halves + thread * 2 * _TOKENS * score_bytes
+    others = queries + 16 * row_bytes
     second = first + _TOKENS * score_bytes
     _store_configuration(was)  # of whoever else uses the units in this thread, and may rely on it
     while True:
@@ -169,11 +171,13 @@ def _search(
             left = num_tokens - token
             _configure(whole if left >= _TOKENS else rest)
             for side in range(2):
-                queries = query + token * row_bytes + (head * 2 + side) * half * 2
-                others = queries + 16 * row_bytes if left > 16 else queries
+                for t in range(min(left, _TOKENS)):
+                    source = query + (((token + t) * heads + head) * 2 + side) * row_bytes
+                    for at in range(0, row_bytes, 4 * LANES):
+                        store(queries + t * row_bytes + at, load(source + at))
                 keys, out = tiles + (side * heads + head) * codebook_bytes, first if side == 0 else second
                 for n in range(0, num_subkeys, _TOKENS):
-                    keys_n = keys + n * half * 2
+                    keys_n = keys + n * row_bytes
                     _four_tiles(queries, others, row_bytes, keys_n, blocks, out + n * 4, score_bytes, left > 16)
             for t in range(min(left, _TOKENS)):
                 found = (token + t) * heads + head
