@@ -5,7 +5,8 @@ Letters: T tokens, S slots, V value width, M rows a token reads, ... any leading
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -194,6 +195,8 @@ class ValueTable(nn.Module):
         """The states that an optimizer keeps for the table: what `make` returns for a tensor like the weight."""
         return make(self.weight)
 
+    is_left_out = False  # from `state_dict`, where it is in files (`left_out`)
+
     def require_whole(self) -> None:
         """Raises `ValueError` where the weight does not hold all rows, for who saves or copies them."""
 
@@ -270,6 +273,20 @@ class TablePlace(ABC):
 def value_tables(model: nn.Module) -> list[ValueTable]:
     """The value tables of a model, each once, in its order."""
     return list(modules_of(model, ValueTable).values())
+
+
+@contextmanager
+def left_out(model: nn.Module) -> Iterator[None]:
+    """Inside, tables that are in files are in no `state_dict` of the model: for who keeps them otherwise."""
+    tables = value_tables(model)
+    before = [table.is_left_out for table in tables]
+    try:
+        for table in tables:
+            table.is_left_out = True
+        yield
+    finally:
+        for table, was in zip(tables, before, strict=True):
+            table.is_left_out = was
 
 
 def modules_of(model: nn.Module, kind: type[_Kind]) -> dict[str, _Kind]:

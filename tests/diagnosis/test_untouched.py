@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from memlayers import MemoryConfig, RowAdagrad, RowAdam, UsageMeter, doctor
+from memlayers import MappedFile, MemoryConfig, MemoryLayer, RowAdagrad, RowAdam, UsageMeter, doctor
 from memlayers.diagnosis.alarms import Monitor
 from memlayers.diagnosis.subjects import find_subjects
 from memlayers.models import add_memory, causal_lm, memory_layers
@@ -405,3 +405,24 @@ def test_who_listens_to_the_network_beside_a_memory(make_block, batch):
     doctor(block, batch)
     assert torch.equal(monitor._squares, heard)
     monitor.detach()
+
+
+def test_a_table_in_files_trains_on_as_if_it_had_not_been_examined(tmp_path):
+    """Also with an optimizer that has not made a step yet: its moments are in the files, and stay there."""
+    rows = {}
+    for name in ("examined", "other"):
+        torch.manual_seed(0)
+        config = MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=8, query_dim=8, query_norm="rms")
+        layer = MemoryLayer(config, values=MappedFile(tmp_path / name))
+        optimizer = RowAdam(layer)
+        if name == "examined":
+            report = doctor(layer, torch.randn(1, 64, 16), optimizer=optimizer)
+            assert [one.state for one in report.findings if one.check == "written"] == ["pass"]
+            assert not any(state.any() for state in layer.values.held_states().values())
+        torch.manual_seed(1)
+        for _ in range(2):
+            layer(torch.randn(4, 16)).square().sum().backward()
+            optimizer.step()
+        layer.values.fill()
+        rows[name] = layer.values.weight.detach().clone()
+    assert torch.equal(rows["examined"], rows["other"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from memlayers import MemoryConfig, MemoryPlus
+from memlayers import MappedFile, MemoryConfig, MemoryPlus, load_memory, save_memory
 from memlayers.models import add_memory, causal_lm, freeze_base, memory_layers, memory_summary, remove_memory
 from memlayers.models.wrappers import find_wrappers
 from memlayers.optim import MemoryAdamW
@@ -230,3 +230,25 @@ def test_a_memory_that_peft_has_frozen_says_so_when_it_is_trained():
     freeze_base(memory_first()).train()(input_ids=IDS)
     on_purpose = add_memory(base(), MEMORY, [2], mode="parallel").requires_grad_(False)
     lora(on_purpose).train()(input_ids=IDS)
+
+
+@pytest.mark.promise(
+    "Adapters",
+    "adapters of PEFT beside a memory whose tables are in files or mapped: `save_pretrained`, `from_pretrained`",
+    "supported",
+    "the adapters alone, which need no `state_dict` of tables",
+)
+def test_adapters_are_saved_and_loaded_beside_tables_in_files(tmp_path):
+    plain = base()
+    save_memory(add_memory(copy.deepcopy(plain), MEMORY, [2], mode="parallel"), tmp_path / "memory")
+    for name, put in (
+        ("mapped", lambda model: load_memory(model, tmp_path / "memory", values="mapped")),
+        ("files", lambda model: add_memory(model, MEMORY, [2], mode="parallel", values=MappedFile(tmp_path / "table"))),
+    ):
+        model = lora(put(copy.deepcopy(plain)), init_lora_weights=False)
+        expected = logits(model)
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match="mapped is in no state_dict|rows that were never written"):
+            model.state_dict()
+        again = model.unload()
+        assert torch.equal(logits(PeftModel.from_pretrained(again, tmp_path / name)), expected)

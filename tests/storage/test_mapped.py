@@ -165,6 +165,29 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not(tmp_path):
     assert train(again, optimizer, 3, seed=2) == expected
 
 
+def test_moments_of_another_moment_are_said_when_a_state_is_loaded(tmp_path, caplog):
+    layer = mapped(tmp_path)
+    optimizer = RowAdam(layer)
+    train(layer, optimizer, 1)
+    between = copy.deepcopy(optimizer.state_dict())  # of no checkpoint
+    layer.values.checkpoint(keep=2)
+    first = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(first)
+    assert not caplog.messages
+    train(layer, optimizer, 1)
+    optimizer.load_state_dict(first)
+    layer.values.checkpoint(keep=2)
+    optimizer.load_state_dict(first)
+    optimizer.load_state_dict(between)
+    assert [message.partition(" are of another moment")[0] for message in caplog.messages] == [
+        f"the moments of the table in {str(tmp_path)!r}"
+    ] * 3
+    caplog.clear()
+    layer.values.restore(1)
+    optimizer.load_state_dict(first)
+    assert not caplog.messages
+
+
 def test_earlier_checkpoints_that_are_kept_can_be_restored(tmp_path):
     layer = mapped(tmp_path)
     optimizer = RowAdam(layer)

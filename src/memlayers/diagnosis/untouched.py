@@ -19,6 +19,7 @@ from memlayers.diagnosis.groups import all_parts, is_at_zero
 from memlayers.diagnosis.subjects import Subject
 from memlayers.listening import Listener
 from memlayers.optim.row_optimizer import RowOptimizer
+from memlayers.storage import MappedTable
 from memlayers.torch_private import hooks_after_accumulation, preserved_versions
 from memlayers.values import ValueTable, value_tables
 
@@ -136,6 +137,9 @@ def step_untouched(
             undo.entries(group)
         for state in {id(part.state): part.state for part in parts}.values():
             undo.entries(state)
+            for table, part in owned:  # in files they stay: those that the step would make are made before, of zeros
+                if part.state is state and isinstance(table, MappedTable) and table in tables:
+                    part._state_of(table, part.param_groups[0])
             for parameter in allowed & state.keys():
                 state[parameter] = _to_step_on(state[parameter], undo, len(parameter), slots_of.get(parameter))
         owner_of = {table.weight: part for table, part in owned}

@@ -37,9 +37,10 @@ from memlayers.files import (
     write_sealed,
 )
 from memlayers.lm.run import without_bars
-from memlayers.lm.tables import left_out, mapped_tables
+from memlayers.lm.tables import mapped_tables
 from memlayers.lm.weights import load_weights, save_weights
 from memlayers.usage import UsageMeter
+from memlayers.values import left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,14 +138,15 @@ class TrainingState(NamedTuple):
         """Write it to `folder`, with the `random_states` of each process."""
         with without_bars(), left_out(self.model):
             save_weights(self.model, folder)
+        # One more is kept than there are checkpoints, for this one may not come to be.
+        numbers = [table.checkpoint(keep=self.keep + 1) for table in mapped_tables(self.model)]
         torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
         loop = {
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_states[0],
             "random_of_others": random_states[1:],
-            # One more is kept than there are checkpoints, for this one may not come to be.
-            "tables": [table.checkpoint(keep=self.keep + 1) for table in mapped_tables(self.model)],
+            "tables": numbers,
         }
         torch.save(loop, folder / LOOP)
         totals = {f"{name}/{part}": t for name, meter in self.meters.items() for part, t in meter.state_dict().items()}

@@ -1,7 +1,5 @@
 """The tables of a run that are not beside its model: in files (`memory_values` "mapped:FOLDER"), or on the host."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -27,15 +25,6 @@ def place_of(config: RunConfig) -> TablePlace | None:
 def mapped_tables(model: nn.Module) -> list[MappedTable]:
     """The tables of a model that are in files."""
     return [table for table in value_tables(model) if isinstance(table, MappedTable)]
-
-
-@contextmanager
-def left_out(model: nn.Module) -> Iterator[None]:
-    """Inside, no weight of a table in files is in a `state_dict` of the model."""
-    with ExitStack() as stack:
-        for table in mapped_tables(model):
-            stack.enter_context(table.left_out())
-        yield
 
 
 def begin_tables(model: nn.Module, *, resume: bool) -> None:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 from torch import Tensor
 
-from memlayers.lm.tables import left_out
 from memlayers.models.add import save_memory, trainable_base
 from memlayers.models.folder import MEMORY_CONFIG_NAME, holds_memory_alone
 from memlayers.models.storage import refill_memory
+from memlayers.values import left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,6 +3,7 @@
 - `disable_adapter` switches memories off, too: TRL calls its reference model in it.
 - Adapters that are put on a model freeze all the rest. A memory that was to be trained remembers that, and says so at
   its first call in training (TRL's trainers do the same where they are given ``peft_config``).
+- To save and load adapters asks for no table that is in files, which has no `state_dict`.
 """
 
 import functools
@@ -16,6 +17,7 @@ from torch import nn
 from memlayers.after_import import after_import
 from memlayers.models.active import off
 from memlayers.models.wrappers import find_wrappers
+from memlayers.values import left_out
 
 
 def _with_memories(module: ModuleType) -> None:
@@ -25,6 +27,8 @@ def _with_memories(module: ModuleType) -> None:
             changed: Any = kind
             changed.disable_adapter = _disable_adapter(changed.disable_adapter)
             changed.__init__ = _init(changed.__init__)
+            for name in ("save_pretrained", "load_adapter"):
+                setattr(changed, name, _without_tables(getattr(changed, name)))
 
 
 def _disable_adapter(plain: Any) -> Any:
@@ -47,6 +51,15 @@ def _init(plain: Any) -> Any:
             wrapper.frozen_by_peft = not wrapper.is_trained()
 
     return initialise
+
+
+def _without_tables(plain: Any) -> Any:
+    @functools.wraps(plain)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with left_out(self):  # of the state_dict in which adapters are looked for
+            return plain(self, *args, **kwargs)
+
+    return method
 
 
 # PEFT is optional, and may be imported later.

@@ -1,5 +1,6 @@
 """TableOwner: what every optimizer that may own value tables keeps, and what it refuses."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from memlayers.optim.chosen_rows import CHOSEN, masks_of
 from memlayers.storage import MappedTable
 from memlayers.torch_private import is_asked_by_grad_scaler
 from memlayers.values import ValueTable
+
+_LOG = logging.getLogger("memlayers")
 
 
 class TableOwner(torch.optim.Optimizer, ABC):
@@ -118,12 +121,14 @@ class TableOwner(torch.optim.Optimizer, ABC):
     def state_dict(self) -> dict[str, Any]:
         """As in torch, but for the states of tables in files, which stay there: ``in_files`` stands for them.
 
+        It is the number of the table's checkpoint that has them, -1 where rows have changed since the last one.
+
         A choice of rows is one more state of its table.
         """
         state_dict, in_files = super().state_dict(), self._in_files()
         for number, weight in self._weights(state_dict):
             if weight in in_files and (number in state_dict["state"] or weight in self._chosen):
-                state_dict["state"][number] = {"in_files": 1}
+                state_dict["state"][number] = {"in_files": in_files[weight].unchanged_since}
             if weight in self._chosen:
                 state_dict["state"][number] = {**state_dict["state"].get(number, {}), CHOSEN: self._chosen[weight]}
         return state_dict
@@ -132,7 +137,8 @@ class TableOwner(torch.optim.Optimizer, ABC):
         """As in torch, except that states of tables keep their own dtype, which torch would cast to a 16-bit table's.
 
         Of the states of a whole table, one in columns takes its columns. Those of tables in files stay what they are in
-        the folder. Rows that were chosen when the state was saved are chosen again; where none were, the choice stays.
+        the folder; the log says so where they are of another moment. Rows that were chosen when the state was saved are
+        chosen again; where none were, the choice stays.
 
         Raises `ValueError` for a state with other groups, one that version 0.1.0 saved, or one of tables elsewhere.
         """
@@ -163,7 +169,10 @@ class TableOwner(torch.optim.Optimizer, ABC):
                 self._chosen[weight] = saved[CHOSEN].to(weight.device, copy=True)
                 saved = {name: value for name, value in saved.items() if name != CHOSEN}
             if weight in in_files:
-                self.state[weight] = in_files[weight].held_states()
+                table = in_files[weight]
+                self.state[weight] = table.held_states()
+                if not 0 <= saved["in_files"] == table.unchanged_since:
+                    _LOG.warning(_OTHER_MOMENT, str(table.folder))
                 continue
             saved = {name: columns_of(value, weight) for name, value in saved.items()}
             self.state[weight] = {name: value.to(weight.device, copy=True) for name, value in saved.items()}
@@ -178,6 +187,10 @@ class TableOwner(torch.optim.Optimizer, ABC):
 _IN_FILES = (
     "state_dict must hold the states of this optimizer's tables, got that of an optimizer whose tables were in files "
     "and keep their states: put the model's table there (values=MappedFile(folder)), or train on with a new optimizer"
+)
+_OTHER_MOMENT = (
+    "the moments of the table in %r are of another moment than the state that is loaded, and stay what they are in the "
+    "folder: call checkpoint() on the table before state_dict(), and restore(number) before load_state_dict()"
 )
 _IN_MEMORY = (
     "state_dict must leave out the states of tables in files, which are in the tables' folders, got some of a table in "

@@ -4,8 +4,7 @@ Letters: T tokens, S slots, V value width, M rows a token reads, U different slo
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,7 +116,6 @@ class MappedTable(ValueTable):
         self._opened = TableFolder(
             Path(folder), slots, dim, dtype=dtype, std=self.std, new_seed=_new_seed, budget_bytes=budget_bytes
         )
-        self._is_left_out = False
         self.weight = nn.Parameter(self._files.weight.tensor)
         self._own = (self.weight,)  # of a tuple, so that it is registered once
         self.settle_mark()
@@ -188,6 +186,11 @@ class MappedTable(ValueTable):
         """Keeps the rows that were recorded, and their states, on the disk: a step may change them now."""
         slots = torch.cat([part.slots_TK[part.weights_TK != 0] for part in parts])
         self._files.before_change(distinct_slots(slots, self._files.slots))
+
+    @property
+    def unchanged_since(self) -> int:
+        """The number of the last checkpoint where nothing has changed since; else -1."""
+        return -1 if self._files.logged.any() else self.checkpoints[-1]
 
     def changed_slots(self) -> Tensor:
         return torch.from_numpy(np.flatnonzero(self._files.logged))
@@ -275,17 +278,8 @@ class MappedTable(ValueTable):
         self.settle_mark()
         return self
 
-    @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Inside, the weight is in no `state_dict`: for who keeps it by `checkpoint`."""
-        before, self._is_left_out = self._is_left_out, True
-        try:
-            yield
-        finally:
-            self._is_left_out = before
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if not self._is_left_out:
+        if not self.is_left_out:
             self.require_whole()
             super()._save_to_state_dict(destination, prefix, keep_vars)
 

@@ -134,13 +134,15 @@ class SavedTable(ValueTable):
             )
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
-        raise ValueError(
-            f"a value table that is mapped is in no state_dict: copy the folder of {self._rows.file}, or {_REMEDY}"
-        )
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self.is_left_out:
+            raise ValueError(
+                f"a value table that is mapped is in no state_dict: copy the folder of {self._rows.file}, or {_REMEDY}"
+            )
 
-    def _load_from_state_dict(self, *args: Any) -> NoReturn:
-        raise ValueError(f"a value table that is mapped cannot be written to: {_REMEDY}")
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if any(f"{prefix}{name}" in state_dict for name in ("weight", "codes", "scales")):  # not one of adapters alone
+            raise ValueError(f"a value table that is mapped cannot be written to: {_REMEDY}")
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
