@@ -110,6 +110,12 @@ def test_an_experiment_leaves_records_and_a_report(tiny, trained, corpus, tmp_pa
     del trained[:]
     assert reproduce("noise", tmp_path, corpus=corpus) == content
     assert trained == []
+    text = plan("noise", corpus=corpus, output=tmp_path)
+    assert text.count("| done |") == 4
+    assert "4 runs, 4 of them done; about 0 s" in text
+    sorted((tmp_path / "results").iterdir())[0].unlink()
+    assert "4 runs, 3 of them done; about" in plan("noise", corpus=corpus, output=tmp_path)
+    assert "4 runs; about" in plan("noise", corpus=corpus, output=tmp_path / "other")
 
 
 def test_experiments_share_the_runs_that_they_have_in_common():

@@ -99,7 +99,8 @@ def run_reproduce(call: Call) -> None:
     options = call.options
     if options["dry_run"]:
         corpus = None if options["corpus"] is None else open_corpus(options["corpus"], progress=True)
-        print(plan(options["name"], scale=options["scale"], corpus=corpus, jobs=options["jobs"]))
+        given = {name: options[name] for name in ("scale", "output", "jobs")}
+        print(plan(options["name"], corpus=corpus, **given))
         return
     names = ("scale", "corpus", "jobs", "keep_models", "measure_speed")
     output = Path(options["output"])

@@ -123,10 +123,20 @@ def open_text(corpus: Corpus | str | Path | None, output: Path, scale: str) -> C
     return prepare(DataConfig(vocab_size=scale_named(scale).base.data.vocab_size), output / "corpus")
 
 
-def plan(name: str, *, scale: str = "laptop", corpus: Corpus | None = None, jobs: int | None = None) -> str:
+def plan(
+    name: str,
+    *,
+    scale: str = "laptop",
+    corpus: Corpus | None = None,
+    output: str | Path | None = None,
+    jobs: int | None = None,
+) -> str:
     """What an experiment would run, as Markdown: parameters, tokens, memory and hours of each run. Builds no model.
 
-    Runs that depend on the results of others are listed as if the first of several choices had won.
+    Runs that depend on the results of others are listed as if the best of those that are known, or the first, had won.
+    Those that the folder `output` has on the text `corpus` are named as done, and take no time.
+
+    Raises `ValueError` for a folder with results on other text.
     """
     asked, text = experiment_named(name), corpus
     size = scale_named(
@@ -134,28 +144,42 @@ def plan(name: str, *, scale: str = "laptop", corpus: Corpus | None = None, jobs
         train_tokens=None if text is None else text.train.num_tokens,
         vocab_size=None if text is None else text.vocab_size,
     )
-    rows, hours = [], 0.0
-    for config, run in {run.config: run for run in planned(asked, size)}.items():
+    found = _found(name, size, text, output)
+    rows, hours, done = [], 0.0, 0
+    for config, run in {run.config: run for run in planned(asked, size, found)}.items():
         parameters, size_of_step = _size(changed(config, _SIZELESS))
         takes = run_work(config) / size.multiplications_per_s / 3600
-        hours += takes
+        is_done = found(config) is not None
+        done, hours = done + is_done, hours + (0 if is_done else takes)
         rows.append(
             [
                 f"{run.point}, seed {config.training.seed}",
                 f"{parameters:,}",
                 f"{config.training.tokens:,}",
                 size_of_step,
-                f"{takes:.2f}",
+                "done" if is_done else f"{takes:.2f}",
             ]
         )
     if not rows:
         return f"nothing is trained: {len(asked.layers(size))} layers are measured"
     at_once = jobs or (2 if scale == "laptop" else 1)
+    what = f"{len(rows)} runs, {done} of them done" if done else f"{len(rows)} runs"
     total = (
-        f"{len(rows)} runs; about {duration(3600 * hours / at_once)} with {at_once} at a time "
+        f"{what}; about {duration(3600 * hours / at_once)} with {at_once} at a time "
         f"(at {size.multiplications_per_s:.2g} multiplications a second each, a stated rate)"
     )
     return f"{markdown_table(['run', 'parameters', 'tokens', 'memory', 'hours'], rows)}\n\n{total}"
+
+
+def _found(
+    name: str, size: Scale, text: Corpus | None, output: str | Path | None
+) -> Callable[[RunConfig], Record | None]:
+    """What a folder has of the runs on this text. Raises `ValueError` for one of other text."""
+    if text is None or output is None or not (folder := GridFolder(output)).mark.exists():
+        return lambda config: None
+    identity = Identity.of(text, resolve_precision(size.base.training.precision, pick_device()))
+    folder.check(name, identity)
+    return lambda config: folder.read(identity.key(config))
 
 
 # What has no influence on the size of a run: seeds, rates and budgets.
@@ -175,13 +199,15 @@ def _size(config: RunConfig) -> tuple[int, str]:
     return count_parameters(model)["total"], size_text(footprint(config, vocab_size=vocab_size).total)
 
 
-def planned(asked: Experiment, size: Scale) -> list[Run]:
-    """All runs, as if every run that others depend on had come out the same."""
+def planned(
+    asked: Experiment, size: Scale, found: Callable[[RunConfig], Record | None] = lambda config: None
+) -> list[Run]:
+    """All runs, as if those that are not found, and that others depend on, had come out the same, and badly."""
 
     def pretended(config: RunConfig) -> Record:
-        figures = {"loss": 1.0, "perplexity": 1.0, "usage": {}}
+        figures = {"loss": 1e3, "perplexity": 1e3, "usage": {}}
         parts = {"total": 1, "values": 0, "query": 0, "keys": 0, "rest": 1}
-        return {"failed": None, "validation": figures, "parameters": parts, "curve": []}
+        return found(config) or {"failed": None, "validation": figures, "parameters": parts, "curve": []}
 
     return asked.runs(size, pretended)
 
