@@ -180,12 +180,13 @@ def test_a_memory_beside_its_base_writes_text(memory_alone, tiny_corpus, tmp_pat
     assert main(["generate", str(memory_alone), "--prompt", PROMPT, "--max_new_tokens", "8", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == f"{written}\n"
     figures = {}
-    for values in ("memory", "mapped", "int4"):
+    for values in ("memory", "mapped", "int4", "host"):
         words = ["eval", str(memory_alone), "--corpus", str(tiny_corpus.folder), "--tokens", "300", "--json"]
         assert main([*words, "--memory_values", values]) == 0
         figures[values] = json.loads(capsys.readouterr().out)
     assert figures["mapped"]["nll"] == pytest.approx(figures["memory"]["nll"], rel=1e-6)
     assert figures["int4"]["nll"] != figures["memory"]["nll"]
+    assert figures["host"]["nll"] == pytest.approx(figures["memory"]["nll"], rel=1e-6)
     assert [*figures["memory"]["usage"]] == ["model.layers.1.mlp.memory"]
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(ValueError, match="base must be the folder of the model that the memory in .* --base FOLDER"):
@@ -213,7 +214,9 @@ def test_a_whole_model_has_neither_a_base_elsewhere_nor_tables_in_its_files(save
             generate(folder, PROMPT, memory_values="int8")
         with pytest.raises(ValueError, match="base must be left out for a folder with a whole model, got '"):
             generate(folder, PROMPT, base=str(saved))
-    with pytest.raises(ValueError, match="values must be one of 'memory', 'int8', 'int4', 'mapped', got 'disk'"):
+    with pytest.raises(
+        ValueError, match="values must be one of 'memory', 'int8', 'int4', 'mapped', 'host', got 'disk'"
+    ):
         generate(memory_alone, PROMPT, memory_values="disk")
     other = tmp_path / "other"
     causal_lm("llama", vocab_size=300, layers=2, dim=16, heads=2, context=32).save_pretrained(other)

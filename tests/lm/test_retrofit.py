@@ -74,6 +74,15 @@ def retrofitted(base, corpus, tmp_path_factory):
     return output
 
 
+def test_the_table_may_be_on_the_host(base, corpus, retrofitted, tmp_path, monkeypatch):
+    monkeypatch.setattr("memlayers.storage.host.is_beside", lambda weight_SV, slots_TM: False)
+    words = ["--corpus", str(corpus.folder), "--output", str(tmp_path), *TINY, "--memory_values", "host"]
+    assert main(["retrofit", str(base), *words]) == 0
+    result, expected = (RunFolder(folder).read_result() for folder in (tmp_path, retrofitted))
+    assert result["config"]["memory_values"] == "host"
+    assert result["validation"] == expected["validation"]
+
+
 def test_documents_begin_as_the_tokenizer_begins_a_text(corpus):
     tokenizer = corpus.tokenizer()
     assert corpus.eot_id == tokenizer.bos_token_id == tokenizer.convert_tokens_to_ids("<s>") == 0
@@ -259,7 +268,7 @@ def test_a_run_may_be_the_base(tiny_config, tiny_corpus, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"memory_mode": "replace"}, "memory_mode must be 'parallel' beside a base, got 'replace'"),
-        ({"memory_values": "mapped:x"}, "memory_values must be 'memory' beside a base, got 'mapped:x'"),
+        ({"memory_values": "mapped:x"}, "memory_values must be 'memory' or 'host' beside a base, got 'mapped:x'"),
         ({"memory_layers": ()}, "memory_layers must name at least one block of the base"),
         ({"model": ModelConfig()}, "model.family must be 'pretrained' beside a base, got 'gpt2'"),
         ({"base": None}, "model.family must be 'gpt2' or 'llama' without a base, got 'pretrained'"),
@@ -269,6 +278,7 @@ def test_a_run_may_be_the_base(tiny_config, tiny_corpus, tmp_path, capsys):
 def test_a_configuration_that_makes_no_sense_with_a_base_or_without(changes, message):
     model = ModelConfig(family="pretrained")
     config = RunConfig(base="b", model=model, memory_layers=(1,), memory_mode="parallel", memory=MemoryConfig(dim=256))
+    dataclasses.replace(config, memory_values="host")
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config, **changes)
 

@@ -106,8 +106,8 @@ _RUN = {
     **_BASE,
     "memory_values": _option(
         'for a memory alone: "memory" loads its tables as they are, "int8" and "int4" round them on the way, "mapped" '
-        "reads them from their files as they are needed",
-        Literal["memory", "int8", "int4", "mapped"],
+        'reads them from their files as they are needed, "host" keeps them off a GPU',
+        Literal["memory", "int8", "int4", "mapped", "host"],
         "memory",
     ),
 }
@@ -159,7 +159,16 @@ COMMANDS = {
         flags=_TRAINING,
         placed="base",
         kind=RunConfig,
-        sections=("data.", "memory.", "memory_kind", "memory_share", "model.context", "train_base", "training."),
+        sections=(
+            "data.",
+            "memory.",
+            "memory_kind",
+            "memory_share",
+            "memory_values",
+            "model.context",
+            "train_base",
+            "training.",
+        ),
         aliases={"data": "data.sources", "layers": "memory_layers"},
         defaults=RETROFIT,
     ),

@@ -228,10 +228,11 @@ class RunConfig:
         for name, value, allowed in (
             ("model.family", self.model.family, "pretrained"),
             ("memory_mode", self.memory_mode, "parallel"),
-            ("memory_values", self.memory_values, "memory"),
         ):
             if value != allowed:
                 raise ValueError(f"{name} must be {allowed!r} beside a base, got {value!r}")
+        if self.tables_in_files:
+            raise ValueError(f"memory_values must be 'memory' or 'host' beside a base, got {self.memory_values!r}")
         if not self.memory_layers:
             raise ValueError("memory_layers must name at least one block of the base, got ()")
 

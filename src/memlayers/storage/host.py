@@ -22,7 +22,9 @@ _PIECE = 2**25  # bytes of rows that are copied at a time
 class HostMemory(TablePlace):
     """The memory of the host as the place of a value table, for a model on a GPU that has no room for it.
 
-    model = add_memory(model.to("cuda"), config, values=HostMemory())
+        model = add_memory(model.to("cuda"), config, values=HostMemory())
+
+    `HostTable` says what goes where.
     """
 
     def make_table(
