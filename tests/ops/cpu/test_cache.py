@@ -1,5 +1,6 @@
 """Kernels on disk: kept, compiled again where damaged, in memory where nothing can be kept."""
 
+import gc
 import os
 import stat
 from pathlib import Path
@@ -39,6 +40,17 @@ def test_a_kernel_is_compiled_once(folder):
     (file,) = folder.iterdir()
     assert file.name.startswith("test_cache.twice-")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_compiling_leaves_the_collector_as_it_was(folder, is_on):
+    before = gc.isenabled()
+    (gc.enable if is_on else gc.disable)()
+    try:
+        compiled()
+        assert gc.isenabled() is is_on
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_a_mask_that_lets_a_group_write_changes_nothing(folder):

@@ -6,13 +6,15 @@ which is said once. Numba's own cache does neither: a file that a power loss cut
 """
 
 import functools
+import gc
 import hashlib
 import os
 import pickle
 import platform
 import stat
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,21 @@ def compile_kept(function, signature, options: dict, sources: str) -> Any:
     """`numba.cfunc` of a function, from the disk if it is there; `sources` stands for all that is compiled into it."""
     compiled: Any = CFunc(function, normalize_signature(signature), locals={}, options=options)
     compiled._cache = _Cache(f"{function.__module__.rpartition('.')[2]}.{function.__name__}", sources)
-    compiled.compile()
+    with _without_collector():
+        compiled.compile()
     return compiled
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Numba makes millions of objects and hardly a cycle, and each collection would look through all that is there."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Cache:
