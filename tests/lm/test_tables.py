@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from memlayers.lm.dry_run import dry_run
 from memlayers.lm.footprint import footprint, require_memory
+from memlayers.lm.opened import open_saved
 from memlayers.lm.run import RunFolder
 from memlayers.lm.tables import lines
 from memlayers.lm.train import Loop, train
@@ -82,6 +83,8 @@ def test_the_checkpoint_before_one_that_was_not_finished_is_gone_on_from(
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "run", corpus=tiny_corpus, progress=False)
     gc.collect()
+    with pytest.raises(ValueError, match=r"checkpoint must hold its tables, .* let the run end \(--resume\)"):
+        open_saved(tmp_path / "run" / "checkpoints" / "step-00000005")
     said = []
     result = train(config, tmp_path / "run", corpus=tiny_corpus, progress=False, resume=True, say=said.append)
     assert said == ["going on from the checkpoint of step 5"]

@@ -89,6 +89,11 @@ def open_saved(
             found["tokenizer_sha256"] = content["data"].get("tokenizer_sha256")
         except (KeyError, ValueError) as error:
             raise ValueError(f"{folder / DESCRIPTION} is of another version: {error}") from error
+        if found["config"].tables_in_files:
+            raise ValueError(
+                f"{field} must hold its tables, got {str(folder)!r} of a run whose tables are in files "
+                f"({found['config'].memory_values}): let the run end (--resume), and name the run"
+            )
         # A checkpoint does not say where its text is; without being told, a run puts it beside its own folder.
         found["corpus"] = str(folder.absolute().parents[2] / "corpus")
     elif run.checkpoints.is_dir() or run.is_run:
