@@ -72,6 +72,16 @@ SCALES = {
         300, 2, 48, 24, 20_000, 24, 60, 4, 2_000, (1, 2), (0,),
         {"memory": (1e-1,), "memory_all": (1e-1,), "lora": (1e-2,), "adapter": (1e-2,), "full": (1e-3,)},
     ),
+    "few": Scale(
+        None, 2, 128, 128, 3_000_000, 300, 1000, 200, 20_000, (1, 2, 4, 8, 16, 32, 64), (0, 1),
+        {
+            "memory": (3e-2, 1e-1, 3e-1),
+            "memory_all": (3e-2, 1e-1, 3e-1),
+            "lora": (1e-3, 3e-3, 1e-2),
+            "adapter": (1e-3, 3e-3, 1e-2),
+            "full": (3e-4, 1e-3, 3e-3),
+        },
+    ),
     "small": Scale(
         None, 4, 192, 128, 7_000_000, 1000, 2000, 200, 100_000, (1, 2, 4, 8, 16, 32, 64), (0, 1),
         {
@@ -110,7 +120,7 @@ def main(
         news: articles, as retrofit_news.py takes them.
         corpus: a prepared corpus in their place, which is old text.
         output: where runs are kept.
-        scale: tiny (two minutes) or small.
+        scale: tiny (two minutes), few (an hour a seed on one core) or small (a day).
         only: one of the ways to learn.
         number: of facts, in place of the scale's.
     """
