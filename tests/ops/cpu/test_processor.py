@@ -114,6 +114,14 @@ def test_what_the_processor_does_not_run_is_refused_by_name(machine, monkeypatch
         cpu.why_not()
 
 
+def test_other_processors_than_x86_run_one_variant(monkeypatch):
+    monkeypatch.setattr(processor, "_is_x86", lambda: False)
+    assert processor.describe() == "other: what LLVM finds for it"
+    monkeypatch.setenv("MEMLAYERS_CPU", "avx2")
+    with pytest.raises(ValueError, match="MEMLAYERS_CPU must be left out on this processor, got 'avx2'"):
+        processor._features.__wrapped__()
+
+
 @pytest.mark.skipif(not LESSER, reason="this processor runs one variant")
 def test_a_variant_that_is_asked_for_too_late_is_an_error(monkeypatch):
     """Numba has one target a process, and has it here since `LESSER` at the latest was asked for."""

@@ -1,4 +1,10 @@
-"""The kernels for a CPU, in Numba. Compiled at first use and kept on disk; without Numba the references are used."""
+"""The kernels for a CPU, in Numba. Compiled at first use and kept on disk; without Numba the references are used.
+
+- select, search, matrix_units; read, low_bits; rows, row_rules; products, infer: the operations' kernels
+- intrinsics: what they are written with
+- compile, cache, processor: how they are compiled, kept, and for which processors
+- launch: how they run on threads
+"""
 
 import functools
 import importlib

@@ -76,7 +76,8 @@ def _features() -> list[str]:
     asked = os.environ.get(SWITCH)
     if asked:
         if asked not in _variants_here():
-            raise ValueError(f"{SWITCH} must be one of {', '.join(_variants_here())} on this processor, got {asked!r}")
+            known = f"one of {', '.join(_variants_here())}" if _is_x86() else "left out"
+            raise ValueError(f"{SWITCH} must be {known} on this processor, got {asked!r}")
         before, config.CPU_FEATURES = config.CPU_FEATURES, _without(asked)
         try:
             context = cpu_target.target_context  # which Numba makes once
