@@ -16,7 +16,7 @@ LONG = (
     "finetuning/test_trainer_callback.py", "lm/data/sources", "lm/data/test_descriptors.py",
     "lm/data/test_prepare.py", "lm/data/test_ready_text.py", "lm/data/test_restart.py", "lm/test_config_presets.py",
     "lm/test_dry_run.py", "lm/test_evaluate.py", "lm/test_faults.py", "lm/test_footprint.py", "lm/test_generate.py",
-    "lm/test_golden_losses.py", "lm/test_resume.py", "lm/test_run.py", "lm/test_train.py",
+    "lm/test_golden_losses.py", "lm/test_resume.py", "lm/test_retrofit.py", "lm/test_run.py", "lm/test_train.py",
     "models/test_cached_generation.py", "models/test_checkpoints.py", "models/test_classes.py",
     "models/test_families.py", "models/test_hf_trainer.py", "models/test_integrations.py", "models/test_masks.py",
     "models/test_peft.py", "models/test_suitable.py", "ops/cpu", "ops/test_gpu_code.py", "ops/test_gpu_dispatch.py",

@@ -109,6 +109,17 @@ def test_the_page_about_large_tables_runs_and_prints_what_it_shows(capsys):
     assert f"| {bytes_of_columns / 1e6:.0f} MB |" in page
 
 
+@pytest.mark.slow  # importing these libraries takes seconds
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("page", "library"), [("trl", "trl"), ("lightning", "lightning"), ("export", "onnxscript")])
+def test_the_pages_about_other_libraries_run(page, library, tmp_path, monkeypatch):
+    pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "how-to" / f"{page}.md").read_text(), re.DOTALL):
+        exec(compile(code, f"{page}.md", "exec"), names)
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory")  # of Trainer, where there is no GPU
 def test_the_page_about_facts_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

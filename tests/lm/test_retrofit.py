@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PhiConfig,
@@ -18,10 +20,11 @@ from transformers import (
 
 from memlayers import MemoryConfig, add_memory, load_memory
 from memlayers.cli import main
-from memlayers.lm.build import batch_loss, logits_loss
+from memlayers.lm.build import batch_loss, build_model, logits_loss
 from memlayers.lm.config import ModelConfig, RunConfig
 from memlayers.lm.data import DataConfig, open_corpus, prepare
 from memlayers.lm.evaluate import evaluate
+from memlayers.lm.footprint import footprint
 from memlayers.lm.presets import RETROFIT
 from memlayers.lm.retrofit import fields_of_base, places
 from memlayers.lm.run import RunFolder
@@ -125,7 +128,7 @@ def test_a_memory_is_trained_beside_a_base_that_stays_as_it_is(base, text, corpu
     first = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": expected.loss, "perplexity": expected.perplexity}
     assert result["curve"][0] == pytest.approx(first, rel=1e-6)
     assert f"perplexity {expected.perplexity:.2f} per token before\n" in shown
-    assert f"memory: {output / 'model'}, for load_memory" in shown
+    assert f"memory, for load_memory, eval, generate and explore: {output / 'model'}\n" in shown
     assert result["validation"]["loss"] < expected.loss
     assert result["config"]["base"] == str(base)
     assert result["config"]["memory_layers"] == [2]  # three quarters of the depth
@@ -305,6 +308,20 @@ def test_the_loss_of_a_base_with_more_than_a_matrix_at_its_end():
     model.lm_head.bias.data.normal_()
     ids = torch.randint(50, (2, 9))
     assert batch_loss(model, ids[:, :-1], ids[:, 1:]) == logits_loss(model, ids[:, :-1], ids[:, 1:])
+
+
+def test_what_a_base_needs_is_counted_whatever_its_attention_is(base, tmp_path):
+    BloomForCausalLM(BloomConfig(vocab_size=290, hidden_size=16, n_layer=2, n_head=2)).save_pretrained(tmp_path)
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    config = config_of(tmp_path)
+    frozen = footprint(config, vocab_size=290)
+    trained = footprint(dataclasses.replace(config, train_base=True), vocab_size=290)
+    model = build_model(config, vocab_size=290, eot_id=0)
+    assert frozen.parameters == trained.parameters >= 4 * model.num_parameters()
+    of_base = 4 * sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    assert trained.gradients - frozen.gradients == of_base > 0
+    assert trained.optimizer_state - frozen.optimizer_state >= 2 * of_base
 
 
 def test_the_defaults_are_those_of_the_preset():

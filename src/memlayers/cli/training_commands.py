@@ -54,8 +54,9 @@ def run_retrofit(call: Call) -> None:
     fields = {**base.fields, **decided, **of_files, "base": decided["base"]}
     run_train(replace(call, base=replace(base, fields=fields)))
     if not call.options["dry_run"]:
-        model = RunFolder(call.options["output"]).model
-        show(f"memory: {model}, for load_memory, eval, generate and explore")
+        folder = RunFolder(call.options["output"])
+        is_alone = folder.read_config().base_is_frozen
+        show(f"{'memory, for load_memory,' if is_alone else 'model, for'} eval, generate and explore: {folder.model}")
 
 
 def _dry_run(call: Call) -> None:

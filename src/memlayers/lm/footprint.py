@@ -117,7 +117,8 @@ def footprint(
         raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
     # Built outside of the fake mode, where some initialisations want the device that they are for.
     model = build_model(config, vocab_size=vocab_size, eot_id=0, device="meta")
-    model.set_attn_implementation(_ATTENTION)
+    with contextlib.suppress(ValueError):  # of a base that has an attention of its own, or none
+        model.set_attn_implementation(_ATTENTION)
     with FakeTensorMode(allow_non_fake_inputs=True):
         # On the CPU whatever the device: autograd has no fake GPU where there is no real one. The operations of
         # PyTorch have one shape on both; ours are told apart by `LiveBytes`.
