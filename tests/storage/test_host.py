@@ -237,6 +237,48 @@ def test_a_gradient_whose_optimizer_is_gone_is_an_error(away):
         loss.backward()
 
 
+def test_a_hook_on_the_weight_is_an_error(away):
+    layer = on_host()
+    optimizer = RowAdam(layer)
+    layer.values.weight.register_hook(lambda grad: grad)
+    with pytest.raises(RuntimeError, match="use ValueTable.register_row_hook"):
+        layer(torch.randn(3, 32))
+    del optimizer
+
+
+def test_weights_that_need_no_gradient(away):
+    tables = [layer.values for layer in (on_host(), in_memory(on_host()))]
+    for table in tables:
+        optimizer = RowAdam([table])
+        table.read(torch.tensor([[3, 200, 3]]), torch.tensor([[0.5, 0.0, 2.0]])).sum().backward()
+        optimizer.step()
+    assert torch.equal(*(table.weight for table in tables))
+    changed = (tables[0].weight != on_host().values.weight).any(1)
+    assert changed.nonzero().flatten().tolist() == [3]  # a weight of zero is no read
+
+
+def test_a_frozen_table_passes_gradients_on(away):
+    layer = on_host()
+    other = in_memory(layer)
+    grads = []
+    for one in (layer, other):
+        one.values.requires_grad_(False)
+        x = torch.ones(3, 32, requires_grad=True)
+        one(x).square().sum().backward()
+        assert one.values.weight.grad is None
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+    assert grads[0].any()
+
+
+def test_a_weight_of_another_dtype_in_its_place(away):
+    table = on_host().values
+    table.weight = torch.nn.Parameter(table.weight.double())
+    table.read(torch.tensor([[3]]), torch.ones(1, 1)).sum().backward()
+    assert table.weight.grad.sum() == 32
+    assert table.row_mark.grad.dtype == torch.float64
+
+
 def test_a_second_derivative_is_an_error(away):
     x = torch.randn(3, 32, requires_grad=True)
     (grad,) = torch.autograd.grad(on_host()(x).square().sum(), x, create_graph=True)
