@@ -82,7 +82,7 @@ class UsageMeter(Listener):
     MOST_TOKENS = 2**20  # of a compiled call; the mask of others grows
 
     def __init__(self, layer: MemoryLayer):
-        self.layer = layer
+        self.layer, self._slots = layer, layer.config.slots
         # The real tokens of a compiled call in progress, written in place: setting an attribute in a compiled region
         # that is checkpointed would make its recomputation differ.
         self._real_T = torch.ones(self.MOST_TOKENS, dtype=torch.bool, device=layer.keys.weight.device)
@@ -90,7 +90,8 @@ class UsageMeter(Listener):
 
     def reset(self) -> None:
         """Forgets all hits."""
-        shape = (self.layer.config.heads, self.layer.config.slots)
+        self._slots = self.layer.config.slots
+        shape = (self.layer.config.heads, self._slots)
         device = self.layer.keys.weight.device
         self._weight_HS = torch.zeros(shape, dtype=torch.float64, device=device)
         self._count_HS = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -103,6 +104,11 @@ class UsageMeter(Listener):
 
     @torch.no_grad()
     def _before_layer(self, layer: MemoryLayer, args: tuple, kwargs: dict) -> None:
+        if layer.config.slots != self._slots:
+            raise ValueError(
+                f"what counts reads must be made after grow_table, got a meter for {self._slots:,} slots of a memory "
+                f"that has {layer.config.slots:,} now: make another"
+            )
         mask_T = layer.token_mask(*args, **kwargs)
         if not torch.compiler.is_compiling():
             _in_thread.masks = {**_masks(), id(self): mask_T}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, UsageMeter, quantize_memory
+from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, SlotCounts, UsageMeter, quantize_memory
 from memlayers.explorer import SlotTrace, freeze_slots, grow_table, reset_slots
 from memlayers.models import add_memory, causal_lm, memory_layers
 from memlayers.optim import MemoryAdamW, RowAdagrad, RowAdam, RowSGD
@@ -146,6 +146,20 @@ def test_each_row_optimizer_trains_on(kind, settings, state):
     train(model, optimizer, 1)
     assert layer.values.weight.grad is None
     assert (layer.values.weight != before).any(1)[512:].any()
+
+
+def test_what_counted_reads_before_is_refused_by_name():
+    model = model_with()
+    (layer,) = memory_layers(model).values()
+    made = [UsageMeter(layer), SlotTrace(model), SlotCounts(model)]
+    grow_table(model)
+    for one in made:
+        with one, pytest.raises(ValueError, match=r"made after grow_table, got a meter for 256 slots of .* 1,024"):
+            model(input_ids=IDS)
+        one.reset()
+    with made[0]:
+        model(input_ids=IDS)
+    assert made[0].report().slots == 1024
 
 
 def test_growing_again_and_again():

@@ -1,6 +1,7 @@
 """Tables that are mapped from the folder that they were saved to."""
 
 import copy
+import os
 import pickle
 
 import pytest
@@ -89,6 +90,16 @@ def test_copies_map_the_same_file(folder):
     expected = logits(model)
     assert torch.equal(logits(copy.deepcopy(model)), expected)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
+
+
+def test_a_copy_after_the_file_was_replaced_is_refused(folder):
+    model = mapped(folder)
+    expected, kept = logits(model), pickle.dumps(model)
+    os.utime(folder / "memory.safetensors", ns=(0, 0))
+    for make in (copy.deepcopy, lambda _: pickle.loads(kept)):
+        with pytest.raises(ValueError, match=r"is another file than the one that was mapped: load its folder anew"):
+            make(model)
+    assert torch.equal(logits(model), expected)
 
 
 def test_a_copy_is_made_in_another_working_folder(folder, monkeypatch, tmp_path):

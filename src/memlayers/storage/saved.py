@@ -3,6 +3,7 @@
 Letters: T tokens, S slots, V value width, M rows a token reads, R bytes of codes of a row.
 """
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -68,6 +69,7 @@ class SavedTable(ValueTable):
         self._places = rows.absolute(), None if scales is None else scales.absolute()
         self.companion = Companion(torch.device("cpu"), torch.float32, requires_grad=False)
         self.row_gradient = None
+        self._written: tuple[int, int] | None = None  # size and time of the file
         self._open()
 
     def _open(self) -> None:
@@ -75,6 +77,10 @@ class SavedTable(ValueTable):
         slots, dim = self.shape
         width = dim if self.bits is None else code_bytes(dim, self.bits)
         self._rows = MappedRows(rows.file, (slots, width), self._dtype, start=rows.start)
+        found = os.fstat(self._rows.descriptor)
+        before, self._written = self._written, (found.st_size, found.st_mtime_ns)
+        if before not in (None, self._written):  # of whom this is a copy
+            raise ValueError(f"{rows.file} is another file than the one that was mapped: load its folder anew")
         self._ahead = Ahead(slots, BUDGET_BYTES)
         self._scales_S: Tensor | None = None
         if scales is not None:
