@@ -92,6 +92,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monke
         with pytest.raises(OSError, match="No space"):
             table.checkpoint()
     assert table.checkpoints == [1]
+    assert table.unchanged_since == -1
     kill_tables.step(layer, optimizer, 2)
     table.close()
     _, again, _ = kill_tables.build(tmp_path)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from memlayers.distributed.whole import has_columns
 from memlayers.models.add import save_memory, trainable_base
@@ -43,7 +43,8 @@ class SaveMemory(TrainerCallback):
                 f"model must have a frozen base for SaveMemory, which saves the memories alone, got {len(trained)} "
                 f"parameters of the base that are trained, the first is {trained[0]!r}: use freeze_base"
             )
-        if len(names := memory_names(inner)) > 1 and not hasattr(model, "peft_config") and args.save_strategy != "no":
+        is_saved_whole = isinstance(inner, PreTrainedModel) and not hasattr(model, "peft_config")
+        if is_saved_whole and len(names := memory_names(inner)) > 1 and args.save_strategy != "no":
             raise ValueError(
                 f"model must have adapters of PEFT, or memories of one name, to be saved by Trainer, which saves any "
                 f"other one whole, got one with {', '.join(map(repr, names))}: use save_strategy='no', and "

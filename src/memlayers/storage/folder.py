@@ -110,6 +110,11 @@ class TableFolder:
         """What the folder takes on the disk."""
         return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir() if path.is_file())
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether rows have changed since the last checkpoint."""
+        return any(number >= self.checkpoints[-1].log for number in self._logs())
+
     # Rows.
 
     def write_fresh(self, slots: np.ndarray) -> None:
@@ -429,7 +434,7 @@ class TableFolder:
         if self._log is not None:
             self._log.close()
             self._log = None
-        if self._unlock is not None:  # the map, which stays, would hold on to it
+        if self._unlock is not None and self._process == os.getpid():  # the map, which stays, would hold on to it
             self._unlock()
         self._unlock = None
         for file in self.files.values():

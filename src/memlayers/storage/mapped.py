@@ -190,7 +190,7 @@ class MappedTable(ValueTable):
     @property
     def unchanged_since(self) -> int:
         """The number of the last checkpoint where nothing has changed since; else -1."""
-        return -1 if self._files.logged.any() else self.checkpoints[-1]
+        return -1 if self._files.is_changed else self.checkpoints[-1]
 
     def changed_slots(self) -> Tensor:
         return torch.from_numpy(np.flatnonzero(self._files.logged))
