@@ -196,7 +196,8 @@ def test_a_memory_beside_its_base_writes_text(memory_alone, tiny_corpus, tmp_pat
     page = str(tmp_path / "page.html")
     (tmp_path / "text.txt").write_text("abc def\n" * 20)
     text = str(tmp_path / "text.txt")
-    assert main(["explore", str(memory_alone), "--base", moved, "--text", text, "--output", page]) == 0
+    both = [str(memory_alone), "--compare", str(memory_alone)]
+    assert main(["explore", *both, "--base", moved, "--text", text, "--output", page]) == 0
     assert main(["doctor", str(memory_alone), "--base", moved]) == 0
 
 

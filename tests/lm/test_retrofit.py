@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from memlayers import MemoryConfig, add_memory, load_memory
-from memlayers.cli import main
+from memlayers import MemoryConfig, add_memory, doctor, load_memory
+from memlayers.cli import main, model_commands
 from memlayers.lm.build import batch_loss, build_model, logits_loss
 from memlayers.lm.config import ModelConfig, RunConfig
 from memlayers.lm.data import DataConfig, open_corpus, prepare
@@ -30,6 +30,7 @@ from memlayers.lm.retrofit import fields_of_base, places
 from memlayers.lm.run import RunFolder
 from memlayers.lm.train import Loop, train
 from memlayers.models import causal_lm, memory_layers, memory_preset
+from memlayers.models.add import trainable_base
 
 SIZES = {
     "model.context": 16, "memory.heads": 1, "memory.topk": 2, "memory.num_subkeys": 4, "memory.query_dim": 8,
@@ -138,7 +139,7 @@ def test_a_memory_is_trained_beside_a_base_that_stays_as_it_is(base, text, corpu
     assert found.loss == pytest.approx(result["validation"]["loss"], rel=1e-6)
 
 
-def test_what_takes_a_model_takes_the_run_and_its_memory(retrofitted, text, corpus, tmp_path, capsys):
+def test_what_takes_a_model_takes_the_run_and_its_memory(retrofitted, text, corpus, tmp_path, capsys, monkeypatch):
     written = []
     for folder in (retrofitted, retrofitted / "model"):
         assert main(["generate", str(folder), "--prompt", "abc", "--max_new_tokens", "5", "--temperature", "0"]) == 0
@@ -150,10 +151,13 @@ def test_what_takes_a_model_takes_the_run_and_its_memory(retrofitted, text, corp
         assert main(["eval", str(folder), "--tokens", "200", "--json", *corpus_of]) == 0
         assert [*json.loads(capsys.readouterr().out)["usage"]] == ["model.layers.1.mlp.memory"]
     assert written[0].startswith("abc")
-    main(["doctor", str(retrofitted), "--json"])
+    examined = []
+    with monkeypatch.context() as patch:
+        patch.setattr(model_commands, "doctor", lambda *a, **how: examined.append(a[0]) or doctor(*a, **how))
+        main(["doctor", str(retrofitted), "--json"])
     report = json.loads(capsys.readouterr().out)
-    frozen = [one for one in report["findings"] if one["check"] == "written"]
-    assert [one["state"] for one in frozen] == ["pass"]
+    assert [one["state"] for one in report["findings"] if one["check"] == "written"] == ["pass"]
+    assert trainable_base(examined[0]) == []
     assert (
         main(["generate", str(retrofitted), "--prompt", "a", "--memory_values", "mapped", "--max_new_tokens", "2"]) == 0
     )
@@ -200,8 +204,9 @@ def test_another_base_is_not_what_a_run_goes_on_with(base, corpus, tmp_path, mon
         train(config, tmp_path / "run", corpus=corpus, progress=False, resume=True)
 
 
-def test_the_base_is_trained_where_that_is_asked_for(base, corpus, tmp_path):
-    words = ["--corpus", str(corpus.folder), "--output", str(tmp_path / "run"), *TINY, "--train_base", "true"]
+def test_the_base_is_trained_where_that_is_asked_for(base, text, corpus, tmp_path):
+    data = ["--corpus", str(corpus.folder), "--data", text, "--data.holdout_percent", "10"]  # a corpus that is ready
+    words = [*data, "--output", str(tmp_path / "run"), *TINY, "--train_base", "true"]
     assert main(["retrofit", str(base), *words]) == 0
     found = RunFolder(tmp_path / "run").load_model()
     plain = AutoModelForCausalLM.from_pretrained(base)

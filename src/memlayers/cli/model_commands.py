@@ -28,6 +28,7 @@ from memlayers.lm.run import RunFolder
 from memlayers.lm.saved import read_again
 from memlayers.lm.tables import lines as lines_of_tables
 from memlayers.models import freeze_base
+from memlayers.models.folder import MEMORY_CONFIG_NAME, holds_memory_alone
 from memlayers.optim import MemoryAdamW
 from memlayers.parameters import count_parameters
 from memlayers.presentation import Lines, perplexity_text
@@ -70,7 +71,10 @@ def run_explore(call: Call) -> None:
     options, device = call.options, pick_device()
     folder, other = Path(options["run"]), options["compare"] and Path(options["compare"])
     saved = open_saved(folder, base=options["base"], field="run")
-    compared = open_saved(other, field="compare") if other else None
+    compared = None
+    if other:  # beside the same base, if it is a memory alone, too
+        base = options["base"] if holds_memory_alone(other / MEMORY_CONFIG_NAME) else None
+        compared = open_saved(other, base=base, field="compare")
     tokenizer, theirs = saved.tokenizer(), None if compared is None else compared.find_tokenizer()
     if theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
