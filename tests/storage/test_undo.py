@@ -99,6 +99,28 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monke
     assert kill_tables.digest(again) == expected
 
 
+def test_a_log_whose_making_was_interrupted_stops_no_later_step(tmp_path, monkeypatch):
+    layer, table, optimizer = kill_tables.build(tmp_path)
+    opened = os.open
+
+    def interrupted(path, *how):
+        descriptor = opened(path, *how)
+        if os.path.basename(path).startswith("undo-"):
+            os.close(descriptor)
+            raise KeyboardInterrupt
+        return descriptor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            kill_tables.step(layer, optimizer, 0)
+    before = kill_tables.digest(table)
+    kill_tables.step(layer, optimizer, 0)
+    assert kill_tables.digest(table) != before
+    table.restore()
+    assert kill_tables.digest(table) == before
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupted_checkpoint_leaves_the_last_one_or_the_new_one(tmp_path, monkeypatch, when):
     """Also to who goes on: what changes afterwards is put back to whichever of the two the folder names."""

@@ -199,8 +199,8 @@ class TableFolder:
     def _open_log(self) -> UndoLog:
         if self._log is None:
             row_bytes = {name: file.row_bytes for name, file in self.files.items()}
-            self._log = UndoLog(self._log_file(self._next_log), row_bytes)
-            self._next_log += 1
+            number, self._next_log = self._next_log, self._next_log + 1  # not again, if this is interrupted
+            self._log = UndoLog(self._log_file(number), row_bytes)
         return self._log
 
     def _end_log(self) -> None:
