@@ -25,7 +25,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ def main(
     scale: str = "small",
     only: str | None = None,
     number: int | None = None,
+    slots: int | None = None,
 ) -> None:
     """Prints a line a run and a table at the end.
 
@@ -123,8 +124,11 @@ def main(
         scale: tiny (two minutes), few (an hour a seed on one core) or small (a day).
         only: one of the ways to learn.
         number: of facts, in place of the scale's.
+        slots: rows that are chosen, in place of the scale's.
     """
     sizes, folder = SCALES[scale], Path(output)
+    if slots is not None:
+        sizes = replace(sizes, slots=slots)
     folder.mkdir(parents=True, exist_ok=True)
     base, old = train_base(news, corpus, folder, sizes)
     tokenizer = old.tokenizer()
