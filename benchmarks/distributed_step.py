@@ -4,14 +4,14 @@
 
 Ways to train the same layer, each in processes of its own with one thread a rank, one after the other in rounds:
 
-dense            `DistributedDataParallel` and fused Adam: the table is a plain parameter
+dense            `DistributedDataParallel`: the table is a plain parameter
 dense, in place  the same with `gradient_as_bucket_view=True`, which saves a copy of the gradients
-replicas         `MemoryAdamW`, then `DistributedDataParallel`
+replicas         `RowAdam` for the table, then `DistributedDataParallel`
 columns          `shard_tables`, then the same
 
-Printed are the median of a rank's steps over all rounds, the peak of its resident memory less that before the model was
-built, and the bytes that it receives in a step for a token of another rank: counted at the calls of
-`torch.distributed`, without what DDP reduces of itself, which it does not send by way of Python.
+Fused Adam trains all else. Printed are the median of a rank's steps over all rounds, the peak of its resident memory
+less that before the model was built, and the bytes that it receives in a step for a token of another rank: counted at
+the calls of `torch.distributed`, without what DDP reduces of itself, which it does not send by way of Python.
 """
 
 import json
@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from memlayers import MemoryConfig, MemoryLayer
 from memlayers.distributed import shard_tables
 from memlayers.hardware import hardware, peak_bytes
-from memlayers.optim import MemoryAdamW
+from memlayers.optim import RowAdam
 
 DENSE, IN_PLACE, REPLICAS, COLUMNS = "dense", "dense, in place", "replicas", "columns"
 WAYS = (DENSE, IN_PLACE, REPLICAS, COLUMNS)
@@ -75,10 +75,9 @@ def rank_main(way: str, num_subkeys: int, dim: int, tokens: int, steps: int) -> 
     layer: torch.nn.Module = MemoryLayer(MemoryConfig(dim=dim, num_subkeys=num_subkeys))
     if way == COLUMNS:
         shard_tables(layer, init_device_mesh("cpu", (dist.get_world_size(),)))
-    if way in (REPLICAS, COLUMNS):
-        optimizer: torch.optim.Optimizer = MemoryAdamW(layer, lr=1e-4, value_lr=1e-4)
-    else:
-        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-4, fused=True)
+    rows: list[torch.optim.Optimizer] = [RowAdam(layer, lr=1e-4)] if way in (REPLICAS, COLUMNS) else []
+    rest = [one for name, one in layer.named_parameters() if not (rows and name.startswith("values."))]
+    optimizers = [*rows, torch.optim.Adam(rest, lr=1e-4, fused=True)]
     model = DistributedDataParallel(layer, gradient_as_bucket_view=way == IN_PLACE)
     torch.manual_seed(1 + rank)
     seconds = []
@@ -88,9 +87,11 @@ def rank_main(way: str, num_subkeys: int, dim: int, tokens: int, steps: int) -> 
         x_TD, grad_TD = torch.randn(tokens, dim), torch.randn(tokens, dim)
         dist.barrier()
         start = time.perf_counter()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         model(x_TD).backward(grad_TD)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         seconds.append(time.perf_counter() - start)
     received = wire.received / steps / tokens / (dist.get_world_size() - 1)
     dist.destroy_process_group()
