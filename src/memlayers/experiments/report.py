@@ -110,9 +110,9 @@ def _speed_columns(baseline: str) -> list[Column]:
         ("training tokens/s", lambda model: f"{model['training']['tokens_per_s']:,.0f}"),
         ("training words/s", lambda model: f"{model['training']['words_per_s']:,.0f}"),
         ("training time (s)", lambda model: f"{model['training']['seconds']:,.0f}"),
-        ("reading words/s ²", lambda model: f"{model['speed']['prefill_words_per_s']:,.0f}"),
+        ("prefill words/s ²", lambda model: f"{model['speed']['prefill_words_per_s']:,.0f}"),
         (f"x {baseline}", lambda model: f"{model['prefill_ratio']:.2f}"),
-        ("writing tokens/s ³", lambda model: f"{model['speed']['decode_tokens_per_s']:,.0f}"),
+        ("decode tokens/s ³", lambda model: f"{model['speed']['decode_tokens_per_s']:,.0f}"),
         (f"x {baseline}", lambda model: f"{model['decode_ratio']:.2f}"),
     ]
 
