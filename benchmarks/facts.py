@@ -121,7 +121,7 @@ def main(
         news: articles, as retrofit_news.py takes them.
         corpus: a prepared corpus in their place, which is old text.
         output: where runs are kept.
-        scale: tiny (two minutes), few (an hour a seed on one core) or small (a day).
+        scale: tiny (two minutes), few (half an hour a seed on one core) or small (a day).
         only: one of the ways to learn.
         number: of facts, in place of the scale's.
         slots: rows that are chosen, in place of the scale's.

@@ -71,6 +71,7 @@ class ValueTable(nn.Module):
 
     # In exported programs, with dense gradients, in row mode.
     _operations: ClassVar[tuple[Callable[..., Tensor], ...]] = (exported.read, read, read_row_mode)
+    is_left_out = False  # from every state_dict, where its rows are in files; see `left_out`
 
     def __init__(
         self,
@@ -194,8 +195,6 @@ class ValueTable(nn.Module):
     def make_states(self, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The states that an optimizer keeps for the table: what `make` returns for a tensor like the weight."""
         return make(self.weight)
-
-    is_left_out = False  # from `state_dict`, where it is in files (`left_out`)
 
     def require_whole(self) -> None:
         """Raises `ValueError` where the weight does not hold all rows, for who saves or copies them."""
