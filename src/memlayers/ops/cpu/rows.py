@@ -29,6 +29,7 @@ from memlayers.ops.cpu.intrinsics import (
     load,
     multiply,
     next_task,
+    prefetch,
     scaled,
     store,
     this_thread,
@@ -190,21 +191,18 @@ def _slot_at(entry, j):
 def _sum_row(entry, weight, gradient, start, end, total, width):
     """total = the summed gradient of the row of entries start to end; zeros behind it, up to a whole vector."""
     whole = width // LANES * LANES
-    for v in range(0, whole, LANES):
-        store(total + v * 4, _summed(entry, weight, gradient, start, end, v))
+    for j in range(start, end, 2):
+        one, other = entry[j] & 0xFFFFFFFF, entry[min(j + 1, end - 1)] & 0xFFFFFFFF
+        weight_1, weight_2, grads_1, grads_2 = weight[one], weight[other], gradient[one], gradient[other]
+        for v in range(0, whole * 4, LANES * 4):
+            lanes = load(total + v) if j > start else fill(np.float32(0))
+            lanes = add_scaled(lanes, weight_1, load(grads_1 + v))
+            if j + 1 < end:
+                lanes = add_scaled(lanes, weight_2, load(grads_2 + v))
+            store(total + v, lanes)
     if whole < width:
         store(total + whole * 4, fill(np.float32(0)))
         _sum_tail(entry, weight, gradient, start, end, total, whole, width)
-
-
-@part
-def _summed(entry, weight, gradient, start, end, v):
-    """The 16 elements from v on of the summed gradient."""
-    lanes = fill(np.float32(0))
-    for j in range(start, end):
-        number = entry[j] & 0xFFFFFFFF
-        lanes = add_scaled(lanes, weight[number], load(gradient[number] + v * 4))
-    return lanes
 
 
 @part
@@ -245,6 +243,15 @@ def _hash(value):
     bits = np.uint32((bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B))
     bits = np.uint32((bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35))
     return np.uint32(bits ^ (bits >> np.uint32(16)))
+
+
+@part
+def _ask_for_entries(entry, weights, gradients, start, stop):
+    """Ask for the weights and the gradients' addresses of entries, which lie in the order of tokens."""
+    for j in range(start, stop):
+        number = entry[j] & 0xFFFFFFFF
+        prefetch(weights + number * 4)
+        prefetch(gradients + number * 8)
 
 
 @kernel
@@ -293,6 +300,7 @@ def _square_sum(counters, entries, weights, gradients, count, width, buffer, sum
         start, stop = task * _ENTRIES, min(count, (task + 1) * _ENTRIES)
         if start >= count:
             return
+        _ask_for_entries(entry, weights, gradients, start, stop)
         while start < stop and start > 0 and _slot_at(entry, start) == _slot_at(entry, start - 1):
             start += 1
         square = 0.0
@@ -327,6 +335,7 @@ def _step(
         start, stop = task * _ENTRIES, min(count, (task + 1) * _ENTRIES)
         if start >= count:
             return
+        _ask_for_entries(entry, weights, gradients, start, stop)
         while start < stop and start > 0 and _slot_at(entry, start) == _slot_at(entry, start - 1):
             start += 1
         while start < stop:
