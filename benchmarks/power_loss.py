@@ -38,7 +38,7 @@ class Disk:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Inside, what this process writes to the folder is recorded; writes through a map are, by `look`."""
+        """Inside, what this process writes to the folder is recorded, and with it what went through maps before."""
         originals: dict[str, Any] = {}
 
         def patch(name: str, after: Callable[..., None]) -> None:
@@ -89,9 +89,7 @@ class Disk:
     def _written(self, descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         if path.parent == self.folder and path.exists():
-            self._keep_version(path)
-            self._names.append(self._listed())
-            self._event()
+            self.look()
 
     def _flushed(self, descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))

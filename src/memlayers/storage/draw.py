@@ -11,6 +11,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from memlayers.ops import cpu
+
 _LEVELS = 2**16
 
 
@@ -30,6 +32,14 @@ def draw_rows(seed: int, slots: np.ndarray, width: int, std: float) -> np.ndarra
         rows[:] = 0
         return rows
     values = (_normal_values() * std).astype(np.float32)
+    kernels = cpu.kernels("draw")
+    (draw_reference if kernels is None else kernels.draw)(rows, np.ascontiguousarray(slots, np.int64), values, seed)
+    return rows
+
+
+def draw_reference(rows: np.ndarray, slots: np.ndarray, values: np.ndarray, seed: int) -> None:
+    """Fills float32 rows with values [65536], chosen by seed and the slot of each row."""
+    width = rows.shape[1]
     bits = np.random.Philox(key=seed)
     state = bits.state
     counter = state["state"]["counter"]
@@ -39,4 +49,3 @@ def draw_rows(seed: int, slots: np.ndarray, width: int, std: float) -> np.ndarra
         bits.state = state
         drawn = bits.random_raw(words).astype("<u8", copy=False).view("<u2")
         values.take(drawn[:width], out=row)
-    return rows

@@ -17,7 +17,6 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,9 +120,11 @@ class TableFolder:
         """Writes the fresh values of rows that have not been written. Raises `OSError` on a full disk."""
         self._require_own()
         for part in self._pieces(slots):
-            self.weight.write(part, self.as_bytes(torch.from_numpy(self._drawn(part))))
-        self.ahead.know(self.weight, slots)
-        self.written[slots] = True
+            self.ahead.keep_to_budget()  # these may be all rows of the table
+            self.weight.make_room(part)
+            self.ahead.know(self.weight, part)
+            self.weight.put(part, self.as_bytes(torch.from_numpy(self._drawn(part))))
+            self.written[part] = True
 
     def rows(self, slots: np.ndarray) -> Tensor:
         """Rows [len(slots), V] of ascending slots, copied; those that have not been written are drawn."""
@@ -156,6 +157,7 @@ class TableFolder:
         Raises `OSError`, as on a full disk; no row has changed then.
         """
         self._require_own()
+        self.ahead.wait()
         new = slots[~self.logged[slots]]
         if not len(new):
             return
@@ -166,17 +168,16 @@ class TableFolder:
         before = log.nbytes
         try:
             if len(fresh):
-                for file in self.states.values():  # so that the disk has room for them
-                    file.fill(fresh, np.zeros(file.row_bytes, np.uint8))
+                for file in self.large_states():
+                    file.make_room(fresh)
                     self.ahead.know(file, fresh)
                 log.add_fresh(fresh)
-            self.ahead.fetch(self._large_files(), old)
+            self.ahead.fetch([self.weight, *self.large_states()], old)
             for part in self._pieces(old):
                 rows = {name: file.take(part) for name, file in self.files.items()}
                 log.add_old(part, rows)
-                for name, file in self.states.items():
-                    empty = part[~rows[name].any(1)]  # a hole in the file, perhaps
-                    file.fill(empty, np.zeros(file.row_bytes, np.uint8))
+                for file in self.large_states():
+                    file.make_room(part)
             log.flush()
         except BaseException:
             log.drop_unflushed()
@@ -192,9 +193,9 @@ class TableFolder:
                 f"forked from it: train in that process"
             )
 
-    def _large_files(self) -> list[MappedRows]:
-        """Those of which pages are asked for; one number a row is read as a whole."""
-        return [file for file in self.files.values() if file.tensor.ndim > 1]
+    def large_states(self) -> list[MappedRows]:
+        """The states of which pages are asked for; one number a row is read, and has its room, as a whole."""
+        return [file for file in self.states.values() if file.tensor.ndim > 1]
 
     def _open_log(self) -> UndoLog:
         if self._log is None:
@@ -402,8 +403,10 @@ class TableFolder:
     def _open_rows(self, name: str, shape: Any, dtype: torch.dtype) -> MappedRows:
         file = MappedRows(self.folder / f"{name}.rows", tuple(shape), dtype, writable=True)
         if len(shape) == 1:  # a few bytes a row: all of it is there
-            with suppress(AttributeError):  # macOS has no such call
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.descriptor, 0, max(1, file.nbytes))
+            else:  # macOS
+                file.make_room(np.arange(shape[0]))
         return file
 
     def _lock(self) -> None:

@@ -149,13 +149,13 @@ class MappedTable(ValueTable):
         slots_U = distinct_slots(slots_TM, files.slots)
         files.ahead.keep_to_budget()
         is_written_U = files.written[slots_U]
-        files.ahead.fetch([files.weight], slots_U[is_written_U])
         is_trained = torch.is_grad_enabled() and self.weight.requires_grad
-        if is_trained and self.row_gradient is not None:
+        is_stepped = is_trained and self.row_gradient is not None
+        states = files.large_states() if is_stepped else ()
+        files.ahead.fetch([files.weight], slots_U[is_written_U], states)
+        if is_stepped:
             if files.std:
                 files.write_fresh(slots_U[~is_written_U])
-            states = [file for file in files.states.values() if file.tensor.ndim > 1]
-            files.ahead.fetch(states, slots_U[is_written_U])
             return super()._compute(slots_TM, given)
         if files.std == 0 or is_written_U.all():
             y_TV = self._operations[1](self.weight.detach(), slots_TM, given)

@@ -7,6 +7,7 @@ It keeps what was read in its page cache; what of it counts as memory of this pr
 Letters: S slots, V width.
 """
 
+import functools
 import math
 import mmap
 import os
@@ -14,14 +15,19 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from memlayers.storage.advice import POPULATE_WRITE, advise
+
 _PIECE = 2**20  # bytes that are written at a time
 _ASKED = 2**17  # bytes that are asked for at a time: systems read no more of what is advised at once
+_READY = 4096  # stretches
 _TURN = 1 / 64  # of the budget: what is read while rows count as equally old
 _KEPT = 15 / 16  # of the budget, where it was overstepped
 _NEW_FILE = os.O_RDWR | os.O_CREAT
@@ -78,11 +84,27 @@ class MappedRows:
         self.tensor: Tensor = flat.view(*shape)
         flags = "" if writable else "not "
         self._bytes = np.frombuffer(self.map, np.uint8, self.nbytes, start).reshape(shape[0], self.row_bytes)
+        self._address = self._bytes.ctypes.data - start
         assert self._bytes.flags.writeable is writable, f"a map that is {flags}writable"
 
     def take(self, slots: np.ndarray) -> np.ndarray:
         """The bytes of some rows, copied."""
         return self._bytes[slots]
+
+    def make_room(self, slots: np.ndarray) -> None:
+        """Makes some rows ready to be written to: the disk has room for them then. Raises `OSError` on a full disk."""
+        try:
+            self.make_ready(self.runs(slots))
+        except OSError:  # the system cannot, or there is no room, which a write tells
+            self.write(slots, self.take(slots))
+
+    def make_ready(self, runs: np.ndarray) -> None:
+        """Has stretches of the file in memory, with room on the disk. Raises `OSError` where the system cannot."""
+        advise(self.map, self._address, runs, POPULATE_WRITE)
+
+    def put(self, slots: np.ndarray, rows: np.ndarray) -> None:
+        """Writes some rows for which there is room, given as bytes."""
+        self._bytes[slots] = rows
 
     def write(self, slots: np.ndarray, rows: np.ndarray) -> None:
         """Writes some rows, given as bytes, through the system: a full disk is an `OSError` here.
@@ -116,28 +138,32 @@ class MappedRows:
             self.map.flush()
         os.fsync(self.descriptor)
 
-    def give_back(self, runs: Iterable[tuple[int, int]] | None = None) -> None:
+    def give_back(self, runs: np.ndarray | None = None) -> None:
         """Has pages of the file (None: all) not count as memory of this process; they stay in the system's cache."""
         if runs is None:
             self.map.madvise(mmap.MADV_DONTNEED)
-            return
-        for begin, end in runs:
-            self.map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        else:
+            advise(self.map, self._address, runs, mmap.MADV_DONTNEED)
 
-    def runs(self, slots: np.ndarray) -> list[tuple[int, int]]:
-        """The bytes of ascending slots in whole pages, first and the one behind the last, neighbours together."""
+    def runs(self, slots: np.ndarray) -> np.ndarray:
+        """The bytes [R, 2] of ascending slots in whole pages, first and one behind the last, neighbours together."""
+        if not len(slots):
+            return np.empty((0, 2), np.int64)
         page = mmap.PAGESIZE
         begin = (self.start + slots * self.row_bytes) // page * page
         end = -(-(self.start + (slots + 1) * self.row_bytes) // page) * page
         opens = np.flatnonzero(np.concatenate(([True], begin[1:] > end[:-1])))
         closes = np.concatenate((opens[1:], [len(slots)])) - 1
-        return list(zip(begin[opens].tolist(), end[closes].tolist(), strict=True))
+        return np.stack((begin[opens], end[closes]), 1)
 
-    def ask(self, runs: Iterable[tuple[int, int]]) -> None:
+    def ask(self, runs: np.ndarray) -> None:
         """Has the system begin to read stretches of the file into its cache."""
-        for begin, end in runs:
-            for place in range(begin, min(end, len(self.map)), _ASKED):
-                self.map.madvise(mmap.MADV_WILLNEED, place, min(_ASKED, end - place))
+        begin, end = runs.T
+        pieces = -(-(end - begin) // _ASKED)
+        number = np.arange(pieces.sum()) - (pieces.cumsum() - pieces).repeat(pieces)  # of each piece in its stretch
+        begin = begin.repeat(pieces) + number * _ASKED
+        end = np.minimum(begin + _ASKED, end.repeat(pieces))
+        advise(self.map, self._address, np.stack((begin, end), 1), mmap.MADV_WILLNEED)
 
     def close(self) -> None:
         """Closes the file. The tensor stays, and its pages, until nobody has it any more."""
@@ -161,17 +187,42 @@ class Ahead:
         self._asked_in: dict[MappedRows, np.ndarray] = {}  # by slot, 0 or the turn in which it was asked for last
         self._turn, self._gathered = 1, 0  # bytes since the turn began
         self._held: dict[MappedRows, int] = {}  # rows of each file that were asked for
+        self._prepared: Future[None] | None = None  # the last of what is done in the background
 
-    def fetch(self, files: Iterable[MappedRows], slots: np.ndarray) -> None:
-        """Has the rows of ascending slots of each file read; whoever uses one that is not there yet waits for it."""
+    def fetch(self, files: Iterable[MappedRows], slots: np.ndarray, states: Iterable[MappedRows] = ()) -> None:
+        """Has the rows of ascending slots of each file read; whoever uses one that is not there yet waits for it.
+
+        states: files whose rows are read afterwards, in the background. With them, the rows of all are made ready to be
+        written to.
+        """
+        asked = self._cold(files, slots)
+        for file, runs in asked:
+            file.ask(runs)
+        if later := self._cold(states, slots):
+            self._prepared = self._background.submit(_prepare, asked, later)
+
+    def wait(self) -> None:
+        """Returns once all rows that are read in the background are there."""
+        if self._prepared is not None:
+            prepared, self._prepared = self._prepared, None
+            prepared.result()
+
+    @functools.cached_property
+    def _background(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "memlayers-ahead")
+
+    def _cold(self, files: Iterable[MappedRows], slots: np.ndarray) -> list[tuple[MappedRows, np.ndarray]]:
+        """What is to be read of each file."""
+        found = []
         for file in files:
             cold = self._note(file, slots)
             self.asked += len(slots)
             self.cold += len(cold)
             if len(cold):
                 runs = file.runs(cold)
-                self.pages += sum(end - begin for begin, end in runs) // mmap.PAGESIZE
-                file.ask(runs)
+                self.pages += int(np.diff(runs).sum()) // mmap.PAGESIZE
+                found.append((file, runs))
+        return found
 
     def know(self, file: MappedRows, slots: np.ndarray) -> None:
         """Tells of rows that were just written, and so need no reading."""
@@ -219,6 +270,19 @@ class Ahead:
         self._held[file] += len(cold)
         self._gathered += len(cold) * _paged(file)
         return cold
+
+
+def _prepare(asked: list[tuple[MappedRows, np.ndarray]], later: list[tuple[MappedRows, np.ndarray]]) -> None:
+    """Makes stretches ready that were asked for, then others, each after the next has been asked for."""
+    pieces = [(file, runs[first : first + _READY]) for file, runs in later for first in range(0, len(runs), _READY)]
+    with suppress(OSError):  # whoever writes to them makes room
+        for file, runs in pieces:
+            file.ask(runs)
+            for one, its_runs in asked:
+                one.make_ready(its_runs)
+            asked = [(file, runs)]
+        for one, its_runs in asked:
+            one.make_ready(its_runs)
 
 
 def _paged(file: MappedRows) -> int:

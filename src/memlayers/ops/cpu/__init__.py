@@ -1,6 +1,7 @@
 """The kernels for a CPU, in Numba. Compiled at first use and kept on disk; without Numba the references are used.
 
 - select, search, matrix_units; read, low_bits; rows, row_rules; products, infer: the operations' kernels
+- draw: fresh rows of tables in files
 - intrinsics: what they are written with
 - compile, cache, processor: how they are compiled, kept, and for which processors
 - launch: how they run on threads
@@ -17,7 +18,7 @@ IMPORTED_IN = os.getpid()  # threads do not survive a fork: how `launch` tells a
 
 
 def kernels(operation: str) -> ModuleType | None:
-    """The module of an operation's kernels (select, search, infer, read, low_bits, rows); None: the reference runs."""
+    """The module of kernels (select, search, infer, read, low_bits, rows, draw); None: the references run."""
     return None if why_not() else importlib.import_module(f"memlayers.ops.cpu.{operation}")
 
 
