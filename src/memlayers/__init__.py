@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from memlayers.diagnosis import doctor
     from memlayers.experts import Experts
     from memlayers.explorer import SlotTrace, explore
-    from memlayers.finetuning import MemoryPatch, SlotCounts, memory_diff, select_slots
+    from memlayers.finetuning import MemoryPatch, SlotCounts, memory_diff, select_slots, slot_rates
     from memlayers.keys import FlatKeys, Hits, NormalisedKeys, ProductKeys
     from memlayers.layer import MemoryLayer
     from memlayers.memory_plus import MemoryPlus
@@ -49,6 +49,7 @@ __all__ = [
     "quantize_memory",
     "save_memory",
     "select_slots",
+    "slot_rates",
 ]
 
 
@@ -81,6 +82,7 @@ _ON_DEMAND = {
     "quantize_memory": "models",
     "save_memory": "models",
     "select_slots": "finetuning",
+    "slot_rates": "finetuning",
 }
 
 

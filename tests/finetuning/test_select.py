@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memlayers import Experts, quantize_memory
+from memlayers import Experts, quantize_memory, slot_rates
 from memlayers.finetuning import SlotCounts, select_slots
 from memlayers.optim import RowSGD
 from memlayers.values import value_tables
@@ -122,3 +122,22 @@ def test_arguments_that_do_not_go_together_are_refused(make_net, make_batches, n
     how = {name: SlotCounts(make_net(shared=True)) if value == "other" else value for name, value in how.items()}
     with pytest.raises(ValueError, match=named):
         select_slots(net, **{"counts": counts, "batch": make_batches()[0][0], **how})
+
+
+def test_the_rates_of_rows_fall_with_their_reads_in_the_background(net, counts):
+    rates = slot_rates(net, counts, floor=0.25)
+    assert list(rates) == value_tables(net)
+    for reads_S, rate_S in zip(counts.reads.values(), rates.values(), strict=True):
+        reads = reads_S.tolist()
+        mean = sum(reads) / 36
+        assert rate_S.dtype == torch.float32
+        assert rate_S.tolist() == pytest.approx([0.25 / (one / mean + 0.25) for one in reads])
+        assert max(rate_S.tolist()) == 1  # of one that is never read
+    RowSGD(net).choose_rows(rates)
+
+
+def test_rates_without_a_floor_or_counts_are_refused(net, counts):
+    with pytest.raises(ValueError, match="floor must be a finite number above 0.*got 0"):
+        slot_rates(net, counts, floor=0)
+    with pytest.raises(ValueError, match="counts must be of text that memories read"):
+        slot_rates(net, SlotCounts(net))

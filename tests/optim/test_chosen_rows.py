@@ -104,6 +104,48 @@ def test_gradients_of_other_rows_that_are_not_finite_do_no_harm():
     assert optimizer.state[table.weight]["steps"].nonzero().flatten().tolist() == [1]
 
 
+@pytest.mark.promise(
+    "Gradients by hand",
+    "a learning rate for each row of a table",
+    "supported",
+    "`choose_rows` of `RowSGD` with rates in [0, 1], as `slot_rates` returns them; Adam and Adagrad refuse them",
+)
+def test_rows_move_by_their_shares_of_the_learning_rate():
+    """Also after a resume; a row of rate 0 stays bit for bit, though its gradient is not finite."""
+    table = table_of()
+    rate_S = torch.linspace(0, 1, 24)
+    optimizer = RowSGD([table], lr=2.0)
+    optimizer.choose_rows({table: rate_S})
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.release()
+    optimizer = RowSGD([table], lr=2.0)
+    optimizer.load_state_dict(saved)
+    before = table.weight.detach().clone()
+    weights = torch.ones(24, 1)
+    weights[0] = float("nan")
+    table.row_gradient.add(torch.arange(24)[:, None], weights, torch.ones(24, 6))
+    optimizer.step()
+    torch.testing.assert_close(before - table.weight.detach(), (2 * rate_S)[:, None].expand(24, 6))
+    assert torch.equal(before[0], table.weight[0])
+    assert optimizer.chosen_rows[table].tolist() == list(range(1, 24))
+
+
+@pytest.mark.parametrize("rule", ["Adagrad", "Adagrad by row", "Adam"])
+def test_rates_are_refused_where_the_rule_would_undo_them(rule):
+    """Also those of a state that is loaded."""
+    table = table_of()
+    optimizer = RowSGD([table])
+    optimizer.choose_rows(torch.full((24,), 0.5))
+    state = copy.deepcopy(optimizer.state_dict())["state"]
+    optimizer.release()
+    optimizer = RULES[rule]([table])
+    with pytest.raises(ValueError, match="rates of rows are for RowSGD, got some for a Row"):
+        optimizer.choose_rows({table: torch.full((24,), 0.5)})
+    with pytest.raises(ValueError, match="rates of rows are for RowSGD"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    assert optimizer.chosen_rows is None
+
+
 def test_a_gradient_that_was_set_on_the_table_moves_chosen_rows_only():
     table = table_of()
     optimizer = RowSGD([table], lr=1.0)
@@ -170,7 +212,9 @@ def test_a_loaded_state_without_a_choice_leaves_the_one_that_was_made():
     [
         ([24], r"rows must be in \[0, 24\), got 24 to 24"),
         ([-1, 3], r"rows must be in \[0, 24\), got -1 to 3"),
-        ([0.5], "whole numbers, got torch.float32"),
+        ([0.5], "whole numbers, or rates .24., got torch.float32 of .1."),
+        (torch.full((24,), 1.5), r"rates in \[0, 1\]"),
+        (torch.full((24,), float("nan")), r"rates in \[0, 1\]"),
         (torch.ones(23, dtype=torch.bool), r"mask of shape \[24\], got one of \[23\]"),
         ({}, "must name each of the 1 tables, if with no slot, got none for 1"),
         ({"values": [1]}, "by value table, got an entry for a str"),

@@ -1,4 +1,4 @@
-"""select_slots: the slots that new text reads and old text does not.
+"""select_slots: the slots that new text reads and old text does not. slot_rates: how far each row may move.
 
 Letters: S slots, R slots that are chosen.
 """
@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from memlayers.checks import require_choice, require_int
+from memlayers.checks import require_choice, require_int, require_number
 from memlayers.finetuning.counts import SlotCounts
 from memlayers.finetuning.names import layers_by_table
+from memlayers.layer import MemoryLayer
 from memlayers.values import ValueTable, value_tables
 
 Method = Literal["tfidf", "kl", "all"]
@@ -58,23 +59,64 @@ def select_slots(
     new = batch if isinstance(batch, SlotCounts) else _counted(model, batch)
     own = layers_by_table(model)
     for what, given in (("counts", counts), ("batch", new)):
-        if given is not None and {name: len(one) for name, one in given.reads.items()} != {
-            name: layers[0].config.slots for name, layers in own.items()
-        }:
-            raise ValueError(f"{what} must count the slots of {', '.join(own)}, got those of {', '.join(given.reads)}")
-        if given is not None and not given.batches:
-            raise ValueError(f"{what} must be of text that memories read, got {what} of which no slot was read")
-    rows: dict[ValueTable, Tensor] = {}
-    for name, layers in own.items():
-        reads_S = new.reads[name]
-        if counts is None or method == "all":
-            chosen = reads_S.nonzero().squeeze(1)
-        else:
-            chosen = best(scores(method, reads_S, counts, name), reads_S, slots or 0)
-        for table in (table for layer in layers for table in value_tables(layer)):
-            if table.shape[0] == len(reads_S):
-                rows[table] = chosen
-    return rows
+        if given is not None:
+            _require_counts_of(own, what, given)
+    chosen = {
+        name: reads_S.nonzero().squeeze(1)
+        if counts is None or method == "all"
+        else best(scores(method, reads_S, counts, name), reads_S, slots or 0)
+        for name, reads_S in new.reads.items()
+    }
+    return _by_table(own, chosen)
+
+
+def slot_rates(model: nn.Module, counts: SlotCounts, *, floor: float = 0.1) -> dict[ValueTable, Tensor]:
+    """How far each row of each table may move, by how rarely old text reads it, for `choose_rows` of `RowSGD`.
+
+    With f(i) the reads of slot i in the background over the mean of all slots, the rate is floor / (f(i) + floor): 1
+    for a slot that is never read, 1/2 for one that is read `floor` times as often as the mean, small for one that is
+    read often. Of all changes d(i) of rows that change the output at the new text alike, where row i is read with
+    weight w(i), those with the least sum of f(i) d(i)^2, about what they do to the background, are proportional to
+    w(i) / f(i): a step of plain gradient descent by these rates. A choice of some slots is the coarse form of it.
+
+    Args:
+        model: with memories; a memory alone. It is not called.
+        counts: of the background.
+        floor: above 0; the less, the more the rarest rows alone move.
+
+    Returns:
+        By table, the rate of each slot [S] in float32, in (0, 1]; multiplied with ``lr`` by the optimizer.
+
+    Raises:
+        ValueError: a floor that is not above 0; counts of other tables, or of nothing.
+    """
+    require_number("floor", floor, above=0.0)
+    own = layers_by_table(model)
+    _require_counts_of(own, "counts", counts)
+    mean = {name: max(float(reads_S.double().mean()), 1e-300) for name, reads_S in counts.reads.items()}
+    return _by_table(
+        own, {name: (floor / (one.double() / mean[name] + floor)).float() for name, one in counts.reads.items()}
+    )
+
+
+def _require_counts_of(own: Mapping[str, list[MemoryLayer]], what: str, given: SlotCounts) -> None:
+    """Raises `ValueError` for counts of other tables, or of nothing."""
+    sizes = {name: layers[0].config.slots for name, layers in own.items()}
+    if {name: len(one) for name, one in given.reads.items()} != sizes:
+        raise ValueError(f"{what} must count the slots of {', '.join(own)}, got those of {', '.join(given.reads)}")
+    if not given.batches:
+        raise ValueError(f"{what} must be of text that memories read, got {what} of which no slot was read")
+
+
+def _by_table(own: Mapping[str, list[MemoryLayer]], found: Mapping[str, Tensor]) -> dict[ValueTable, Tensor]:
+    """What was found by name, by table; those of `Experts` have two with the same slots."""
+    return {
+        table: found[name]
+        for name, layers in own.items()
+        for layer in layers
+        for table in value_tables(layer)
+        if table.shape[0] == layers[0].config.slots
+    }
 
 
 def require_method(method: str, slots: int | None, counts: SlotCounts | None) -> None:
@@ -101,9 +143,10 @@ def scores(method: Method, reads_S: Tensor, counts: SlotCounts, name: str) -> Te
 
 def best(score_S: Tensor, reads_S: Tensor, slots: int) -> Tensor:
     """Of the slots that are read, those with the best scores; ascending."""
-    order = torch.argsort(reads_S, descending=True, stable=True)
-    order = order[torch.argsort(score_S[order], descending=True, stable=True)]
-    return order[reads_S[order] > 0][:slots].sort().values
+    order_R = reads_S.nonzero().squeeze(1)  # few of a large table, so that a choice at each step costs little
+    for key_S in (reads_S, score_S):
+        order_R = order_R[torch.argsort(key_S[order_R], descending=True, stable=True)]
+    return order_R[:slots].sort().values
 
 
 @torch.no_grad()

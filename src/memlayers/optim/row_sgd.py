@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class RowSGD(RowOptimizer):
     """row -= lr * gradient for the rows that were read; arguments and errors are those of `RowOptimizer`."""
 
+    _takes_rates = True
+
     def __init__(
         self,
         tables: nn.Module | Iterable[ValueTable],

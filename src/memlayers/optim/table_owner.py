@@ -25,6 +25,7 @@ class TableOwner(torch.optim.Optimizer, ABC):
     """
 
     _is_built = False
+    _takes_rates = False  # of rows: whether a gradient that is scaled scales the step, as it does without states
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -91,17 +92,28 @@ class TableOwner(torch.optim.Optimizer, ABC):
 
         Args:
             rows: slots [R], or a mask [S] of bool, by table, as `memlayers.select_slots` returns them; those of frozen
-                tables are ignored. For an optimizer of one table also its slots alone. None: all rows again.
+                tables are ignored. For an optimizer of one table also its slots alone. For `RowSGD` also rates [S] of
+                floats in [0, 1], as `memlayers.slot_rates` returns them: each row moves by its share of the learning
+                rate. None: all rows again.
 
         Raises:
-            ValueError: slots that a table has not; a table of this optimizer without an entry; one of another. The
-                choice stays as it was.
+            ValueError: slots that a table has not; a table of this optimizer without an entry; one of another; rates
+                for another rule, which would undo them. The choice stays as it was.
         """
         if not self.tables:
             raise ValueError("rows can be chosen where this optimizer trains value tables, and it trains none")
         masks = {} if rows is None else masks_of(rows, self.tables)
+        for mask_S in masks.values():
+            self._require_known(mask_S)
         self._chosen.clear()
         self._chosen.update({table.weight: mask_S for table, mask_S in masks.items()})
+
+    def _require_known(self, mask_S: Tensor) -> None:
+        if mask_S.is_floating_point() and not self._takes_rates:
+            raise ValueError(
+                f"rates of rows are for RowSGD, got some for a {type(self).__name__}, which divides gradients by their "
+                "own size and so undoes them: choose slots (select_slots)"
+            )
 
     @property
     def chosen_rows(self) -> dict[ValueTable, Tensor] | None:
@@ -160,6 +172,8 @@ class TableOwner(torch.optim.Optimizer, ABC):
             if number in state_dict["state"]
         }
         for weight, saved in saved_states.items():
+            if CHOSEN in saved:
+                self._require_known(saved[CHOSEN])
             if ("in_files" in saved) is not (weight in in_files):
                 raise ValueError(_IN_FILES if "in_files" in saved else _IN_MEMORY)
         super().load_state_dict(state_dict)
