@@ -53,45 +53,32 @@ __all__ = [
 ]
 
 
-# Where each name comes from once it is asked for: torch takes seconds to import, and some need transformers.
-_ON_DEMAND = {
-    "Experts": "experts",
-    "FlatKeys": "keys",
-    "Hits": "keys",
-    "HostMemory": "storage",
-    "MappedFile": "storage",
-    "MemoryConfig": "config",
-    "MemoryLayer": "layer",
-    "MemoryPatch": "finetuning",
-    "MemoryPlus": "memory_plus",
-    "NormalisedKeys": "keys",
-    "ProductKeys": "keys",
-    "RowAdagrad": "optim",
-    "RowAdam": "optim",
-    "RowSGD": "optim",
-    "SlotCounts": "finetuning",
-    "SlotTrace": "explorer",
-    "UsageMeter": "usage",
-    "ValueTable": "values",
-    "add_memory": "models",
-    "disable_memory": "models",
-    "doctor": "diagnosis",
-    "explore": "explorer",
-    "load_memory": "models",
-    "memory_diff": "finetuning",
-    "quantize_memory": "models",
-    "save_memory": "models",
-    "select_slots": "finetuning",
-    "slot_rates": "finetuning",
+# The names of each module, which is imported when one of them is asked for: torch takes seconds, and some need
+# transformers.
+_NAMES = {
+    "experts": "Experts",
+    "keys": "FlatKeys Hits NormalisedKeys ProductKeys",
+    "storage": "HostMemory MappedFile",
+    "config": "MemoryConfig",
+    "layer": "MemoryLayer",
+    "finetuning": "MemoryPatch SlotCounts memory_diff select_slots slot_rates",
+    "memory_plus": "MemoryPlus",
+    "optim": "RowAdagrad RowAdam RowSGD",
+    "explorer": "SlotTrace explore",
+    "usage": "UsageMeter",
+    "values": "ValueTable",
+    "models": "add_memory disable_memory load_memory quantize_memory save_memory",
+    "diagnosis": "doctor",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_DEMAND:
+    if name not in _HOMES:
         if not name.startswith("_") and importlib.util.find_spec(f"memlayers.{name}"):  # as in memlayers.optim.RowAdam
             return importlib.import_module(f"memlayers.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(f"memlayers.{_ON_DEMAND[name]}"), name)
+    found = globals()[name] = getattr(importlib.import_module(f"memlayers.{_HOMES[name]}"), name)
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from memlayers.after_import import after_import
 from memlayers.checks import plain_number, require_int, require_number
 from memlayers.ops import exported
 from memlayers.ops.read import read, read_row_mode
@@ -249,19 +250,22 @@ class ValueTable(nn.Module):
         self.settle_mark()
 
 
+def computed_eagerly(kind: type[_Kind]) -> type[_Kind]:
+    """Leaves the operation of a class of tables out of compiled graphs: which rows it needs is known when it runs."""
+    table: Any = kind
+
+    def leave_out(_: object) -> None:
+        table._compute = torch.compiler.disable(table._compute)
+
+    after_import("torch._dynamo", leave_out)  # which takes seconds
+    return kind
+
+
 class TablePlace(ABC):
     """Where a table's rows are: what a `MemoryLayer` and `add_memory` take as ``values`` in place of a table."""
 
     @abstractmethod
-    def make_table(
-        self,
-        slots: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        std: float | None = None,
-    ) -> ValueTable:
+    def make_table(self, slots: int, dim: int, **options: Any) -> ValueTable:
         """The table there, with the arguments of `ValueTable`: a new one, or the one that is there already."""
 
     @abstractmethod

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
-from memlayers.after_import import after_import
 from memlayers.distributed.agreement import Ranks, is_alone, own_part
 from memlayers.distributed.exchange import Held, as_bytes, cut, in_order, index_dtype
 from memlayers.distributed.wrapping import keep_out_of_ddp
 from memlayers.ops.read import dot, read
 from memlayers.ops.row_gradient import RowGradient, record_
 from memlayers.torch_private import is_exporting
-from memlayers.values import ValueTable, value_tables
+from memlayers.values import ValueTable, computed_eagerly, value_tables
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
@@ -165,8 +164,12 @@ def _columns(columns_SC: Tensor, shape: torch.Size, mesh: "DeviceMesh") -> Tenso
     return DTensor.from_local(columns_SC, mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1))
 
 
+@computed_eagerly
 class ColumnTable(ValueTable):
-    """A value table in columns; `shard_tables` makes it of a `ValueTable`."""
+    """A value table in columns; `shard_tables` makes it of a `ValueTable`.
+
+    What each call sends depends on how many tokens the other ranks have, which no graph can know.
+    """
 
     weight: Any
 
@@ -244,14 +247,6 @@ class ColumnTable(ValueTable):
         if name in state_dict:
             state_dict = {**state_dict, name: columns_of(state_dict[name], self.weight)}
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _leave_out_of_graphs(_: object) -> None:
-    # What each call sends depends on how many tokens the other ranks have, which no graph can know.
-    ColumnTable._compute = torch.compiler.disable(ColumnTable._compute)  # type: ignore[method-assign]
-
-
-after_import("torch._dynamo", _leave_out_of_graphs)  # which takes seconds
 
 
 class _Read(torch.autograd.Function):

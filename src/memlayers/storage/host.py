@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from memlayers.after_import import after_import
 from memlayers.ops.read import dot, read, sum_rows
 from memlayers.ops.row_gradient import record_
 from memlayers.torch_private import is_exporting
-from memlayers.values import TablePlace, ValueTable
+from memlayers.values import TablePlace, ValueTable, computed_eagerly
 
 _PIECE = 2**25  # bytes of rows that are copied at a time
 
@@ -27,16 +26,8 @@ class HostMemory(TablePlace):
     `HostTable` says what goes where.
     """
 
-    def make_table(
-        self,
-        slots: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        std: float | None = None,
-    ) -> "HostTable":
-        return HostTable(slots, dim, device=device, dtype=dtype, std=std)
+    def make_table(self, slots: int, dim: int, **options: Any) -> "HostTable":
+        return HostTable(slots, dim, **options)
 
     def below(self, name: str) -> "HostMemory":
         return self
@@ -45,6 +36,7 @@ class HostMemory(TablePlace):
         return "HostMemory()"
 
 
+@computed_eagerly
 class HostTable(ValueTable):
     """A `ValueTable` that stays in the memory of the host, wherever the model goes.
 
@@ -172,11 +164,3 @@ class _Read(torch.autograd.Function):
             else:
                 grad_SV = sum_rows(*factors, ctx.num_slots).to(rows_UV.dtype)
         return grad_TM, grad_SV, torch.zeros(1, dtype=rows_UV.dtype) if of_mark else None, None, None
-
-
-def _leave_out_of_graphs(_: object) -> None:
-    # Which rows are copied is known when a graph runs, not when it is compiled.
-    HostTable._compute = torch.compiler.disable(HostTable._compute)  # type: ignore[method-assign]
-
-
-after_import("torch._dynamo", _leave_out_of_graphs)  # which takes seconds

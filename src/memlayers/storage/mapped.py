@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memlayers.after_import import after_import
 from memlayers.available import available_memory
 from memlayers.checks import require_int
 from memlayers.ops.row_sum import Part
 from memlayers.storage.folder import TableFolder
 from memlayers.storage.rows import require_mapping
 from memlayers.torch_private import is_exporting
-from memlayers.values import TablePlace, ValueTable
+from memlayers.values import TablePlace, ValueTable, computed_eagerly
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _GATHERED = 2**22  # elements of rows that are copied at a time, where some of them have not been written
@@ -51,17 +50,9 @@ class MappedFile(TablePlace):
         self.folder = Path(folder)
         self.budget_bytes = budget_bytes
 
-    def make_table(
-        self,
-        slots: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        std: float | None = None,
-    ) -> "MappedTable":
+    def make_table(self, slots: int, dim: int, **options: Any) -> "MappedTable":
         budget = available_memory("cpu") // 4 if self.budget_bytes is None else self.budget_bytes
-        return MappedTable(self.folder, slots, dim, device=device, dtype=dtype, std=std, budget_bytes=budget)
+        return MappedTable(self.folder, slots, dim, **options, budget_bytes=budget)
 
     def below(self, name: str) -> "MappedFile":
         return MappedFile(self.folder / name, budget_bytes=self.budget_bytes)
@@ -70,6 +61,7 @@ class MappedFile(TablePlace):
         return f"MappedFile({str(self.folder)!r})"
 
 
+@computed_eagerly
 class MappedTable(ValueTable):
     """A `ValueTable` whose rows and optimizer's states are in files, read and trained in place by the same kernels.
 
@@ -342,11 +334,3 @@ def distinct_slots(slots: Tensor, num_slots: int) -> np.ndarray:
     if len(distinct) and not 0 <= distinct[0] <= distinct[-1] < num_slots:
         raise IndexError(f"slots must be in [0, {num_slots}), got {distinct[0]} to {distinct[-1]}")
     return distinct.astype(np.int64, copy=False)
-
-
-def _leave_out_of_graphs(_: object) -> None:
-    # Which rows are read is known when a graph runs, not when it is compiled.
-    MappedTable._compute = torch.compiler.disable(MappedTable._compute)  # type: ignore[method-assign]
-
-
-after_import("torch._dynamo", _leave_out_of_graphs)  # which takes seconds

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from memlayers.after_import import after_import
 from memlayers.ops.low_bits import code_bytes, read_low_bits
 from memlayers.ops.read import read
 from memlayers.storage.mapped import distinct_slots
 from memlayers.storage.rows import Ahead, MappedRows, require_mapping
 from memlayers.torch_private import is_exporting
-from memlayers.values import Companion, ValueTable
+from memlayers.values import Companion, ValueTable, computed_eagerly
 
 BUDGET_BYTES = 2**28  # of pages that count as memory of the process
 _REMEDY = 'load it into memory (values="memory")'
@@ -33,6 +32,7 @@ class Place(NamedTuple):
         return Place(self.file.absolute(), self.start)
 
 
+@computed_eagerly
 class SavedTable(ValueTable):
     """A value table in a file of safetensors, mapped read-only: no copy of it is made, and nobody trains it.
 
@@ -127,6 +127,12 @@ class SavedTable(ValueTable):
     def own(self, owner: object) -> NoReturn:
         raise ValueError(self.untrainable)
 
+    def require_whole(self) -> None:
+        raise ValueError(
+            f"model must have its tables in memory to be saved, got one of {self.extra_repr()}: copy that folder, or "
+            f"{_REMEDY}"
+        )
+
     def settle_mark(self) -> None:
         """Does nothing: the companion stays where the table is."""
 
@@ -167,11 +173,3 @@ class SavedTable(ValueTable):
         if name == "weight":
             raise AttributeError(f"a value table that is mapped has no weight that could be written to: {_REMEDY}")
         return super().__getattr__(name)
-
-
-def _leave_out_of_graphs(_: object) -> None:
-    # Which rows are read is known when a graph runs, not when it is compiled.
-    SavedTable._compute = torch.compiler.disable(SavedTable._compute)  # type: ignore[method-assign]
-
-
-after_import("torch._dynamo", _leave_out_of_graphs)  # which takes seconds
