@@ -233,9 +233,9 @@ def test_what_cannot_be_frozen_is_refused():
     with pytest.raises(ValueError, match="memory must be in row mode to freeze slots"):
         freeze_slots(layer, [1])
     optimizer = RowSGD(layer)
-    for slots, says in (([256], "slots must be from 0 to 255, got 256 to 256"), ([-1, 3], "from 0 to 255, got -1 to 3"),
-                        ([0.5], r"slots must be numbers, or a mask of bool of shape \[256\], got torch.float32 \[1\]"),
-                        ([True], r"got torch.bool \[1\]")):  # fmt: skip
+    for slots, says in (([256], r"slots must be in \[0, 256\), got 256 to 256"), ([-1, 3], "got -1 to 3"),
+                        ([0.5], r"slots must be .* or a mask of bool of shape \[256\], got torch.float32 of \[1\]"),
+                        ([True], r"got torch.bool of \[1\]")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             freeze_slots(layer.values, slots)
     with pytest.raises(ValueError, match="memory must be a MemoryLayer or a ValueTable, got a Linear"):

@@ -212,10 +212,10 @@ def test_a_loaded_state_without_a_choice_leaves_the_one_that_was_made():
     [
         ([24], r"rows must be in \[0, 24\), got 24 to 24"),
         ([-1, 3], r"rows must be in \[0, 24\), got -1 to 3"),
-        ([0.5], "whole numbers, or rates .24., got torch.float32 of .1."),
+        ([0.5], r"whole numbers, or a mask .*, or rates \[24\], got torch.float32 of \[1\]"),
         (torch.full((24,), 1.5), r"rates in \[0, 1\]"),
         (torch.full((24,), float("nan")), r"rates in \[0, 1\]"),
-        (torch.ones(23, dtype=torch.bool), r"mask of shape \[24\], got one of \[23\]"),
+        (torch.ones(23, dtype=torch.bool), r"mask of bool of shape \[24\].* got torch.bool of \[23\]"),
         ({}, "must name each of the 1 tables, if with no slot, got none for 1"),
         ({"values": [1]}, "by value table, got an entry for a str"),
         ({ValueTable(24, 6): [1]}, "tables that this optimizer trains, got some of another"),

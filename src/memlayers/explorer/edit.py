@@ -18,6 +18,7 @@ from memlayers.experts import ExpertTable, InputTable
 from memlayers.keys import FlatKeys, NormalisedKeys, ProductKeys
 from memlayers.layer import MemoryLayer
 from memlayers.ops.row_gradient import RowHookArgument
+from memlayers.optim.chosen_rows import slot_mask
 from memlayers.usage import UsageMeter
 from memlayers.values import ValueTable, value_tables
 
@@ -52,7 +53,7 @@ def freeze_slots(memory: MemoryLayer | ValueTable, slots: Tensor | Sequence[int]
         raise ValueError(f"memory must be a MemoryLayer or a ValueTable, got a {type(memory).__name__}")
     if table.untrainable:
         raise ValueError(table.untrainable)
-    keep_S = ~_mask(slots, len(table.weight), table.weight.device)
+    keep_S = ~slot_mask("slots", slots, len(table.weight), table.weight.device)
     stack = ExitStack()
     for one in value_tables(table):
         if one.row_gradient is None or has_lost_owner(one):
@@ -66,20 +67,6 @@ def freeze_slots(memory: MemoryLayer | ValueTable, slots: Tensor | Sequence[int]
 
 def _keep(keep_S: Tensor, gradient: RowHookArgument) -> None:
     gradient.keep(keep_S)
-
-
-def _mask(slots: Tensor | Sequence[int], size: int, device: torch.device) -> Tensor:
-    given = torch.as_tensor(slots, device=device)
-    if given.dtype == torch.bool and given.shape == (size,):
-        return given
-    given = given.long() if given.numel() == 0 else given
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or given.ndim != 1:
-        raise ValueError(
-            f"slots must be numbers, or a mask of bool of shape [{size}], got {given.dtype} {[*given.shape]}"
-        )
-    if given.numel() and not (int(given.min()) >= 0 and int(given.max()) < size):
-        raise ValueError(f"slots must be from 0 to {size - 1}, got {int(given.min())} to {int(given.max())}")
-    return torch.zeros(size, dtype=torch.bool, device=device).index_fill_(0, given.long(), True)
 
 
 @torch.no_grad()

@@ -39,29 +39,40 @@ def masks_of(
             f"rows must name each of the {len(tables)} tables, if with no slot, got none for {len(missing)} of them: "
             f"{missing[0]}"
         )
-    return {table: _mask(rows[table], table.weight) for table in tables}
+    return {table: _choice(rows[table], table.weight) for table in tables}
 
 
-def _mask(rows: Tensor | Sequence[int], weight_SV: Tensor) -> Tensor:
+def _choice(given: Tensor | Sequence[int], weight_SV: Tensor) -> Tensor:
+    """The mask [S] of slots, or of a mask; or the rates [S]."""
     num_slots, device = len(weight_SV), weight_SV.device
-    given = torch.as_tensor(rows, device=device)
-    if given.dtype == torch.bool:
-        if given.shape != (num_slots,):
-            raise ValueError(f"rows must be slots, or a mask of shape [{num_slots}], got one of {[*given.shape]}")
-        return given.clone()
-    if given.is_floating_point() and given.shape == (num_slots,):
-        if not bool(((given >= 0) & (given <= 1)).all()):
-            raise ValueError("rows must have rates in [0, 1], got some that are not")
-        return given.float().clone()
-    if given.ndim != 1 or (given.numel() and (given.is_floating_point() or given.is_complex())):
+    rates = torch.as_tensor(given, device=device)
+    if not (rates.is_floating_point() and rates.shape == (num_slots,)):
+        return slot_mask("rows", given, num_slots, device, others=f", or rates [{num_slots}]")
+    if not bool(((rates >= 0) & (rates <= 1)).all()):
+        raise ValueError("rows must have rates in [0, 1], got some that are not")
+    return rates.float().clone()
+
+
+def slot_mask(
+    name: str, given: Tensor | Sequence[int], num_slots: int, device: torch.device, *, others: str = ""
+) -> Tensor:
+    """The mask [S] of slots, or of a mask. Raises `ValueError` naming the setting for what is neither.
+
+    `others`: what the setting may be beside them, for the error.
+    """
+    slots = torch.as_tensor(given, device=device)
+    if slots.dtype == torch.bool and slots.shape == (num_slots,):
+        return slots.clone()
+    is_whole = slots.numel() == 0 or not (slots.is_floating_point() or slots.is_complex())
+    if slots.ndim != 1 or slots.dtype == torch.bool or not is_whole:
         raise ValueError(
-            f"rows must be a list of slots [R], whole numbers, or rates [{num_slots}], got {given.dtype} of "
-            f"{[*given.shape]}"
+            f"{name} must be a list of slots, whole numbers, or a mask of bool of shape [{num_slots}]{others}, got "
+            f"{slots.dtype} of {[*slots.shape]}"
         )
-    given = given.long()
-    if given.numel() and (int(given.min()) < 0 or int(given.max()) >= num_slots):
-        raise ValueError(f"rows must be in [0, {num_slots}), got {int(given.min())} to {int(given.max())}")
-    return torch.zeros(num_slots, dtype=torch.bool, device=device).index_fill_(0, given, True)
+    slots = slots.long()
+    if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= num_slots):
+        raise ValueError(f"{name} must be in [0, {num_slots}), got {int(slots.min())} to {int(slots.max())}")
+    return torch.zeros(num_slots, dtype=torch.bool, device=device).index_fill_(0, slots, True)
 
 
 def only(parts: Iterable[Part], mask_S: Tensor) -> list[Part]:

@@ -50,8 +50,7 @@ class RowAdagrad(RowOptimizer):
             schedule_values=schedule_values,
             rounding=rounding,
             process_group=process_group,
-            eps=eps,
-            per_row=per_row,
+            settings={"eps": eps, "per_row": per_row},
         )
 
     def new_state(self, weight_SV, group):
