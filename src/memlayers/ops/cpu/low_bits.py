@@ -37,13 +37,9 @@ from memlayers.ops.cpu.intrinsics import (
     prefetch,
     store,
 )
-from memlayers.ops.cpu.launch import launch, threads_for
-from memlayers.ops.cpu.read import are_slots
+from memlayers.ops.cpu.read import are_slots, launch_tokens
 from memlayers.ops.low_bits import code_bytes
 
-_TOKENS = 4  # tokens of a task
-_MANY = 64  # tokens from which on a task takes whole rows
-_COLUMNS = 256  # columns of a task otherwise
 _ROWS = 16  # rows read side by side
 _STEP = 4 * LANES  # bytes from one vector of outputs to the next
 # What makes an integer of four bits of those of number 0 to 3.
@@ -82,30 +78,9 @@ def whole_width(codes_SR: Tensor, bits: int) -> int:
 def _launch(
     function, codes_SR: Tensor, scales_S: Tensor, slots_TK: Tensor, weights_TK: Tensor, outputs_TW: Tensor, bits: int
 ) -> None:
-    slots_TK = slots_TK.long().contiguous()
-    num_tokens, topk = slots_TK.shape
-    width = outputs_TW.shape[1]
-    tokens, columns = (_TOKENS, width) if num_tokens >= _MANY else (1, _COLUMNS)
-    error = launch(
-        function,
-        threads_for((num_tokens + tokens - 1) // tokens * ((width + columns - 1) // columns)),
-        table=codes_SR,
-        scales=scales_S,
-        slots=slots_TK,
-        weights=weights_TK,
-        scaled=torch.empty(num_tokens, topk, dtype=torch.float32),
-        outputs=outputs_TW,
-        num_tokens=num_tokens,
-        topk=topk,
-        num_slots=len(codes_SR),
-        width=width,
-        row_bytes=codes_SR.shape[1],
-        bits=bits,
-        tokens=tokens,
-        columns=columns,
-    )
-    if error:
-        raise IndexError(f"slots must be in [0, {len(codes_SR)}), got {int(slots_TK.min())} to {int(slots_TK.max())}")
+    scaled_TK = torch.empty(slots_TK.shape, dtype=torch.float32)
+    row = {"row_bytes": codes_SR.shape[1], "bits": bits}
+    launch_tokens(function, codes_SR, slots_TK, weights_TK, outputs_TW, scales=scales_S, scaled=scaled_TK, **row)
 
 
 @part

@@ -50,7 +50,7 @@ def read(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
     if not _takes(table_SV):
         return NotImplemented
     y_TV = torch.empty(slots_TK.shape[0], table_SV.shape[1], dtype=torch.float32)
-    _launch(_read, table_SV, slots_TK, weights_TK.float().contiguous(), y_TV)
+    launch_tokens(_read, table_SV, slots_TK, weights_TK.float().contiguous(), y_TV, kind=KINDS[table_SV.dtype])
     return y_TV
 
 
@@ -59,7 +59,7 @@ def dot(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Tensor:
     if not _takes(table_SV):
         return NotImplemented
     d_TK = torch.empty(slots_TK.shape, dtype=torch.float32)
-    _launch(_dot, table_SV, slots_TK, d_TK, outputs_TV.float().contiguous())
+    launch_tokens(_dot, table_SV, slots_TK, d_TK, outputs_TV.float().contiguous(), kind=KINDS[table_SV.dtype])
     return d_TK
 
 
@@ -67,10 +67,13 @@ def _takes(table_SV: Tensor) -> bool:
     return table_SV.dtype in KINDS and table_SV.is_contiguous() and table_SV.numel() > 0
 
 
-def _launch(function, table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor) -> None:
+def launch_tokens(
+    function, table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, **more: Tensor | int
+) -> None:
+    """Runs a kernel whose tasks are tokens, or some columns of one. Raises `IndexError` for what is no slot."""
     slots_TK = slots_TK.long().contiguous()
     num_tokens, topk = slots_TK.shape
-    num_slots, width = table_SV.shape
+    num_slots, width = len(table_SV), outputs_TV.shape[1]
     # A few tokens are shared out by columns, and many by tokens.
     tokens, columns = (_TOKENS, width) if num_tokens >= _MANY else (1, _COLUMNS)
     error = launch(
@@ -84,9 +87,9 @@ def _launch(function, table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor, ou
         topk=topk,
         num_slots=num_slots,
         width=width,
-        kind=KINDS[table_SV.dtype],
         tokens=tokens,
         columns=columns,
+        **more,
     )
     if error:
         raise IndexError(f"slots must be in [0, {num_slots}), got {int(slots_TK.min())} to {int(slots_TK.max())}")
