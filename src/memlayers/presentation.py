@@ -1,5 +1,6 @@
 """How results are shown to people: tables, numbers as text, and what plots have in common."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,16 @@ def perplexity_text(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2e}" if value >= 1e6 else f"{value:,.1f}"
+
+
+def duration_text(seconds: float) -> str:
+    """12 s, 3 min 20 s, 5 h 07 min."""
+    whole = math.ceil(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02} min"
 
 
 def save_figure(figure: "Figure", file: Path) -> None:

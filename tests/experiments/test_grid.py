@@ -9,7 +9,7 @@ import pytest
 
 import memlayers.experiments.grid as module
 from memlayers.checks import CommandFailed
-from memlayers.experiments.grid import duration, run_grid
+from memlayers.experiments.grid import run_grid
 from memlayers.experiments.records import GridFolder, Identity
 from memlayers.experiments.scales import changed
 from memlayers.signals import Stopped, on_ending_signal, stop
@@ -102,8 +102,3 @@ def test_a_run_ends_with_a_checkpoint_when_its_parent_is_gone(comparison, corpus
     (checkpoint,) = (tmp_path / "run" / "run" / "checkpoints").iterdir()
     assert int(checkpoint.name.removeprefix("step-")) == module.steps_made(tmp_path / "run")
     assert not os.path.exists(tmp_path / "k.json")
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(12, "12 s"), (300, "5 min"), (7620, "2 h 07 min")])
-def test_durations_are_for_people(seconds, text):
-    assert duration(seconds) == text

@@ -7,7 +7,7 @@ import torch
 
 from memlayers.lm.build import batch_loss, build_model
 from memlayers.lm.data.windows import Windows
-from memlayers.lm.dry_run import _duration, dry_run
+from memlayers.lm.dry_run import dry_run
 from memlayers.lm.footprint import footprint
 
 
@@ -106,8 +106,3 @@ def test_a_corpus_shorter_than_a_window_is_refused(tiny_config, tiny_corpus):
     )
     with pytest.raises(ValueError, match=f"{tokens} tokens"):
         dry_run(long, corpus=tiny_corpus, say=quiet)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (200, "3 min 20 s"), (18_420, "5 h 07 min")])
-def test_durations_are_written_for_people(seconds, text):
-    assert _duration(seconds) == text

@@ -19,6 +19,7 @@ from memlayers.experiments.records import GridFolder
 from memlayers.experiments.work import run_work
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus
+from memlayers.presentation import duration_text
 from memlayers.signals import obey_missed
 
 COMMAND = [sys.executable, "-m", "memlayers.experiments.worker"]
@@ -203,13 +204,5 @@ class _Progress:
         tokens = sum(self._steps[key] * config.training.batch_tokens for key, config in self._runs.items())
         total = sum(config.training.steps * config.training.batch_tokens for config in self._runs.values())
         rate = (done - self._done_before) / (now - self._begun)
-        left = f"{duration((every - done) / rate)} left" if rate > 0 else "time left not known yet"
+        left = f"{duration_text((every - done) / rate)} left" if rate > 0 else "time left not known yet"
         self._say(f"runs {finished}/{len(self._runs)}, tokens {tokens / 1e6:,.2f}/{total / 1e6:,.2f} M, {left}")
-
-
-def duration(seconds: float) -> str:
-    """2 h 07 min, 5 min, 12 s."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from memlayers.experiments.experiment import Experiment, Run
-from memlayers.experiments.grid import duration, run_grid
+from memlayers.experiments.grid import run_grid
 from memlayers.experiments.records import GridFolder, Identity, Record
 from memlayers.experiments.registry import experiment as experiment_named
 from memlayers.experiments.scales import Scale, changed
@@ -24,7 +24,7 @@ from memlayers.lm.data import Corpus, DataConfig, open_corpus, prepare
 from memlayers.lm.footprint import footprint, require_memory
 from memlayers.lm.start import training_windows
 from memlayers.parameters import count_parameters
-from memlayers.presentation import markdown_table
+from memlayers.presentation import duration_text, markdown_table
 from memlayers.sizes import size_text
 
 
@@ -165,7 +165,7 @@ def plan(
     at_once = jobs or (2 if scale == "laptop" else 1)
     what = f"{len(rows)} runs, {done} of them done" if done else f"{len(rows)} runs"
     total = (
-        f"{what}; about {duration(3600 * hours / at_once)} with {at_once} at a time "
+        f"{what}; about {duration_text(3600 * hours / at_once)} with {at_once} at a time "
         f"(at {size.multiplications_per_s:.2g} multiplications a second each, a stated rate)"
     )
     return f"{markdown_table(['run', 'parameters', 'tokens', 'memory', 'hours'], rows)}\n\n{total}"

@@ -28,6 +28,7 @@ from memlayers.lm.tables import lines as lines_of_tables
 from memlayers.lm.tables import mapped_tables, place_of
 from memlayers.ops import cpu
 from memlayers.parameters import count_parameters
+from memlayers.presentation import duration_text
 from memlayers.storage import MappedFile
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ class DryRun:
             ("speed", f"{self.step_seconds:.3g} s a step, {self.tokens_per_s:,.0f} tokens/s"),
             (
                 "time",
-                f"about {_duration(total)}: training {_duration(self.training_seconds)}, evaluations "
-                f"{_duration(self.evaluation_seconds)} (an estimate, from one step)",
+                f"about {duration_text(total)}: training {duration_text(self.training_seconds)}, evaluations "
+                f"{duration_text(self.evaluation_seconds)} (an estimate, from one step)",
             ),
         ]
 
@@ -198,13 +199,3 @@ def training_steps(
         scaler.update()
         optimizer.zero_grad()
         yield float(torch.stack(losses).sum())  # waits for the device
-
-
-def _duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 5 h 07 min."""
-    whole = math.ceil(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02} min"
