@@ -9,9 +9,9 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from memlayers.experiments.experiment import Claim, Experiment, Found, Run, Table
+from memlayers.experiments.experiment import Experiment, Found, Run, Table
 from memlayers.experiments.noise import noise_of
-from memlayers.experiments.points import Points, point
+from memlayers.experiments.points import point
 from memlayers.experiments.scales import Scale
 from memlayers.lm.config import RunConfig
 
@@ -99,17 +99,11 @@ def _tables(scale: Scale, found: Found) -> list[Table]:
     return [Table(title, head, rows)]
 
 
-def _claims(scale: Scale, points: Points) -> list[Claim]:
-    return []
-
-
 EQUIVALENT = Experiment(
     name="equivalent",
     question="How large is the dense model that equals a memory model?",
-    paper=Table("Not in the paper", ["", ""], []),
     x_label="parameters without embeddings",
     log_x=True,
     runs=_runs,
-    claims=_claims,
     tables=_tables,
 )

@@ -43,11 +43,11 @@ class Experiment:
 
     name: str
     question: str
-    paper: Table  # what the paper measured
     x_label: str  # of the plot
     # All runs that are known to be needed; called again when they are finished, for what depends on them.
-    runs: Callable[[Scale, Found], list[Run]]
-    claims: Callable[[Scale, Points], list[Claim]]
+    runs: Callable[[Scale, Found], list[Run]] = lambda scale, found: []
+    claims: Callable[[Scale, Points], list[Claim]] = lambda scale, points: []
+    paper: Table | None = None  # what the paper measured
     log_x: bool = False
     # What is measured by itself, on a quiet machine: models, in groups that take turns, or single layers.
     speeds: Callable[[Scale], list[dict[str, RunConfig]]] = lambda scale: []

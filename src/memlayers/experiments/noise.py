@@ -1,7 +1,7 @@
 """noise: how much the seed alone changes a result. Every other claim is measured by it."""
 
-from memlayers.experiments.experiment import Claim, Experiment, Found, Run, Table
-from memlayers.experiments.points import Points, pooled_noise
+from memlayers.experiments.experiment import Experiment, Found, Run, Table
+from memlayers.experiments.points import pooled_noise
 from memlayers.experiments.scales import Scale
 
 
@@ -33,16 +33,10 @@ def _tables(scale: Scale, found: Found) -> list[Table]:
     return [Table("Standard deviation of perplexity over seeds", ["model", "as a share"], rows)]
 
 
-def _claims(scale: Scale, points: Points) -> list[Claim]:
-    return []
-
-
 NOISE = Experiment(
     name="noise",
     question="How far apart are two runs that differ in their seeds alone?",
-    paper=Table("Not in the paper", ["", ""], []),
     x_label="seed",
     runs=_runs,
-    claims=_claims,
     tables=_tables,
 )

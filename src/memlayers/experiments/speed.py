@@ -60,8 +60,6 @@ SPEED = Experiment(
         ],
     ),
     x_label="",
-    runs=lambda scale, found: [],
-    claims=lambda scale, points: [],
     layers=layers,
     speed_claims=_claims,
 )

@@ -4,8 +4,6 @@ Models are built anew, with random weights, and read real text. Those of a group
 fair where the machine is not quite quiet.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +19,7 @@ from memlayers.lm.build import build_model
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus
 from memlayers.lm.dry_run import first_batch, training_steps
-from memlayers.lm.evaluate import ComputePrecision, measure_speed
+from memlayers.lm.evaluate import ComputePrecision, in_turns, measure_speed
 
 REPEATS = 5
 LAYER_TOKENS = 2048  # that a layer reads at a time
@@ -68,7 +66,7 @@ def _measure_group(
             name: training_steps(config, built[name], first_batch(config, corpus, corpus.vocab_size), device, precision)
             for name, config in group.items()
         }
-        for name, seconds in in_turns({name: partial(next, one) for name, one in steps.items()}).items():
+        for name, seconds in in_turns({name: partial(next, one) for name, one in steps.items()}, REPEATS).items():
             found[name] |= {
                 "step_seconds": seconds,
                 "training_tokens_per_s": group[name].training.batch_tokens / seconds,
@@ -93,21 +91,7 @@ def measure_layers(
             ffn = nn.Sequential(nn.Linear(config.dim, 4 * config.dim), nn.GELU(), nn.Linear(4 * config.dim, config.dim))
             x_TD = torch.randn(LAYER_TOKENS, config.dim)
         with torch.no_grad():
-            seconds = in_turns({"memory": partial(layer, x_TD), "ffn": partial(ffn, x_TD)})
+            seconds = in_turns({"memory": partial(layer, x_TD), "ffn": partial(ffn, x_TD)}, REPEATS)
         layers[name] = {**seconds, "ratio": seconds["memory"] / seconds["ffn"], "slots": config.slots}
         del layer, ffn  # the next one may need their room
     return {"layers": layers, "tokens": LAYER_TOKENS, "hardware": hardware(), "versions": versions()}
-
-
-def in_turns(work: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """The median seconds of each piece of work, all of which are done in turn; the first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(-1, REPEATS):
-        for name, one in work.items():
-            begin = time.perf_counter()
-            one()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(times) for name, times in seconds.items()}

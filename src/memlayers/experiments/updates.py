@@ -1,6 +1,6 @@
 """updates: what trains the values, and at which rate."""
 
-from memlayers.experiments.experiment import Claim, Experiment, Found, Run, Table
+from memlayers.experiments.experiment import Claim, Experiment, Found, Run
 from memlayers.experiments.points import Points, is_below, versus
 from memlayers.experiments.scales import Scale
 from memlayers.lm.config import RunConfig
@@ -54,7 +54,6 @@ def _speeds(scale: Scale) -> list[dict[str, RunConfig]]:
 UPDATES = Experiment(
     name="updates",
     question="Does it matter whether rows that were not read are updated, and how fast values are trained?",
-    paper=Table("Not in the paper, which trains values at 1e-3 by sparse updates", ["", ""], []),
     x_label="learning rate of the values",
     log_x=True,
     runs=_runs,

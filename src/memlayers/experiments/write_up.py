@@ -58,14 +58,14 @@ def write_report(
     return content
 
 
-def _markdown(content: Mapping[str, Any], claims: Sequence[Claim], tables: Sequence[Table], paper: Table) -> str:
+def _markdown(content: Mapping[str, Any], claims: Sequence[Claim], tables: Sequence[Table], paper: Table | None) -> str:
     parts = [f"# {content['experiment']}", content["question"]]
     if content["finished"] < content["runs"]:
         parts.append(f"**{content['finished']} of {content['runs']} runs are finished.**")
     parts += ["\n".join(f"- {claim.sentence} *{HOLDS[claim.holds]}*" for claim in claims)] if claims else []
     for table in tables:
         parts += [f"{table.title}:", markdown_table(table.head, table.rows)]
-    if paper.rows:
+    if paper is not None:
         parts += [f"{paper.title}:", markdown_table(paper.head, paper.rows)]
     noise = content["noise"]
     if not content["runs"]:
