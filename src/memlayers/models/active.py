@@ -8,7 +8,7 @@ from torch import nn
 from memlayers.layer import memory_layers
 from memlayers.models.calls import carry_through_checkpoints, switched_off
 from memlayers.models.install import match_adapters, match_device_and_dtype
-from memlayers.models.modules import require_memories, require_name, unwrap
+from memlayers.models.modules import memories_in, require_memories, require_name, unwrap
 from memlayers.models.wrappers import MemoryWrapper, find_wrappers
 
 Names = str | Sequence[str]
@@ -36,8 +36,8 @@ def set_active(model: nn.Module, names: Names) -> None:
     inner = unwrap(model)
     chosen = _known(inner, names)
     silent = {path: one for path, one in find_wrappers(inner) if one.memory_name not in chosen}
-    _require_originals(silent)
-    _prepare_originals(inner, silent.values())
+    require_originals(silent)
+    prepare_originals(inner, silent.values())
     for _, wrapper in find_wrappers(inner):
         wrapper.is_active = wrapper.memory_name in chosen
 
@@ -63,29 +63,28 @@ def disable_memory(model: nn.Module, names: Names | None = None) -> Iterator[Non
             memory.
     """
     inner = unwrap(model)
-    if not memory_layers(inner):
-        raise ValueError(f"model must have memories (add_memory), got a {type(inner).__name__} without")
+    memories = memories_in(inner)
     wrappers = dict(find_wrappers(inner))
     if names is None:
         inside = {memory for wrapper in wrappers.values() for memory in memory_layers(wrapper).values()}
-        _require_originals(wrappers, [name for name, memory in memory_layers(inner).items() if memory not in inside])
+        require_originals(wrappers, [name for name, memory in memories.items() if memory not in inside])
     else:
         chosen = _known(inner, names)
         wrappers = {path: wrapper for path, wrapper in wrappers.items() if wrapper.memory_name in chosen}
-        _require_originals(wrappers)
+        require_originals(wrappers)
     with off(inner, list(wrappers.values())):
         yield
 
 
 def _known(model: nn.Module, names: Names) -> set[str]:
     """The names as a set. Raises `ValueError` for a model without memories, or without one of a name."""
-    require_memories(model)
+    known = require_memories(model)
     if not isinstance(names, Iterable):
         raise ValueError(f"names must be the name of a memory or a list of them, got {names!r}")
-    return {require_name(model, name) for name in ([names] if isinstance(names, str) else names)}
+    return {require_name(known, name) for name in ([names] if isinstance(names, str) else names)}
 
 
-def _require_originals(wrappers: dict[str, MemoryWrapper], others: Sequence[str] = ()) -> None:
+def require_originals(wrappers: dict[str, MemoryWrapper], others: Sequence[str] = ()) -> None:
     """Raises `ValueError` unless a module can answer in place of each memory; none can in place of `others`."""
     if lost := [*(path for path, wrapper in wrappers.items() if wrapper.original is None), *others]:
         raise ValueError(
@@ -97,15 +96,17 @@ def _require_originals(wrappers: dict[str, MemoryWrapper], others: Sequence[str]
 @contextmanager
 def off(model: nn.Module, wrappers: Sequence[MemoryWrapper]) -> Iterator[None]:
     """In its block, these wrappers of `model`, whose modules are all there, answer without their memories."""
-    _prepare_originals(model, wrappers)
+    prepare_originals(model, wrappers)
     for module in model.modules():
         carry_through_checkpoints(module)
     with switched_off(wrappers):
         yield
 
 
-def _prepare_originals(model: nn.Module, wrappers: Iterable[MemoryWrapper]) -> None:
+def prepare_originals(model: nn.Module, wrappers: Iterable[MemoryWrapper]) -> None:
+    """Gives kept modules the device, dtype, mode and state of adapters that they would have in the model."""
     for wrapper in wrappers:
         if wrapper.mode == "replace" and wrapper.original is not None:
             match_device_and_dtype(wrapper.original, wrapper.memory)
             match_adapters(wrapper.original, model)
+            wrapper.original.train(wrapper.training)

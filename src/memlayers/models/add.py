@@ -12,12 +12,14 @@ from memlayers.config import MemoryConfig
 from memlayers.distributed.whole import whole_tables
 from memlayers.distributed.wrapping import keep_out_of_ddp
 from memlayers.layer import MemoryLayer
+from memlayers.models.active import prepare_originals, require_originals
 from memlayers.models.classes import add_memories, load_memories, remove_memories
 from memlayers.models.folder import local_folder, read_description
 from memlayers.models.identity import identity_of, recorded_base
-from memlayers.models.install import build_memories, match_adapters, match_device_and_dtype
+from memlayers.models.install import build_memories
 from memlayers.models.modules import (
     adapter_parameters,
+    memories_in,
     memory_parameters,
     placed_memories,
     require_memories,
@@ -26,7 +28,7 @@ from memlayers.models.modules import (
     unwrap,
 )
 from memlayers.models.placement import MemoryPlacement, Mode
-from memlayers.models.storage import Values, require_loaded, savable_base, write_memory
+from memlayers.models.storage import Values, savable_base, write_memory
 from memlayers.models.targets import Layers, choose, names_of, require_suitable
 from memlayers.models.wrappers import DEFAULT_NAME, find_wrappers
 from memlayers.storage.low_bits import unlisted_numbers
@@ -114,26 +116,17 @@ def remove_memory(model: Model, name: str | None = None) -> Model:
             that the model has merged since. The model is then as it was.
     """
     inner = unwrap(model)
-    require_memories(inner)
-    wrappers = dict(find_wrappers(inner, None if name is None else require_name(inner, name)))
-    originals = {name: wrapper.original for name, wrapper in wrappers.items()}
-    if lost := [path for path, original in originals.items() if original is None]:
-        raise ValueError(
-            f"model must still have the modules that its memories replaced, got one that has not kept "
-            f"{', '.join(lost)}: use add_memory(..., keep_original=True), or mode='parallel'"
-        )
-    has_adapters = bool(adapter_parameters(inner))
-    for path, original in originals.items():
-        if original is not None and not has_adapters and adapter_parameters(original):
-            raise ValueError(
-                f"model must have no adapters in the modules that its memories replaced, got some in {path} that were "
-                f"not merged with the others: call remove_memory first, then merge"
-            )
-    for wrapper in wrappers.values():
-        if wrapper.mode == "replace" and wrapper.original is not None:
-            match_device_and_dtype(wrapper.original, wrapper.memory)
-            match_adapters(wrapper.original, inner)
-            wrapper.original.train(wrapper.training)
+    known = require_memories(inner)
+    wrappers = dict(find_wrappers(inner, None if name is None else require_name(known, name)))
+    require_originals(wrappers)
+    if not adapter_parameters(inner):
+        for path, wrapper in wrappers.items():
+            if wrapper.original is not None and adapter_parameters(wrapper.original):
+                raise ValueError(
+                    f"model must have no adapters in the modules that its memories replaced, got some in {path} that "
+                    f"were not merged with the others: call remove_memory first, then merge"
+                )
+    prepare_originals(inner, wrappers.values())
     base = recorded_base(wrappers.values())
     remove_memories(inner, list(wrappers), "" if base is None else base.name_or_path)
     return model
@@ -168,7 +161,6 @@ def save_memory(
     _check_size(max_shard_size)
     inner = unwrap(model)
     placed = placed_memories(inner, name)
-    require_loaded(placed)
     base = savable_base(inner, placed)
     with whole_tables(inner, folder) as whole:
         if whole is not None:
@@ -216,7 +208,7 @@ def load_memory(
     path = local_folder(folder)
     description = read_description(path)
     load_memories(inner, path, description, name=name, check_base=check_base, mesh=mesh, values=values)
-    if mesh is not None or unlisted_numbers(inner):
+    if mesh is not None or unlisted_numbers(value_tables(inner)):
         keep_out_of_ddp(inner)
     return model
 
@@ -236,9 +228,8 @@ def freeze_base(model: Model) -> Model:
             ``modules_to_save`` has copied. The model is then as it was.
     """
     inner = unwrap(model)
+    memories_in(inner)
     memories = memory_parameters(inner)
-    if not memories:
-        raise ValueError(f"model must have memories (add_memory), got a {type(inner).__name__} without")
     for table in value_tables(inner):
         if table.untrainable:
             raise ValueError(f"{table.untrainable}; or choose what else to train by requires_grad_")

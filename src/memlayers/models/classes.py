@@ -257,7 +257,7 @@ class MemoryMixin(PreTrainedModel):
         of_floats = [table for table in tables if "weight" in table._parameters]
         left_out = [table.row_mark for table in tables] + [table.weight for table in of_floats if exclude_embeddings]
         count -= sum(one.numel() for one in left_out if one.requires_grad or not only_trainable)
-        return count if only_trainable or exclude_embeddings else count + unlisted_numbers(self)
+        return count if only_trainable or exclude_embeddings else count + unlisted_numbers(tables)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `transformers.PreTrainedModel.save_pretrained`, except that a save that fails leaves the folder as it was.

@@ -152,8 +152,8 @@ def base_buffers(model: nn.Module) -> set[str]:
 
 def recorded_base(wrappers: Iterable[MemoryWrapper]) -> BaseIdentity | None:
     """The base that memories were added to; None where there are none, or for a model that was loaded whole."""
-    bases = (wrapper.base_identity for wrapper in wrappers)
-    return next((base for base in bases if isinstance(base, BaseIdentity)), None)
+    bases = [wrapper.base_identity for wrapper in wrappers if isinstance(wrapper.base_identity, BaseIdentity)]
+    return bases[0] if bases else None
 
 
 def _base_tensors(model: nn.Module, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:

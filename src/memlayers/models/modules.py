@@ -1,7 +1,7 @@
 """What is in a model: the model inside of what was put around it, its memories, their parameters and tensors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from memlayers.layer import MemoryLayer, memory_layers
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, base_name, find_wrappers
-from memlayers.values import modules_of
+from memlayers.values import ValueTable, modules_of, value_tables
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -93,16 +93,8 @@ class PlacedMemories:
     paths: list[str]  # of the wrappers in the model
     wrappers: dict[str, MemoryWrapper]  # by the names that the modules in whose places they are have in the base
     placement: MemoryPlacement  # what `add_memory` was called with
+    tables: list[ValueTable]
     tensors: dict[str, Tensor]  # `memory_tensors` and the gates, by the names that files have
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.wrappers)
-
-    @property
-    def memories(self) -> nn.ModuleList:
-        """The memories by themselves, without what their wrappers stand around."""
-        return nn.ModuleList(wrapper.memory for wrapper in self.wrappers.values())
 
 
 def placed_memories(model: nn.Module, name: str | None = None) -> PlacedMemories:
@@ -111,7 +103,7 @@ def placed_memories(model: nn.Module, name: str | None = None) -> PlacedMemories
     Raises `ValueError` for a model without such memories, for memories that something was put around, and for memories
     that differ in more than their weights.
     """
-    found = dict(find_wrappers(model, require_name(model, name)))
+    found = dict(find_wrappers(model, require_name(require_memories(model), name)))
     wrappers = {base_name(model, path): wrapper for path, wrapper in found.items()}
     memories: dict[str, MemoryLayer] = {}
     for place, wrapper in wrappers.items():
@@ -127,7 +119,15 @@ def placed_memories(model: nn.Module, name: str | None = None) -> PlacedMemories
     for place, wrapper in wrappers.items():
         if isinstance(wrapper, ParallelMemory):
             tensors[f"{place}.gate"] = wrapper.gate
-    return PlacedMemories(list(found), wrappers, placement, tensors)
+    tables = value_tables(nn.ModuleList(memories.values()))
+    return PlacedMemories(list(found), wrappers, placement, tables, tensors)
+
+
+def memories_in(model: nn.Module) -> dict[str, MemoryLayer]:
+    """The memories of `model` by their names in it. Raises `ValueError` for a model without one."""
+    if not (found := memory_layers(model)):
+        raise ValueError(f"model must have memories (add_memory), got a {type(model).__name__} without")
+    return found
 
 
 def require_memories(model: nn.Module) -> list[str]:
@@ -137,12 +137,11 @@ def require_memories(model: nn.Module) -> list[str]:
     return known
 
 
-def require_name(model: nn.Module, name: str | None) -> str:
-    """The name; None is that of the only memory. Raises `ValueError` for a model without a memory of that name."""
-    known = require_memories(model)
+def require_name(known: Sequence[str], name: str | None) -> str:
+    """The name; None is that of the only memory. Raises `ValueError` for one that is not among those of a model."""
     if name is None and len(known) == 1:
         return known[0]
-    if name not in known:
+    if name is None or name not in known:
         raise ValueError(f"name must be that of one memory, {' or '.join(map(repr, known))}, got {name!r}")
     return name
 

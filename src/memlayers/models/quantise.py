@@ -7,7 +7,7 @@ from torch import nn
 from memlayers.distributed.wrapping import keep_out_of_ddp
 from memlayers.layer import memory_layers
 from memlayers.models.classes import MemoryMixin, redeclared
-from memlayers.models.modules import unwrap
+from memlayers.models.modules import memories_in, unwrap
 from memlayers.storage.low_bits import LowBitTable, low_bit_table
 from memlayers.values import ValueTable
 
@@ -36,11 +36,8 @@ def quantize_memory(model: Model, bits: int = 8) -> Model:
             optimizer, or hold numbers that are not finite. The model is then as it was.
     """
     inner = unwrap(model)
-    memories = memory_layers(inner).values()
-    if not memories:
-        raise ValueError(f"model must have memories (add_memory), got a {type(inner).__name__} without")
     made: dict[ValueTable, LowBitTable] = {}
-    tables = dict.fromkeys(memory.values for memory in memories)
+    tables = dict.fromkeys(memory.values for memory in memories_in(inner).values())
     for table in [table for table in tables if not isinstance(table, LowBitTable)] or tables:
         made[table] = low_bit_table(table, bits)
     if isinstance(inner, MemoryMixin):

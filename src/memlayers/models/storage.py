@@ -74,11 +74,11 @@ def write_memory(
         files = _write_weights(aside, placed.tensors, max_shard_size)
         if auto_class is not None:
             _write_model_config(model, aside)
-        description = Description(placed.placement, placed.names, base, files)
+        description = Description(placed.placement, list(placed.wrappers), base, files)
         write_description(aside, description)
         if not keeps_card(folder):
             parameters = sum(tensor.numel() for tensor in placed.tensors.values() if isinstance(tensor, nn.Parameter))
-            parameters += unlisted_numbers(placed.memories)
+            parameters += unlisted_numbers(placed.tables)
             text = card(description, parameters, auto_class=auto_class)
             (aside / CARD).write_bytes(text.encode())
 
@@ -88,32 +88,20 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
     tensors, kind = placed.tensors, placed.placement.kind
     if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"model must hold the weights of its memories, got {meta[0]} on the meta device")
-    for table in value_tables(placed.memories):
+    for table in placed.tables:
         table.require_whole()
     base = _base_of(model, placed)
     # What can be built again: the same as memories that were just made, neither more (adapters) nor less.
     memories = _empty_memories(model, placed.placement, placed.paths)
     fresh = memory_tensors(dict(zip(placed.wrappers, memories, strict=True)))
-    for name in placed.wrappers:
-        expected = {key for key in fresh if key.startswith(f"{name}.")}
-        found = {key for key in tensors if key.startswith(f"{name}.")} - {f"{name}.gate"}
-        if expected != found:
-            raise ValueError(
-                f"{name}.memory must hold what a new {kind} holds, differs in {min(expected ^ found)}: merge or unload "
-                f"adapters in memories first"
-            )
+    if differing := fresh.keys() ^ (tensors.keys() - {f"{name}.gate" for name in placed.wrappers}):
+        name = min(differing)
+        raise ValueError(
+            f"{name.partition('.memory.')[0]}.memory must hold what a new {kind} holds, differs in {name}: merge or "
+            f"unload adapters in memories first"
+        )
     _require_its_size(model, base)
     return base
-
-
-def require_loaded(placed: PlacedMemories) -> None:
-    """Raises `ValueError` for tables that are mapped from a folder, which has them already."""
-    for table in value_tables(placed.memories):
-        if isinstance(table, SavedTable):
-            raise ValueError(
-                f"model must have its tables in memory to be saved, got one of {table.extra_repr()}: copy that folder, "
-                f"or load it with values='memory'"
-            )
 
 
 def _base_of(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
@@ -122,10 +110,12 @@ def _base_of(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
     now = identity_of(model, exact=before is not None)
     if before is None:
         return now
-    # Modules that memories of another name have replaced since are not what these were trained beside.
-    others = [path for path, wrapper in find_wrappers(model) if wrapper.mode == "replace" and path not in placed.paths]
-    gone = tuple(f"{base_name(model, path)}." for path in others)
-    if differing := [name for name in before.differing(now) if not name.startswith(gone)]:
+    if differing := before.differing(now):
+        # Modules that memories of another name have replaced since are not what these were trained beside.
+        others = [path for path, one in find_wrappers(model) if one.mode == "replace" and path not in placed.paths]
+        gone = tuple(f"{base_name(model, path)}." for path in others)
+        differing = [name for name in differing if not name.startswith(gone)]
+    if differing:
         advice = "save a base that was trained along with save_pretrained, or freeze it"
         if set(differing) <= base_buffers(model):
             modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in differing))
@@ -332,10 +322,10 @@ def refill_memory(model: nn.Module, folder: Path, name: str | None = None) -> No
     """
     description = read_description(folder)
     placed = placed_memories(model, name)
-    if placed.names != description.names or placed.placement != description.placement:
+    if list(placed.wrappers) != description.names or placed.placement != description.placement:
         raise ValueError(
             f"model must have the memories that are saved in {str(folder)!r}, at {', '.join(description.names)} "
-            f"with {description.placement.to_dict()}; got them at {', '.join(placed.names)} with "
+            f"with {description.placement.to_dict()}; got them at {', '.join(placed.wrappers)} with "
             f"{placed.placement.to_dict()}"
         )
     verify_files(folder, description.files, links=True)

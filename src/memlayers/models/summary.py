@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memlayers.layer import memory_layers
-from memlayers.models.modules import adapter_parameters, memory_parameters, unwrap
+from memlayers.models.modules import adapter_parameters, memories_in, memory_parameters, unwrap
 from memlayers.optim.memory_adamw import MemoryAdamW
 from memlayers.optim.row_optimizer import RowOptimizer
 from memlayers.sizes import nominal_bytes, size_text
@@ -98,9 +97,7 @@ def memory_summary(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
 
 def _parts(model: nn.Module, tables: Sequence[ValueTable]) -> dict[str, list[nn.Parameter]]:
     """Each parameter in one part, in the order of the model."""
-    memories = memory_layers(model).values()
-    if not memories:
-        raise ValueError(f"model must have memories (add_memory), got a {type(model).__name__} without")
+    memories = memories_in(model).values()
     place: dict[nn.Parameter, str] = dict.fromkeys(memory_parameters(model), "gate and output")
     for memory in memories:
         place |= dict.fromkeys(memory.query.parameters(), "query")

@@ -4,7 +4,6 @@ Either takes the module's place under its name, so the model around it goes on c
 """
 
 import warnings
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -146,11 +145,10 @@ class ParallelMemory(MemoryWrapper):
             return getattr(self.base, name)
 
 
-def find_wrappers(model: nn.Module, memory_name: str | None = None) -> Iterator[tuple[str, MemoryWrapper]]:
+def find_wrappers(model: nn.Module, memory_name: str | None = None) -> list[tuple[str, MemoryWrapper]]:
     """The wrappers of `model`, of the memories of one name or of all, by their path in it: outer ones before inner."""
-    for path, module in model.named_modules():
-        if isinstance(module, MemoryWrapper) and memory_name in (None, module.memory_name):
-            yield path, module
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, MemoryWrapper)]
+    return [(path, one) for path, one in found if memory_name in (None, one.memory_name)]
 
 
 def base_name(model: nn.Module, path: str) -> str:

@@ -3,6 +3,7 @@
 Letters: T tokens, S slots, V value width, M rows a token reads, R bytes of codes of a row.
 """
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from memlayers.experts import ExpertTable, InputTable
 from memlayers.ops import exported
 from memlayers.ops.low_bits import code_bytes, dequantised, dot_low_bits, quantised, read_low_bits
 from memlayers.torch_private import is_exporting
-from memlayers.values import Companion, ValueTable, value_tables
+from memlayers.values import Companion, ValueTable
 
 ROWS = 2**14  # that are rounded at a time
 
@@ -163,9 +164,9 @@ def empty_like(table: ValueTable, bits: int, *, device: torch.device | str | Non
     )
 
 
-def unlisted_numbers(model: nn.Module) -> int:
-    """How many numbers the tables of a model hold that are in no list of parameters: of few bits, or in a file."""
-    return sum(table.shape.numel() for table in value_tables(model) if "weight" not in table._parameters)
+def unlisted_numbers(tables: Iterable[ValueTable]) -> int:
+    """How many numbers tables hold that are in no list of parameters: of few bits, or in a file."""
+    return sum(table.shape.numel() for table in tables if "weight" not in table._parameters)
 
 
 def low_bit_table(table: ValueTable, bits: int) -> LowBitTable:
