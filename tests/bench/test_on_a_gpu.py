@@ -88,7 +88,7 @@ def only_looks_where_tensors_are(_, *given):
 @pytest.fixture
 def values_unseen(monkeypatch):
     """Whoever looks at values is answered without, for fake tensors have none: the gate, and counts of rows."""
-    for name in ("check_selection", "check_read", "check_low_bits", "check_outputs", "check_update"):
+    for name in ("check_selection", "check_read", "check_outputs", "check_update"):
         monkeypatch.setattr(gate, name, only_looks_where_tensors_are)
     monkeypatch.setattr(gate, "draw_tokens", lambda one, textbook: torch.empty(one.tokens, one.dim, device=GPU))
     monkeypatch.setattr(torch.Tensor, "unique", lambda tensor: tensor.flatten())

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from memlayers.bench.shapes import AXES, axis_value, shape, shape_names, sweep
+from memlayers.bench.shapes import AXES, SHAPES, axis_value, shape, sweep
 
 
 def test_the_shapes_of_the_bars():
@@ -28,7 +28,7 @@ def test_sweeps_vary_one_number():
             assert dataclasses.replace(one, name=base.name, **{field: getattr(base, field)}) == base
 
 
-@pytest.mark.parametrize("name", shape_names())
+@pytest.mark.parametrize("name", SHAPES)
 def test_a_sweep_of_any_shape_is_valid(name):
     for axis in AXES:
         assert len(sweep(axis, shape(name))) >= 3

@@ -142,7 +142,7 @@ def _read_low_bits(bench: Bench, shape: Shape, table: ValueTable, slots_TR: Tens
         rounded = LowBitTable(shape.slots, shape.value_dim, bits, device=bench.device)
         rounded.codes.random_(256)
         rounded.scales.copy_(torch.rand(shape.slots, 1, device=bench.device).view(torch.uint8))
-        gate.check_low_bits(shape, rounded, slots_TR, weights_TR)
+        gate.check_read(shape, rounded, slots_TR, weights_TR)
         contenders[f"{bits} bits"] = _bind(rounded.read, slots_TR, weights_TR)
     samples = bench.watch.rounds(contenders)
     rows = float(slots_TR.numel()) / 1e6

@@ -81,20 +81,14 @@ def check_selection(shape: Shape, first_N: Tensor, second_N: Tensor) -> None:
 
 @torch.no_grad()
 def check_read(shape: Shape, table: ValueTable, slots_TK: Tensor, weights_TK: Tensor) -> None:
-    """`ValueTable.read` sums the rows."""
+    """`ValueTable.read` sums the rows; those of a table of few bits are the floats that they stand for."""
     few = slice(min(_TOKENS, len(slots_TK)))  # so that the exact sum of a narrow table may convert its rows
-    rows_TKV = F.embedding(slots_TK[few], table.weight).double()
-    expected_TV = (rows_TKV * weights_TK[few, :, None].double()).sum(1)
-    _require(shape, f"read of a {table.weight.dtype} table", table.read(slots_TK, weights_TK)[few], expected_TV)
-
-
-@torch.no_grad()
-def check_low_bits(shape: Shape, table: LowBitTable, slots_TK: Tensor, weights_TK: Tensor) -> None:
-    """The same of a table of few bits, and the floats that its rows stand for."""
-    few = slice(min(_TOKENS, len(slots_TK)))
-    rows_TKV = table.dequantised(slots_TK[few]).double()
-    expected_TV = (rows_TKV * weights_TK[few, :, None].double()).sum(1)
-    _require(shape, f"read of a table of {table.bits} bits", table.read(slots_TK, weights_TK)[few], expected_TV)
+    if isinstance(table, LowBitTable):
+        what, rows_TKV = f"table of {table.bits} bits", table.dequantised(slots_TK[few])
+    else:
+        what, rows_TKV = f"{table.weight.dtype} table", F.embedding(slots_TK[few], table.weight)
+    expected_TV = (rows_TKV.double() * weights_TK[few, :, None].double()).sum(1)
+    _require(shape, f"read of a {what}", table.read(slots_TK, weights_TK)[few], expected_TV)
 
 
 @torch.no_grad()

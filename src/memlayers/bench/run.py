@@ -25,7 +25,7 @@ from memlayers.bench.machine import (
     threads,
 )
 from memlayers.bench.result import Result
-from memlayers.bench.shapes import AXES, Axis, Shape, shape, shape_names
+from memlayers.bench.shapes import AXES, SHAPES, Axis, Shape, shape
 from memlayers.bench.sweeps import sweep_axis
 from memlayers.bench.timing import Stopwatch
 from memlayers.checks import check_settings, setting
@@ -80,7 +80,7 @@ class BenchConfig:
 
     cases: tuple[str, ...] = setting(case_names(), f"what to measure, of {', '.join(case_names())}")
     shapes: tuple[str, ...] = setting(
-        (), f"at which shapes, of {', '.join(shape_names())}; none: those of the published figures"
+        (), f"at which shapes, of {', '.join(SHAPES)}; none: those of the published figures"
     )
     tokens: tuple[int, ...] = setting(
         (), "tokens of a batch, one or more; none: those of the shape, on a GPU 16384 for select and read", least=1

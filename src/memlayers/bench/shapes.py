@@ -30,14 +30,7 @@ class Shape:
 
     def config(self) -> MemoryConfig:
         """The layer."""
-        return MemoryConfig(
-            dim=self.dim,
-            value_dim=self.value_dim,
-            heads=self.heads,
-            topk=self.topk,
-            num_subkeys=self.num_subkeys,
-            query_dim=self.query_dim,
-        )
+        return MemoryConfig(**{name: value for name, value in vars(self).items() if name not in ("name", "tokens")})
 
     @property
     def slots(self) -> int:
@@ -73,28 +66,22 @@ class Shape:
         )
 
 
-def shape_names() -> tuple[str, ...]:
-    """Names that `shape` knows."""
-    return tuple(one.name for one in _registry())
+_SHAPES = (
+    Shape(name="512x512"),
+    Shape(name="1024x1024", num_subkeys=1024),
+    Shape(name="2048x2048", num_subkeys=2048, dim=256, value_dim=256),
+    # For a quick look, and for the tests.
+    Shape(name="128x128", num_subkeys=128, dim=256, value_dim=256, query_dim=128, tokens=512),
+    Shape(name="tiny", num_subkeys=16, dim=32, value_dim=32, heads=2, topk=4, query_dim=16, tokens=64),
+)
+SHAPES = {one.name: one for one in _SHAPES}
 
 
 def shape(name: str) -> Shape:
     """The shape of that name. Raises `ValueError` for an unknown one."""
-    for one in _registry():
-        if one.name == name:
-            return one
-    raise ValueError(f"shapes must be among {', '.join(shape_names())}, got {name!r}")
-
-
-def _registry() -> tuple[Shape, ...]:
-    return (
-        Shape(name="512x512"),
-        Shape(name="1024x1024", num_subkeys=1024),
-        Shape(name="2048x2048", num_subkeys=2048, dim=256, value_dim=256),
-        # For a quick look, and for the tests.
-        Shape(name="128x128", num_subkeys=128, dim=256, value_dim=256, query_dim=128, tokens=512),
-        Shape(name="tiny", num_subkeys=16, dim=32, value_dim=32, heads=2, topk=4, query_dim=16, tokens=64),
-    )
+    if name not in SHAPES:
+        raise ValueError(f"shapes must be among {', '.join(SHAPES)}, got {name!r}")
+    return SHAPES[name]
 
 
 def sweep(axis: Axis, base: Shape) -> list[Shape]:
@@ -112,4 +99,5 @@ def sweep(axis: Axis, base: Shape) -> list[Shape]:
 
 def axis_value(axis: Axis, of: Shape) -> int:
     """Where a shape stands in a sweep."""
-    return {"slots": of.slots, "topk": of.topk, "tokens": of.tokens}[axis]
+    value: int = getattr(of, axis)
+    return value
