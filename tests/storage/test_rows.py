@@ -78,7 +78,7 @@ def test_a_stretch_that_cannot_be_had_is_an_error_wherever_it_stands_in_a_list(t
     except OSError:
         pytest.skip("the system does not make pages ready")
     runs = file.runs(slots)
-    runs[bad] += 2**45  # what belongs to nobody
+    runs[bad] += 2**45  # nobody's
     with pytest.raises(OSError, match=r"Cannot allocate|Invalid|Bad address"):
         file.make_ready(runs)
 
@@ -93,16 +93,26 @@ def test_all_of_a_long_stretch_is_asked_for(tmp_path, monkeypatch):
     assert asked == [[[0, PAGE], [2 * PAGE, 3 * PAGE], *map(list, zip(middle, ends, strict=True))]]
 
 
-def test_states_are_read_in_the_background_and_ready_to_be_written(tmp_path, way):
+def test_all_rows_of_a_step_are_made_ready_each_time_and_those_that_are_not_there_asked_for(tmp_path, monkeypatch, way):
     files = [opened(tmp_path / name, 300) for name in ("weight", "state")]
     for file in files:
         file.write(np.arange(300), np.random.default_rng(0).integers(255, size=(300, PAGE), dtype=np.uint8))
-    before = [(tmp_path / file.file.name).read_bytes() for file in files]
-    ahead, slots = Ahead(300, 2**30), np.arange(0, 300, 3)
-    ahead.fetch(files[:1], slots, files[1:])
-    ahead.wait()
-    ahead.wait()
-    assert (ahead.asked, ahead.cold, ahead.pages) == (200, 200, 200)
-    ahead.fetch(files[:1], slots, files[1:])
-    assert ahead.cold == 200
-    assert [(tmp_path / file.file.name).read_bytes() for file in files] == before
+    before = [file.file.read_bytes() for file in files]
+    ahead, slots, told = Ahead(300, 2**30), np.arange(0, 300, 3), []
+
+    def tell(pages, address, runs, what):
+        told.append((address, what, len(runs)))
+        advice.advise(pages, address, runs, what)
+
+    monkeypatch.setattr(rows, "advise", tell)
+    asked, ready = (
+        [(file._address, what, 100) for file in files] for what in (mmap.MADV_WILLNEED, rows.POPULATE_WRITE)
+    )
+    for expected in (asked + ready, ready):
+        ahead.fetch(files[:1], slots, files[1:])
+        ahead.wait()
+        assert told == expected[: len(told)]
+        assert len(told) == len(expected) - (way == "writes")  # a system that cannot is not asked again
+        told.clear()
+    assert (ahead.asked, ahead.cold, ahead.pages) == (400, 200, 200)
+    assert [file.file.read_bytes() for file in files] == before

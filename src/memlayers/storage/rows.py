@@ -27,7 +27,6 @@ from memlayers.storage.advice import POPULATE_WRITE, advise
 
 _PIECE = 2**20  # bytes that are written at a time
 _ASKED = 2**17  # bytes that are asked for at a time: systems read no more of what is advised at once
-_READY = 4096  # stretches
 _TURN = 1 / 64  # of the budget: what is read while rows count as equally old
 _KEPT = 15 / 16  # of the budget, where it was overstepped
 _NEW_FILE = os.O_RDWR | os.O_CREAT
@@ -195,11 +194,10 @@ class Ahead:
         states: files whose rows are read afterwards, in the background. With them, the rows of all are made ready to be
         written to.
         """
-        asked = self._cold(files, slots)
-        for file, runs in asked:
+        for file, runs in self._cold(files, slots):
             file.ask(runs)
-        if later := self._cold(states, slots):
-            self._prepared = self._background.submit(_prepare, asked, later)
+        if states and len(slots):
+            self._prepared = self._background.submit(_prepare, self._cold(states, slots), [*files, *states], slots)
 
     def wait(self) -> None:
         """Returns once all rows that are read in the background are there."""
@@ -272,17 +270,17 @@ class Ahead:
         return cold
 
 
-def _prepare(asked: list[tuple[MappedRows, np.ndarray]], later: list[tuple[MappedRows, np.ndarray]]) -> None:
-    """Makes stretches ready that were asked for, then others, each after the next has been asked for."""
-    pieces = [(file, runs[first : first + _READY]) for file, runs in later for first in range(0, len(runs), _READY)]
+def _prepare(cold: list[tuple[MappedRows, np.ndarray]], files: list[MappedRows], slots: np.ndarray) -> None:
+    """Asks for stretches, then makes rows ready, also those that are there.
+
+    The system takes what is made ready for used. It does not see the reads of a map whose places are random, and would
+    take rows that are read again and again from memory before those that were given back.
+    """
+    for file, runs in cold:
+        file.ask(runs)
     with suppress(OSError):  # whoever writes to them makes room
-        for file, runs in pieces:
-            file.ask(runs)
-            for one, its_runs in asked:
-                one.make_ready(its_runs)
-            asked = [(file, runs)]
-        for one, its_runs in asked:
-            one.make_ready(its_runs)
+        for file in files:
+            file.make_ready(file.runs(slots))
 
 
 def _paged(file: MappedRows) -> int:
