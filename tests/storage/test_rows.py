@@ -37,7 +37,7 @@ def room(file):
 def test_rows_get_room_alone_and_keep_what_they_are(tmp_path, way):
     file, slots = opened(tmp_path / "rows", 6000), np.arange(0, 6000, 2)
     file.write(np.array([4]), np.full((1, PAGE), 7, np.uint8))
-    file.make_room(slots)  # more than a list has
+    file.make_room(slots[slots != 4])  # more than a list has
     assert 3000 * PAGE <= room(file) <= 3000 * PAGE + 2**18
     file.put(slots[-2:], np.full((2, PAGE), 9, np.uint8))
     content = np.frombuffer((tmp_path / "rows").read_bytes(), np.uint8).reshape(6000, PAGE)
@@ -63,7 +63,9 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch, way)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        patch.setattr(rows, "advise", lambda *_: (_ for _ in ()).throw(OSError(errno.EFAULT, "Bad address")))
+        if way != "writes":
+            error = OSError(errno.EFAULT, "Bad address")
+            patch.setattr(rows, "advise", lambda *_: (_ for _ in ()).throw(error))
         with pytest.raises(OSError, match=r"No space left on device: '.*rows'"):
             file.make_room(np.array([3]))
     assert not file.tensor.any()
@@ -74,13 +76,13 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch, way)
 def test_a_stretch_that_cannot_be_had_is_an_error_wherever_it_stands_in_a_list(tmp_path, bad):
     file, slots = opened(tmp_path / "rows", 4000), np.arange(0, 4000, 2)
     try:
-        file.make_ready(file.runs(slots))
+        advice.advise(file.map, file._address, file.runs(slots), advice.POPULATE_WRITE)
     except OSError:
         pytest.skip("the system does not make pages ready")
     runs = file.runs(slots)
     runs[bad] += 2**45  # nobody's
     with pytest.raises(OSError, match=r"Cannot allocate|Invalid|Bad address"):
-        file.make_ready(runs)
+        advice.advise(file.map, file._address, runs, advice.POPULATE_WRITE)
 
 
 def test_all_of_a_long_stretch_is_asked_for(tmp_path, monkeypatch):
@@ -111,8 +113,7 @@ def test_all_rows_of_a_step_are_made_ready_each_time_and_those_that_are_not_ther
     for expected in (asked + ready, ready):
         ahead.fetch(files[:1], slots, files[1:])
         ahead.wait()
-        assert told == expected[: len(told)]
-        assert len(told) == len(expected) - (way == "writes")  # a system that cannot is not asked again
+        assert told == expected
         told.clear()
     assert (ahead.asked, ahead.cold, ahead.pages) == (400, 200, 200)
     assert [file.file.read_bytes() for file in files] == before

@@ -121,9 +121,8 @@ class TableFolder:
         self._require_own()
         for part in self._pieces(slots):
             self.ahead.keep_to_budget()  # these may be all rows of the table
-            self.weight.make_room(part)
-            self.ahead.know(self.weight, part)
             self.weight.put(part, self.as_bytes(torch.from_numpy(self._drawn(part))))
+            self.ahead.know(self.weight, part)
             self.written[part] = True
 
     def rows(self, slots: np.ndarray) -> Tensor:
@@ -177,7 +176,7 @@ class TableFolder:
                 rows = {name: file.take(part) for name, file in self.files.items()}
                 log.add_old(part, rows)
                 for file in self.large_states():
-                    file.make_room(part)
+                    file.make_room(part[~file.take(part).any(1)])  # a hole in the file, perhaps
             log.flush()
         except BaseException:
             log.drop_unflushed()

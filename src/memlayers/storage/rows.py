@@ -7,6 +7,7 @@ It keeps what was read in its page cache; what of it counts as memory of this pr
 Letters: S slots, V width.
 """
 
+import errno
 import functools
 import math
 import mmap
@@ -29,6 +30,7 @@ _PIECE = 2**20  # bytes that are written at a time
 _ASKED = 2**17  # bytes that are asked for at a time: systems read no more of what is advised at once
 _TURN = 1 / 64  # of the budget: what is read while rows count as equally old
 _KEPT = 15 / 16  # of the budget, where it was overstepped
+_UNKNOWN = errno.EINVAL, errno.ENOSYS, errno.EPERM  # of advice that the system does not know
 _NEW_FILE = os.O_RDWR | os.O_CREAT
 
 
@@ -90,20 +92,32 @@ class MappedRows:
         """The bytes of some rows, copied."""
         return self._bytes[slots]
 
-    def make_room(self, slots: np.ndarray) -> None:
-        """Makes some rows ready to be written to: the disk has room for them then. Raises `OSError` on a full disk."""
-        try:
-            self.make_ready(self.runs(slots))
-        except OSError:  # the system cannot, or there is no room, which a write tells
-            self.write(slots, self.take(slots))
+    def make_ready(self, slots: np.ndarray) -> bool:
+        """Has some rows in memory, with room for them on the disk; returns whether the system can.
 
-    def make_ready(self, runs: np.ndarray) -> None:
-        """Has stretches of the file in memory, with room on the disk. Raises `OSError` where the system cannot."""
-        advise(self.map, self._address, runs, POPULATE_WRITE)
+        Raises `OSError` on a full disk.
+        """
+        try:
+            advise(self.map, self._address, self.runs(slots), POPULATE_WRITE)
+        except OSError as error:
+            if error.errno in _UNKNOWN:
+                return False
+            full = error.errno == errno.EFAULT  # a write to the tensor would end the process
+            number = errno.ENOSPC if full else error.errno
+            raise OSError(number, os.strerror(number), str(self.file)) from None
+        return True
+
+    def make_room(self, slots: np.ndarray) -> None:
+        """Has the disk keep room for rows of zeros. Raises `OSError` on a full disk."""
+        if not self.make_ready(slots):
+            self.fill(slots, np.zeros(self.row_bytes, np.uint8))
 
     def put(self, slots: np.ndarray, rows: np.ndarray) -> None:
-        """Writes some rows for which there is room, given as bytes."""
-        self._bytes[slots] = rows
+        """Writes some rows, given as bytes, which are read soon. Raises `OSError` on a full disk."""
+        if self.make_ready(slots):
+            self._bytes[slots] = rows
+        else:
+            self.write(slots, rows)
 
     def write(self, slots: np.ndarray, rows: np.ndarray) -> None:
         """Writes some rows, given as bytes, through the system: a full disk is an `OSError` here.
@@ -280,7 +294,7 @@ def _prepare(cold: list[tuple[MappedRows, np.ndarray]], files: list[MappedRows],
         file.ask(runs)
     with suppress(OSError):  # whoever writes to them makes room
         for file in files:
-            file.make_ready(file.runs(slots))
+            file.make_ready(slots)
 
 
 def _paged(file: MappedRows) -> int:
