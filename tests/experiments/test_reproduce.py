@@ -306,6 +306,40 @@ def test_speeds_are_measured_and_reported(tiny, corpus, tmp_path, monkeypatch):
     assert "| 1 layers + 1 memory | " in (tmp_path / "depth" / "report.md").read_text().partition("Speeds, medians")[2]
 
 
+def test_speeds_of_an_experiment_without_any_are_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="measure_speed must be False for .* without speeds, got True for 'noise'"):
+        reproduce("noise", tmp_path / "new", measure_speed=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_speeds_that_were_measured_before_an_end_are_not_measured_again(tiny, corpus, tmp_path, monkeypatch):
+    layer = MemoryConfig(dim=16, value_dim=8, heads=2, topk=2, num_subkeys=4, query_dim=8)
+    two = {"one": layer, "two": dataclasses.replace(layer, heads=1)}
+    small = dataclasses.replace(EXPERIMENTS["speed"], layers=lambda scale: two, speed_claims=lambda *_: [])
+    monkeypatch.setitem(EXPERIMENTS, "speed", small)
+    asked = []
+
+    def seconds(work, repeats):
+        asked.append(repeats)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return dict.fromkeys(work, float(len(asked)))
+
+    monkeypatch.setattr("memlayers.experiments.speeds.in_turns", seconds)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("speed", tmp_path, corpus=corpus)
+    layers = reproduce("speed", tmp_path, corpus=corpus)["speeds"]["layers"]
+    assert {name: one["memory"] for name, one in layers.items()} == {"one": 1.0, "two": 3.0}
+    assert [path.name for path in (tmp_path / "speeds").iterdir()] == ["speed.json"]
+    # What another number of threads has measured is no part of a table.
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("speed", tmp_path, corpus=corpus)
+    monkeypatch.setattr("memlayers.experiments.reproduce.hardware", lambda: {"cpu": "another"})
+    layers = reproduce("speed", tmp_path, corpus=corpus)["speeds"]["layers"]
+    assert {name: one["memory"] for name, one in layers.items()} == {"one": 3.0, "two": 4.0}
+
+
 def test_an_experiment_without_runs_measures_layers(tiny, corpus, tmp_path, monkeypatch):
     layer = MemoryConfig(dim=16, value_dim=8, heads=2, topk=2, num_subkeys=4, query_dim=8)
     small = dataclasses.replace(EXPERIMENTS["speed"], layers=lambda scale: {"one": layer}, speed_claims=lambda *_: [])

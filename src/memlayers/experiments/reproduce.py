@@ -13,11 +13,11 @@ from memlayers.experiments.records import GridFolder, Identity, Record
 from memlayers.experiments.registry import experiment as experiment_named
 from memlayers.experiments.scales import Scale, changed
 from memlayers.experiments.scales import scale as scale_named
-from memlayers.experiments.speeds import measure_layers, measure_models
+from memlayers.experiments.speeds import Kept, measure_layers, measure_models
 from memlayers.experiments.work import run_work
 from memlayers.experiments.write_up import write_report
 from memlayers.files import sole_user, write_json
-from memlayers.hardware import hardware
+from memlayers.hardware import hardware, versions
 from memlayers.lm.build import build_model, pick_device, resolve_precision
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus, DataConfig, open_corpus, prepare
@@ -55,7 +55,7 @@ def reproduce(
         keep_models: Keep the models of finished runs, which are removed otherwise.
         report_only: Train nothing: report what is there.
         measure_speed: Measure the speeds of the models when all is trained, on a machine that does nothing else. What
-            only measures does so anyway.
+            only measures does so anyway. What was measured there before something ended it is not measured again.
         say: Receives lines of progress.
 
     Raises:
@@ -64,7 +64,9 @@ def reproduce(
         CommandFailed: A run ended without a result, which is not that its numbers diverged: that is one.
     """
     asked = experiment_named(name)
-    scale_named(scale)
+    known = scale_named(scale)
+    if measure_speed and not asked.layers(known) and not asked.speeds(known):
+        raise ValueError(f"measure_speed must be False for an experiment without speeds, got True for {name!r}")
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     folder = GridFolder(output)
@@ -97,21 +99,27 @@ def reproduce(
             )
         only_measures = not asked.runs(size, found)
         if measure_speed or (only_measures and not report_only):
-            measured = _measure(asked, size, text, device, precision, say)
             folder.speeds.mkdir(exist_ok=True)
-            write_json(folder.speeds / f"{name}.json", measured)
+            begun = folder.speeds / f"{name}.begun.json"
+            kept = Kept(begun, {"hardware": hardware(), "versions": versions(), "precision": precision})
+            write_json(folder.speeds / f"{name}.json", _measure(asked, size, text, device, precision, kept, say))
+            begun.unlink()
         return write_report(asked, size, found, folder.path / name, speeds=folder.read_speeds(name))
 
 
 def _measure(
-    asked: Experiment, size: Scale, text: Corpus, device: torch.device, precision: Any, say: Callable[[str], None]
+    asked: Experiment,
+    size: Scale,
+    text: Corpus,
+    device: torch.device,
+    precision: Any,
+    kept: Kept,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The speeds of what an experiment names. Raises `ValueError` if it names nothing."""
+    """The speeds of the layers or models that an experiment names."""
     if layers := asked.layers(size):
-        return measure_layers(layers, device, say=say)
-    if groups := asked.speeds(size):
-        return measure_models(groups, text, device, precision, train=asked.measures_training, say=say)
-    raise ValueError(f"measure_speed must be False for an experiment without speeds, got True for {asked.name!r}")
+        return measure_layers(layers, device, kept, say=say)
+    return measure_models(asked.speeds(size), text, device, precision, kept, train=asked.measures_training, say=say)
 
 
 def open_text(corpus: Corpus | str | Path | None, output: Path, scale: str) -> Corpus:

@@ -1,11 +1,13 @@
 """Speeds of models, measured by themselves: never taken from a training, which may have shared the machine.
 
 Models are built anew, with random weights, and read real text. Those of a group take turns, so that their ratios are
-fair where the machine is not quite quiet.
+fair where the machine is not quite quiet. What is measured stays in a file, so that whatever ends it costs one group.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from transformers import set_seed
 
 from memlayers.config import MemoryConfig
+from memlayers.files import write_json
 from memlayers.hardware import hardware, versions
 from memlayers.layer import MemoryLayer
 from memlayers.lm.build import build_model
@@ -24,6 +27,32 @@ from memlayers.lm.evaluate import ComputePrecision, in_turns, measure_speed
 REPEATS = 5
 LAYER_TOKENS = 2048  # that a layer reads at a time
 Group = Mapping[str, RunConfig]
+Figures = dict[str, dict[str, Any]]  # by name
+
+
+class Kept:
+    """Figures in a file: what was measured on the same machine, by the same versions, is not measured again.
+
+    Args:
+        file: is written after each group.
+        settings: what decides the figures beside what is measured.
+    """
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self._file = file
+        self._content: dict[str, Any] = {**settings, "figures": {}}
+        if file.is_file():
+            held = json.loads(file.read_bytes())
+            if {**held, "figures": {}} == self._content:
+                self._content = held
+
+    def of(self, names: Collection[str], measure: Callable[[], Figures]) -> Figures:
+        """The figures of those names: the ones in the file, or else new ones."""
+        figures = self._content["figures"]
+        if not figures.keys() >= set(names):
+            figures |= measure()
+            write_json(self._file, self._content)
+        return {name: figures[name] for name in names}
 
 
 def measure_models(
@@ -31,21 +60,22 @@ def measure_models(
     corpus: Corpus,
     device: torch.device,
     precision: ComputePrecision,
+    kept: Kept,
     *,
     train: bool,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Prefill, decode and, with `train`, training steps of each model; rates and ratios to the first of its group."""
-    models: dict[str, dict[str, Any]] = {}
+    models: Figures = {}
     for number, group in enumerate(groups, start=1):
         say(f"measuring speeds, group {number} of {len(groups)}: {', '.join(group)}")
-        models |= _measure_group(group, corpus, device, precision, train)
+        models |= kept.of(group, partial(_measure_group, group, corpus, device, precision, train))
     return {"models": models, "hardware": hardware(), "versions": versions(), "precision": precision}
 
 
 def _measure_group(
     group: Group, corpus: Corpus, device: torch.device, precision: ComputePrecision, train: bool
-) -> dict[str, dict[str, Any]]:
+) -> Figures:
     built = {}
     for name, config in group.items():
         set_seed(config.training.seed)
@@ -53,7 +83,7 @@ def _measure_group(
         built[name] = model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps `to`
     context = next(iter(group.values())).model.context
     speeds = measure_speed(built, corpus.validation, context=context, precision=precision, repeats=REPEATS)
-    found: dict[str, dict[str, Any]] = {
+    found: Figures = {
         name: {
             "prefill_tokens_per_s": speed.prefill_tokens_per_s,
             "prefill_words_per_s": speed.prefill_words_per_s,
@@ -79,19 +109,22 @@ def _measure_group(
 
 
 def measure_layers(
-    configs: Mapping[str, MemoryConfig], device: torch.device, *, say: Callable[[str], None]
+    configs: Mapping[str, MemoryConfig], device: torch.device, kept: Kept, *, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Seconds of a forward pass of each layer, and of the feed-forward network of its width in turn with it."""
-    layers = {}
+    layers: Figures = {}
     for name, config in configs.items():
         say(f"measuring {name}")
-        torch.manual_seed(0)
-        with torch.device(device):
-            layer = MemoryLayer(config).eval()
-            ffn = nn.Sequential(nn.Linear(config.dim, 4 * config.dim), nn.GELU(), nn.Linear(4 * config.dim, config.dim))
-            x_TD = torch.randn(LAYER_TOKENS, config.dim)
-        with torch.no_grad():
-            seconds = in_turns({"memory": partial(layer, x_TD), "ffn": partial(ffn, x_TD)}, REPEATS)
-        layers[name] = {**seconds, "ratio": seconds["memory"] / seconds["ffn"], "slots": config.slots}
-        del layer, ffn  # the next one may need their room
+        layers |= kept.of((name,), partial(_measure_layer, name, config, device))
     return {"layers": layers, "tokens": LAYER_TOKENS, "hardware": hardware(), "versions": versions()}
+
+
+def _measure_layer(name: str, config: MemoryConfig, device: torch.device) -> Figures:
+    torch.manual_seed(0)
+    with torch.device(device):
+        layer = MemoryLayer(config).eval()
+        ffn = nn.Sequential(nn.Linear(config.dim, 4 * config.dim), nn.GELU(), nn.Linear(4 * config.dim, config.dim))
+        x_TD = torch.randn(LAYER_TOKENS, config.dim)
+    with torch.no_grad():
+        seconds = in_turns({"memory": partial(layer, x_TD), "ffn": partial(ffn, x_TD)}, REPEATS)
+    return {name: {**seconds, "ratio": seconds["memory"] / seconds["ffn"], "slots": config.slots}}
