@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from memlayers import MemoryConfig, load_memory
 from memlayers.models import SaveMemory, add_memory, causal_lm, freeze_base, memory_layers, save_memory
+from memlayers.models.checkpoints import holds_adapters_alone
 from memlayers.optim import MemoryAdamW
 
 # peft asks transformers by a name that was renamed there.
@@ -129,6 +130,19 @@ def test_the_best_memory_comes_back(tmp_path):
     assert kept.keys() == now.keys()
     assert differing(kept, now) == []
     assert differing(last, now) != []
+
+
+@pytest.mark.parametrize("folder", ["memory", "memory-news"])
+def test_a_checkpoint_of_adapters_alone_is_told_from_one_with_memories(tmp_path, folder):
+    checkpoint = tmp_path / "checkpoint-2"
+    assert not holds_adapters_alone(checkpoint)
+    (checkpoint / "second").mkdir(parents=True)
+    (checkpoint / folder).mkdir()
+    assert not holds_adapters_alone(checkpoint)
+    (checkpoint / "second" / "adapter_config.json").touch()
+    assert holds_adapters_alone(checkpoint)
+    (checkpoint / folder / "memory_config.json").touch()
+    assert not holds_adapters_alone(checkpoint)
 
 
 @pytest.mark.promise(

@@ -79,6 +79,6 @@ def checkpoint_of(args: Any, state: Any) -> Path:
 
 
 def holds_adapters_alone(checkpoint: Path) -> bool:
-    """Whether a checkpoint has adapters of PEFT and no memory."""
+    """Whether a checkpoint has adapters of PEFT and no memory, of whatever name."""
     is_of_adapters = checkpoint.is_dir() and any(checkpoint.glob("**/adapter_config.json"))
-    return is_of_adapters and lacks_memory(checkpoint / MEMORY_FOLDER)
+    return is_of_adapters and all(map(lacks_memory, checkpoint.glob(f"{MEMORY_FOLDER}*")))
