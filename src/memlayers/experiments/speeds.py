@@ -5,6 +5,8 @@ fair where the machine is not quite quiet. What is measured stays in a file, so 
 """
 
 import json
+import statistics
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from memlayers.lm.build import build_model
 from memlayers.lm.config import RunConfig
 from memlayers.lm.data import Corpus
 from memlayers.lm.dry_run import first_batch, training_steps
-from memlayers.lm.evaluate import ComputePrecision, in_turns, measure_speed
+from memlayers.lm.evaluate import ComputePrecision, measure_speed
 
 REPEATS = 5
 LAYER_TOKENS = 2048  # that a layer reads at a time
@@ -128,3 +130,17 @@ def _measure_layer(name: str, config: MemoryConfig, device: torch.device) -> Fig
     with torch.no_grad():
         seconds = in_turns({"memory": partial(layer, x_TD), "ffn": partial(ffn, x_TD)}, REPEATS)
     return {name: {**seconds, "ratio": seconds["memory"] / seconds["ffn"], "slots": config.slots}}
+
+
+def in_turns(work: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median seconds of each piece of work, all of which are done in turn; the first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(-1, repeats):
+        for name, one in work.items():
+            begin = time.perf_counter()
+            one()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times) for name, times in seconds.items()}

@@ -11,9 +11,9 @@ import math
 import operator
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ComputePrecision = Literal["fp32", "bf16", "fp16"]
-_Name = TypeVar("_Name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,21 +171,30 @@ def measure_speed(
         raise ValueError(f"new_tokens and repeats must be at least 1, got {new_tokens} and {repeats}")
     prompt_tokens = min(16, context - new_tokens)
     text_BT = torch.from_numpy(np.asarray(split.tokens[: batch_windows * context], dtype=np.int64)).view(-1, context)
-    work: dict[tuple[str, str], Callable[[], Any]] = {}
-    with contextlib.ExitStack() as stack:
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(-1, repeats):  # the first round warms up and is not counted
         for name, model in models.items():
-            stack.enter_context(_inference(model, precision))
-            ids_BT = text_BT.to(next(model.parameters()).device)
-            work[name, "prefill"] = functools.partial(model, input_ids=ids_BT, use_cache=False)
-            work[name, "decode"] = functools.partial(_decode, model, ids_BT[:1, :prompt_tokens], new_tokens)
-        seconds = in_turns(work, repeats)
+            device = next(model.parameters()).device
+            ids_BT = text_BT.to(device)
+            with _inference(model, precision):
+                start = _now(device)
+                model(input_ids=ids_BT, use_cache=False)
+                read = _now(device) - start
+                prompt = ids_BT[:1, :prompt_tokens]
+                start = _now(device)
+                _decode(model, prompt, new_tokens)
+                written = _now(device) - start
+            if repeat >= 0:
+                prefill[name].append(read)
+                decode[name].append(written)
     speeds = {}
     for name, model in models.items():
-        tokens_per_s = batch_windows * context / seconds[name, "prefill"]
+        tokens_per_s = batch_windows * context / statistics.median(prefill[name])
         speeds[name] = Speed(
             prefill_words_per_s=tokens_per_s * split.words_per_token,
             prefill_tokens_per_s=tokens_per_s,
-            decode_tokens_per_s=new_tokens / seconds[name, "decode"],
+            decode_tokens_per_s=new_tokens / statistics.median(decode[name]),
             batch_windows=batch_windows,
             context=context,
             prompt_tokens=prompt_tokens,
@@ -197,18 +205,6 @@ def measure_speed(
             precision=precision,
         )
     return speeds
-
-
-def in_turns(work: Mapping[_Name, Callable[[], Any]], repeats: int) -> dict[_Name, float]:
-    """The median seconds of each piece of work, all of which are done in turn; a first round warms up."""
-    seconds: dict[_Name, list[float]] = {name: [] for name in work}
-    for repeat in range(-1, repeats):
-        for name, one in work.items():
-            begin = _now()
-            one()
-            if repeat >= 0:
-                seconds[name].append(_now() - begin)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def device_name(device: torch.device) -> str:
@@ -258,9 +254,9 @@ def _decode(model: "PreTrainedModel", prompt: Tensor, new_tokens: int) -> None:
     )
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
