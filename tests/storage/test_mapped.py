@@ -435,6 +435,23 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path):
         mapped(tmp_path)
 
 
+def test_states_stay_on_a_system_that_keeps_no_room_for_a_whole_file(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    monkeypatch.setattr("memlayers.storage.rows.POPULATE_WRITE", 12_345)  # nor makes pages ready
+    layer = mapped(tmp_path)
+    train(layer, RowAdam(layer), 2)
+    layer.values.checkpoint()
+    expected = contents(layer)
+    assert expected["steps"].any()
+    layer.values.close()
+    again = mapped(tmp_path)
+    optimizer = RowAdam(again)
+    assert are_equal(contents(again), expected)
+    train(again, optimizer, 1)
+    again.values.restore()
+    assert are_equal(contents(again), expected)
+
+
 def test_a_folder_of_something_else_is_refused_and_stays(tmp_path):
     (tmp_path / "precious.rows").write_text("mine")
     with pytest.raises(ValueError, match=r"folder of a new table must be empty, got .* with 'precious.rows'"):

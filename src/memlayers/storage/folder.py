@@ -17,6 +17,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,16 +168,17 @@ class TableFolder:
         before = log.nbytes
         try:
             if len(fresh):
-                for file in self.large_states():
+                for file in self._sparse_states().values():
                     file.make_room(fresh)
+                for file in self.large_states():
                     self.ahead.know(file, fresh)
                 log.add_fresh(fresh)
             self.ahead.fetch([self.weight, *self.large_states()], old)
             for part in self._pieces(old):
                 rows = {name: file.take(part) for name, file in self.files.items()}
                 log.add_old(part, rows)
-                for file in self.large_states():
-                    file.make_room(part[~file.take(part).any(1)])  # a hole in the file, perhaps
+                for name, file in self._sparse_states().items():
+                    file.make_room(part[~rows[name].any(1)])  # a hole in the file, perhaps
             log.flush()
         except BaseException:
             log.drop_unflushed()
@@ -193,8 +195,13 @@ class TableFolder:
             )
 
     def large_states(self) -> list[MappedRows]:
-        """The states of which pages are asked for; one number a row is read, and has its room, as a whole."""
+        """The states of which pages are asked for; one number a row is read as a whole."""
         return [file for file in self.states.values() if file.tensor.ndim > 1]
+
+    def _sparse_states(self) -> dict[str, MappedRows]:
+        """The states that get their room on the disk row by row."""
+        has_room = hasattr(os, "posix_fallocate")  # as `_open_rows` asked for it
+        return {name: file for name, file in self.states.items() if file.tensor.ndim > 1 or not has_room}
 
     def _open_log(self) -> UndoLog:
         if self._log is None:
@@ -402,10 +409,8 @@ class TableFolder:
     def _open_rows(self, name: str, shape: Any, dtype: torch.dtype) -> MappedRows:
         file = MappedRows(self.folder / f"{name}.rows", tuple(shape), dtype, writable=True)
         if len(shape) == 1:  # a few bytes a row: all of it is there
-            if hasattr(os, "posix_fallocate"):
+            with suppress(AttributeError):  # macOS has no such call
                 os.posix_fallocate(file.descriptor, 0, max(1, file.nbytes))
-            else:  # macOS
-                file.make_room(np.arange(shape[0]))
         return file
 
     def _lock(self) -> None:
