@@ -68,6 +68,8 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch, way)
             patch.setattr(rows, "advise", lambda *_: (_ for _ in ()).throw(error))
         with pytest.raises(OSError, match=r"No space left on device: '.*rows'"):
             file.make_room(np.array([3]))
+        with pytest.raises(OSError, match=r"No space left on device: '.*rows'"):
+            file.put(np.array([3]), np.ones((1, PAGE), np.uint8))
     assert not file.tensor.any()
     file.make_room(np.array([3]))
 

@@ -102,9 +102,9 @@ class MappedRows:
         except OSError as error:
             if error.errno in _UNKNOWN:
                 return False
-            full = error.errno == errno.EFAULT  # a write to the tensor would end the process
-            number = errno.ENOSPC if full else error.errno
-            raise OSError(number, os.strerror(number), str(self.file)) from None
+            if error.errno == errno.EFAULT:  # a write to the tensor would end the process
+                error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(error.errno, error.strerror, str(self.file)) from None
         return True
 
     def make_room(self, slots: np.ndarray) -> None:
