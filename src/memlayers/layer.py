@@ -175,7 +175,7 @@ class MemoryLayer(nn.Module):
 
     def read(self, x_TD: Tensor, slots_THK: Tensor, weights_THK: Tensor) -> Tensor:
         """y [T, V], in at least float32. x_TD is the input of the layer; it and the weights are zero at padding."""
-        return self.values.read(slots_THK.flatten(1), weights_THK.flatten(1))
+        return self.values(slots_THK.flatten(1), weights_THK.flatten(1))
 
     def combine(self, y_TV: Tensor, x_TD: Tensor) -> Tensor:
         """[T, D] from what was read and the input of the layer. Must return zero where both are zero, as at padding."""

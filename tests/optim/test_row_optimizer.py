@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as prune_by
 
 from memlayers import RowAdagrad, RowAdam, RowSGD, ValueTable
 from memlayers.ops import cpu
@@ -318,6 +319,71 @@ def test_a_state_of_version_0_1_0_is_refused_and_nothing_is_loaded(make, field):
     assert other.param_groups[0]["lr"] == 0.25
     assert not other.state
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("saved", "got"),
+    [
+        (lambda: RowAdam([ValueTable(30, 4)]), "RowAdam"),
+        (lambda: RowAdagrad([ValueTable(30, 4)]), "RowAdagrad"),
+        (lambda: RowSGD([ValueTable(30, 4)]), "RowSGD"),
+        (lambda: torch.optim.Adam([torch.zeros(30, 4)]), "dense parameters"),
+    ],
+    ids=["adam", "adagrad", "sgd", "torch's"],
+)
+@pytest.mark.parametrize("name", ["adam", "adagrad", "sgd"])
+def test_a_state_of_another_rule_is_refused_by_name_and_nothing_is_loaded(saved, got, name):
+    optimizer, own = OPTIMIZERS[name]([ValueTable(30, 4)]), OPTIMIZERS[name].func.__name__
+    if got == own:
+        return optimizer.load_state_dict(saved().state_dict())
+    with pytest.raises(ValueError, match=f"must be of {own}, got that of {got} for the same group.* weights alone"):
+        optimizer.load_state_dict(saved().state_dict())
+    assert optimizer.param_groups[0]["lr"] == OPTIMIZERS[name].keywords["lr"]
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_a_table_of_another_size_is_refused_when_it_is_loaded(name):
+    table = ValueTable(60, 4)
+    optimizer, other = OPTIMIZERS[name]([table]), OPTIMIZERS[name]([ValueTable(30, 4)], lr=0.25)
+    train(table, optimizer)
+    with pytest.raises(ValueError, match=r"states of a table of \[30, 4\], got '.*' of \[60.*build the model as the"):
+        other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == 0.25
+    assert not other.state
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def halve(table):
+    nn.utils.parametrize.register_parametrization(table, "weight", Halved())
+
+
+def prune(table):
+    prune_by.l1_unstructured(table, "weight", 0.5)
+
+
+@each
+@pytest.mark.promise(
+    "Gradients by hand",
+    "a row optimizer for a table under `torch.nn.utils.parametrize` or `prune`",
+    "refused",
+    "make the weight plain again, or train the table by an optimizer of torch",
+)
+@pytest.mark.parametrize("compute", [halve, prune])
+def test_a_table_whose_weight_is_computed_is_refused_with_the_remedy(make, compute):
+    table, taken = ValueTable(30, 4), ValueTable(30, 4)
+    compute(table)
+    with pytest.raises(ValueError, match=r"computed of other parameters.*remove_parametrizations, prune\.remove"):
+        make([taken, table])
+    assert taken.row_gradient is None
+    optimizer = make([taken])
+    compute(taken)
+    loss_of(taken, *reads(30)).backward()
+    with pytest.raises(RuntimeError, match="computed of other parameters.* release"):
+        optimizer.step()
 
 
 def test_loading_a_state_does_not_share_it():

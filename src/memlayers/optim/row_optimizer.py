@@ -78,6 +78,8 @@ class RowOptimizer(TableOwner):
                 raise ValueError(f"tables must be ValueTable modules, got {type(table).__name__}")
             if table.untrainable:
                 raise ValueError(table.untrainable)
+            if _is_computed(table):
+                raise ValueError(_COMPUTED)
             if hasattr(table.weight, "placements") and not isinstance(table, ColumnTable):  # a DTensor
                 raise ValueError(
                     "the weight of a value table must be whole, got a DTensor: keep FSDP from sharding it "
@@ -152,7 +154,7 @@ class RowOptimizer(TableOwner):
         are_several = replicas is not None or columns is not None
         fault = self._fault(are_several)
         for table in self._tables:  # a gradient somebody has set asks for a state, as torch's checkpoints do
-            if table.weight.grad is not None:
+            if not _is_computed(table) and table.weight.grad is not None:
                 self._state_of(table, group)
         if are_several:
             held = self._held_by_all(replicas, columns, fault, group)
@@ -208,6 +210,8 @@ class RowOptimizer(TableOwner):
         for table in self._tables:
             if table.row_gradient is None:
                 continue
+            if _is_computed(table):
+                return _COMPUTED
             if not table.row_gradient.is_of(table.weight):
                 return _REPLACED
             if are_several and isinstance(table, MappedTable):
@@ -343,6 +347,11 @@ def require_row_settings(*, lr: float, max_grad_norm: float | None, rounding: st
     require_choice(f"{prefix}rounding", rounding, get_args(Rounding))
 
 
+def _is_computed(table: ValueTable) -> bool:
+    """Whether the weight is no parameter, but computed of others at each call (parametrised, pruned)."""
+    return "weight" not in table._parameters
+
+
 def _check_columns(tables: list[ValueTable], process_group: Any, *, per_row: bool) -> None:
     if len({getattr(table.weight, "device_mesh", None) for table in tables}) > 1:
         raise ValueError("tables must all be in columns of one mesh, or none: build an optimizer for each kind")
@@ -358,6 +367,11 @@ def _check_columns(tables: list[ValueTable], process_group: Any, *, per_row: boo
 _REPLACED = (
     "the weight of a value table was replaced after its row optimizer was built, as by load_state_dict(assign=True), "
     "so the optimizer would not train it: build the optimizer afterwards, or load without assign"
+)
+_COMPUTED = (
+    "the weight of a value table is computed of other parameters (torch.nn.utils.parametrize or prune), which no row "
+    "optimizer trains: make it plain again (parametrize.remove_parametrizations, prune.remove), or train the table "
+    "with dense gradients by an optimizer of torch, after release() of the row optimizer if it has one"
 )
 _IN_FILES = (
     "a value table in files is trained by one process, which alone may open them: keep the table in memory (leave out "

@@ -152,7 +152,8 @@ class TableOwner(torch.optim.Optimizer, ABC):
         the folder; the log says so where they are of another moment. Rows that were chosen when the state was saved are
         chosen again; where none were, the choice stays.
 
-        Raises `ValueError` for a state with other groups, one that version 0.1.0 saved, or one of tables elsewhere.
+        Raises `ValueError` for a state with other groups, one of another row optimizer, of tables of other sizes or
+        elsewhere, or one that version 0.1.0 saved. Nothing is loaded then.
         """
         if len(state_dict["param_groups"]) != len(self.param_groups):
             raise ValueError(
@@ -160,6 +161,11 @@ class TableOwner(torch.optim.Optimizer, ABC):
                 f"{len(state_dict['param_groups'])}: build the optimizer as the saved one was (selector_lr adds groups)"
             )
         for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if _rule(ours) != _rule(saved):
+                raise ValueError(
+                    f"state_dict must be of {_rule(ours)}, got that of {_rule(saved)} for the same group: build the "
+                    "optimizer as the saved one was, or load the weights alone, and train on with a new optimizer"
+                )
             if missing := [name for name in ("rounding", "moments", "updates") if name in ours and name not in saved]:
                 raise ValueError(
                     f"state_dict must say {', '.join(map(repr, missing))} for its value tables: memlayers 0.1.0 saved "
@@ -176,6 +182,12 @@ class TableOwner(torch.optim.Optimizer, ABC):
                 self._require_known(saved[CHOSEN])
             if ("in_files" in saved) is not (weight in in_files):
                 raise ValueError(_IN_FILES if "in_files" in saved else _IN_MEMORY)
+            for name, value in saved.items():
+                if isinstance(value, Tensor) and value.shape != weight.shape[: value.ndim]:
+                    raise ValueError(
+                        f"state_dict must hold states of a table of {[*weight.shape]}, got {name!r} of "
+                        f"{[*value.shape]}: build the model as the saved one was, or train on with a new optimizer"
+                    )
         super().load_state_dict(state_dict)
         for weight, saved in saved_states.items():
             self.state[weight] = {}
@@ -196,6 +208,13 @@ class TableOwner(torch.optim.Optimizer, ABC):
             "an optimizer that may own value tables cannot be copied or pickled, or a table would have two owners; "
             "use state_dict()"
         )
+
+
+def _rule(group: dict[str, Any]) -> str:
+    """What a parameter group is of, by the settings that tell it."""
+    if "value_lr" not in group:
+        return "dense parameters"
+    return "RowAdam" if "betas" in group else "RowAdagrad" if "per_row" in group else "RowSGD"
 
 
 _IN_FILES = (
