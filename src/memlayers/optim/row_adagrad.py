@@ -50,7 +50,8 @@ class RowAdagrad(RowOptimizer):
             schedule_values=schedule_values,
             rounding=rounding,
             process_group=process_group,
-            settings={"eps": eps, "per_row": per_row},
+            eps=eps,
+            per_row=per_row,
         )
 
     def new_state(self, weight_SV, group):

@@ -58,7 +58,9 @@ class RowAdam(RowOptimizer):
             schedule_values=schedule_values,
             rounding=rounding,
             process_group=process_group,
-            settings={"betas": tuple(map(plain_number, betas)), "eps": eps, "moments": moments},
+            betas=tuple(map(plain_number, betas)),
+            eps=eps,
+            moments=moments,
         )
 
     def new_state(self, weight_SV, group):

@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -59,14 +59,13 @@ class RowOptimizer(TableOwner):
         self,
         tables: nn.Module | Iterable[ValueTable],
         *,
-        lr: float = 1e-3,
-        max_grad_norm: float | None = None,
-        schedule_values: bool = False,
-        rounding: Rounding = "stochastic",
+        lr: float,
+        max_grad_norm: float | None,
+        schedule_values: bool,
+        rounding: Rounding,
         process_group: "ProcessGroup | None" = None,
-        settings: Mapping[str, Any] | None = None,
+        **settings: Any,
     ):
-        settings = {name: plain_number(value) for name, value in (settings or {}).items()}
         model = tables if isinstance(tables, nn.Module) else None
         if isinstance(tables, nn.Module):
             tables = value_tables(tables)
@@ -89,6 +88,7 @@ class RowOptimizer(TableOwner):
             _check_columns(tables, process_group, per_row=settings.get("per_row", False))
         require_row_settings(lr=lr, max_grad_norm=max_grad_norm, rounding=rounding)
         lr, max_grad_norm = plain_number(lr), plain_number(max_grad_norm)
+        settings = {name: plain_number(value) for name, value in settings.items()}
         self._process_group = process_group
         self._may_differ = True  # from another process's replica: the weights, or what was loaded
         self._tables: list[ValueTable] = []
