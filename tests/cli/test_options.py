@@ -63,6 +63,14 @@ def test_numbers_in_a_file_are_read_as_on_the_command_line(configured, write):
     assert config.memory.query_hidden == (8,)
 
 
+@pytest.mark.parametrize("typed", ["010", "1:30"])
+def test_what_yaml_alone_takes_for_a_number_is_refused(typed, trainings, write, tmp_path, capsys):
+    """To YAML 1.1 they are eight and ninety."""
+    for arguments in (["--training.seed", typed], ["--config", write(f"training.seed: {typed}\n")]):
+        assert main(["train", "--output", str(tmp_path / "run"), *arguments]) == 2
+        assert f"training.seed must be an integer from 0 to 4294967295, got '{typed}'" in capsys.readouterr().err
+
+
 def test_the_configuration_of_a_run_can_be_given_back(configured, write):
     config = dataclasses.replace(preset("paper-12x1024").run(), memory_layers=(2, 9))
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
