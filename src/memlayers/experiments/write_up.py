@@ -196,6 +196,9 @@ def _plot(experiment: Experiment, series: Places) -> "Figure":
         axes.spines[["top", "right"]].set_visible(False)
         if experiment.log_x:
             axes.set_xscale("log", base=2)
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)  # layers, seeds, blocks
+    used.set_ylim(0, 104)
     if series:
         quality.legend(frameon=False, fontsize=8)
     return figure
