@@ -398,6 +398,8 @@ def _options(name: str, command: Command, given: Mapping[str, object]) -> dict[s
     for option, found in known.items():
         if option in given:
             require(option, given[option], found.kind, found.limits)
+            if given[option] == "" and option != "prompt":  # to pathlib this is the current folder
+                raise ValueError(f"{option} must not be empty, got ''")
     defaults = {option: found.default for option, found in known.items()} | dict.fromkeys(command.flags, False)
     return {option: given.get(option, default) for option, default in defaults.items()}
 
