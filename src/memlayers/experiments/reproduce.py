@@ -1,6 +1,7 @@
 """reproduce: one experiment, from its checks to its report. Read it from top to bottom."""
 
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def reproduce(
         if measure_speed or (only_measures and not report_only):
             folder.speeds.mkdir(exist_ok=True)
             begun = folder.speeds / f"{name}.begun.json"
-            kept = Kept(begun, {"hardware": hardware(), "versions": versions(), "precision": precision})
+            what = hashlib.sha256(repr((asked.layers(size), asked.speeds(size))).encode()).hexdigest()
+            machine = {"hardware": hardware(), "versions": versions(), "precision": precision}
+            kept = Kept(begun, {"measured_sha256": what, **machine})
             write_json(folder.speeds / f"{name}.json", _measure(asked, size, text, device, precision, kept, say))
             begun.unlink()
         return write_report(asked, size, found, folder.path / name, speeds=folder.read_speeds(name))

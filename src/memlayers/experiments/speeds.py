@@ -98,7 +98,7 @@ def _measure_group(
             name: training_steps(config, built[name], first_batch(config, corpus, corpus.vocab_size), device, precision)
             for name, config in group.items()
         }
-        for name, seconds in in_turns({name: partial(next, one) for name, one in steps.items()}, REPEATS).items():
+        for name, seconds in in_turns({name: partial(next, one) for name, one in steps.items()}).items():
             found[name] |= {
                 "step_seconds": seconds,
                 "training_tokens_per_s": group[name].training.batch_tokens / seconds,
@@ -128,14 +128,14 @@ def _measure_layer(name: str, config: MemoryConfig, device: torch.device) -> Fig
         ffn = nn.Sequential(nn.Linear(config.dim, 4 * config.dim), nn.GELU(), nn.Linear(4 * config.dim, config.dim))
         x_TD = torch.randn(LAYER_TOKENS, config.dim)
     with torch.no_grad():
-        seconds = in_turns({"memory": partial(layer, x_TD), "ffn": partial(ffn, x_TD)}, REPEATS)
+        seconds = in_turns({"memory": partial(layer, x_TD), "ffn": partial(ffn, x_TD)})
     return {name: {**seconds, "ratio": seconds["memory"] / seconds["ffn"], "slots": config.slots}}
 
 
-def in_turns(work: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def in_turns(work: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """The median seconds of each piece of work, all of which are done in turn; the first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(-1, repeats):
+    for repeat in range(-1, REPEATS):
         for name, one in work.items():
             begin = time.perf_counter()
             one()
