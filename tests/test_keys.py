@@ -66,12 +66,14 @@ def test_flat_keys_under_autocast_miss_no_better_key():
 
 @pytest.mark.parametrize("topk", [5, 40])
 def test_flat_search_in_blocks_equals_search_in_one(monkeypatch, topk):
-    keys = FlatKeys(2, 40_000, 4, topk)
+    keys = FlatKeys(2, 40_007, 4, topk)
     with torch.no_grad():
         keys.weight.copy_(torch.randint(-2, 3, keys.weight.shape))
+        keys.weight[:, -1] = 3  # best of all for queries without a negative number
     query = torch.randint(-2, 3, (5, 2, 4)).float()
+    query[0].abs_()
     expected = all_scores(keys, query).sort(dim=-1, descending=True, stable=True)
-    # Three blocks of keys, and one query a block.
+    # Ten blocks of keys, the last group of the last one not whole, and one query a block.
     monkeypatch.setattr(FlatKeys, "BLOCK", 1)
     scores, slots = keys(query)
     assert torch.equal(scores, expected.values[..., :topk])

@@ -133,8 +133,8 @@ class NormalisedKeys(ProductKeys):
 class FlatKeys(nn.Module):
     """S keys a head, all of them searched (paper, section 3.1): what product keys are compared with.
 
-    A query costs O(S * Q). Scores are computed for a block of queries and a block of keys at a time; those of all S
-    are never held.
+    A query costs O(S * Q). Scores are computed for a block of queries and a block of keys at a time, of which the
+    greatest of each group of neighbours is kept; those of the K best groups are computed once more.
 
     Args:
         heads: H, each with its own keys.
@@ -145,7 +145,8 @@ class FlatKeys(nn.Module):
         dtype: of the keys.
     """
 
-    BLOCK = 2**22  # scores held at once: 16 MB in float32
+    BLOCK = 2**20  # scores held at once: 4 MB in float32, which a cache holds
+    KEYS = 2**12  # of a block
 
     def __init__(
         self,
@@ -191,27 +192,44 @@ class FlatKeys(nn.Module):
 
     def _search_blocks(self, query_THQ: Tensor) -> Tensor:
         heads, slots, _ = self.weight.shape
-        keys_per_block = min(slots, max(self.topk, 2**14))
-        queries_per_block = max(1, self.BLOCK // (heads * keys_per_block))
-        found = [self._search_block(block, keys_per_block) for block in query_THQ.split(queries_per_block)]
+        ratio = math.isqrt(slots // self.topk)
+        search = self._search_all if ratio < 4 else self._search_groups
+        queries = max(1, self.BLOCK // (heads * (slots if ratio < 4 else self.KEYS)))
+        found = [search(block) for block in query_THQ.split(queries)]
         return torch.cat(found) if found else query_THQ.new_empty(0, heads, self.topk, dtype=torch.int64)
 
-    def _search_block(self, query_THQ: Tensor, keys_per_block: int) -> Tensor:
-        query_HTQ = query_THQ.transpose(0, 1)
-        scores_HTK: Tensor | None = None
-        slots_HTK: Tensor | None = None
-        for start in range(0, self.weight.shape[1], keys_per_block):
-            keys_HCQ = self.weight[:, start : start + keys_per_block]
-            scores_HTC = query_HTQ @ keys_HCQ.to(query_HTQ.dtype).transpose(-1, -2)
-            slots_HTC = torch.arange(start, start + scores_HTC.shape[-1], device=query_HTQ.device).expand_as(scores_HTC)
-            if scores_HTK is not None and slots_HTK is not None:
-                scores_HTC = torch.cat([scores_HTK, scores_HTC], -1)
-                slots_HTC = torch.cat([slots_HTK, slots_HTC], -1)
-            # Among equal scores an earlier place is a lower slot: blocks come in order, and so do ties among the best.
-            place_HTK = best(scores_HTC, torch.arange(scores_HTC.shape[-1], device=query_HTQ.device), self.topk)
-            scores_HTK, slots_HTK = scores_HTC.gather(-1, place_HTK), slots_HTC.gather(-1, place_HTK)
-        assert slots_HTK is not None
-        return slots_HTK.transpose(0, 1)
+    def _search_all(self, query_THQ: Tensor) -> Tensor:
+        scores_HTS = query_THQ.transpose(0, 1) @ self.weight.to(query_THQ.dtype).transpose(1, 2)
+        return best(scores_HTS, torch.arange(scores_HTS.shape[-1], device=query_THQ.device), self.topk).transpose(0, 1)
+
+    def _search_groups(self, query_THQ: Tensor) -> Tensor:
+        # Above a score that is in none of the K groups with the best greatest scores stand these K. So it is among
+        # equal scores, of which the lower slot, in the lower group, is better.
+        tokens, heads, _ = query_THQ.shape
+        slots, device = self.weight.shape[1], query_THQ.device
+        size = min(2 ** (math.isqrt(slots // self.topk).bit_length() - 1), self.KEYS)  # of a group
+        query_HQT = query_THQ.permute(1, 2, 0).contiguous()
+        greatest_HGT = query_THQ.new_empty(heads, -(-slots // size), tokens)
+        # One for all blocks: the system takes as long to hand out new memory as a product takes to fill it.
+        scores_N = query_THQ.new_empty(heads * self.KEYS * tokens)
+        for start in range(0, slots, self.KEYS):
+            keys_HCQ = self.weight[:, start : start + self.KEYS].to(query_THQ.dtype)
+            keys = keys_HCQ.shape[1]
+            scores_HCT = scores_N[: heads * keys * tokens].view(heads, keys, tokens)
+            torch.bmm(keys_HCQ, query_HQT, out=scores_HCT)
+            whole = keys // size
+            into_HGT = greatest_HGT[:, start // size :]
+            torch.amax(scores_HCT[:, : whole * size].unflatten(1, (whole, size)), 2, out=into_HGT[:, :whole])
+            if whole * size < keys:
+                torch.amax(scores_HCT[:, whole * size :], 1, out=into_HGT[:, whole])
+        groups_G = torch.arange(greatest_HGT.shape[1], device=device)
+        group_HTK = best(greatest_HGT.transpose(1, 2).contiguous(), groups_G, self.topk)
+        slots_HTN = (group_HTK[..., None] * size + torch.arange(size, device=device)).flatten(-2)
+        rows_HTN = slots_HTN.clamp(max=slots - 1) + torch.arange(heads, device=device)[:, None, None] * slots
+        flat_query = query_THQ.transpose(0, 1).flatten(0, 1)
+        scores = dot(self.weight.flatten(0, 1), rows_HTN.flatten(0, 1), flat_query)
+        scores_HTN = torch.where(slots_HTN < slots, scores.view_as(slots_HTN), -math.inf)
+        return best(scores_HTN, slots_HTN, self.topk).transpose(0, 1)
 
     def extra_repr(self) -> str:
         heads, slots, query_dim = self.weight.shape

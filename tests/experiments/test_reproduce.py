@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from memlayers.experiments.records import GridFolder, Identity
 from memlayers.experiments.registry import EXPERIMENTS
 from memlayers.experiments.reproduce import plan, planned, reproduce
 from memlayers.experiments.scales import changed, scale
+from memlayers.experiments.speeds import in_turns
 from memlayers.experiments.worker import work
 from memlayers.experiments.write_up import places
 from memlayers.lm.config import RunConfig
@@ -342,6 +344,17 @@ def test_speeds_that_were_measured_before_an_end_are_not_measured_again(tiny, co
         change()
         layers = reproduce("speed", tmp_path, corpus=corpus)["speeds"]["layers"]
         assert {name: one["memory"] for name, one in layers.items()} == {"one": 3.0, "two": 4.0}
+
+
+def test_what_takes_long_is_measured_in_fewer_rounds(monkeypatch):
+    calls: list[str] = []
+    work = {name: functools.partial(calls.append, name) for name in ("memory", "ffn")}
+    assert in_turns(work).keys() == work.keys()
+    assert len(calls) == 12  # five rounds, and the one that is not counted
+    calls.clear()
+    monkeypatch.setattr("memlayers.experiments.speeds.PATIENCE_S", 0.0)
+    in_turns(work)
+    assert calls == ["memory", "ffn"] * 2
 
 
 def test_an_experiment_without_runs_measures_layers(tiny, corpus, tmp_path, monkeypatch):

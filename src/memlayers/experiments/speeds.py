@@ -27,6 +27,7 @@ from memlayers.lm.dry_run import first_batch, training_steps
 from memlayers.lm.evaluate import ComputePrecision, measure_speed
 
 REPEATS = 5
+PATIENCE_S = 60.0  # work that has taken longer in all is not repeated further
 LAYER_TOKENS = 2048  # that a layer reads at a time
 Group = Mapping[str, RunConfig]
 Figures = dict[str, dict[str, Any]]  # by name
@@ -133,9 +134,15 @@ def _measure_layer(name: str, config: MemoryConfig, device: torch.device) -> Fig
 
 
 def in_turns(work: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """The median seconds of each piece of work, all of which are done in turn; the first round is not counted."""
+    """The median seconds of each piece of work, all of which are done in turn; the first round is not counted.
+
+    Rounds end after `PATIENCE_S`, when one is counted: a layer that reads for minutes needs no five repeats.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in work}
+    started = time.perf_counter()
     for repeat in range(-1, REPEATS):
+        if repeat > 0 and time.perf_counter() - started > PATIENCE_S:
+            break
         for name, one in work.items():
             begin = time.perf_counter()
             one()
