@@ -146,7 +146,7 @@ class FlatKeys(nn.Module):
     """
 
     BLOCK = 2**20  # scores held at once: 4 MB in float32, which a cache holds
-    KEYS = 2**12  # of a block
+    KEYS = 2**12  # of a block; of a few queries more, up to as many scores
 
     def __init__(
         self,
@@ -210,10 +210,11 @@ class FlatKeys(nn.Module):
         size = min(2 ** (math.isqrt(slots // self.topk).bit_length() - 1), self.KEYS)  # of a group
         query_HQT = query_THQ.permute(1, 2, 0).contiguous()
         greatest_HGT = query_THQ.new_empty(heads, -(-slots // size), tokens)
+        block = max(self.KEYS, self.BLOCK // (heads * tokens) // size * size)
         # One for all blocks: the system takes as long to hand out new memory as a product takes to fill it.
-        scores_N = query_THQ.new_empty(heads * self.KEYS * tokens)
-        for start in range(0, slots, self.KEYS):
-            keys_HCQ = self.weight[:, start : start + self.KEYS].to(query_THQ.dtype)
+        scores_N = query_THQ.new_empty(heads * min(block, slots) * tokens)
+        for start in range(0, slots, block):
+            keys_HCQ = self.weight[:, start : start + block].to(query_THQ.dtype)
             keys = keys_HCQ.shape[1]
             scores_HCT = scores_N[: heads * keys * tokens].view(heads, keys, tokens)
             torch.bmm(keys_HCQ, query_HQT, out=scores_HCT)
