@@ -45,6 +45,7 @@ AREAS = {
 }  # fmt: skip
 # The tests of modules that are tested elsewhere than at the place that mirrors their own.
 TESTS = {
+    "files.py": ["test_file_names.py"],
     "listening.py": ["diagnosis/test_untouched.py"],
     "parameters.py": ["models/test_summary.py"],
     "checks.py": ["test_config.py", "optim/test_row_optimizer.py"],

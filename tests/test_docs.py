@@ -44,6 +44,13 @@ def test_the_readme_s_links_work_on_other_sites():
     assert [target for target in targets if not target.startswith("https://")] == []
 
 
+def test_the_readme_s_map_has_every_folder_and_only_files_that_are_there():
+    (found,) = re.findall(r"```\nsrc/memlayers/\n(.*?)\ntests/", (ROOT / "README.md").read_text(), re.DOTALL)
+    package = ROOT / "src" / "memlayers"
+    assert set(re.findall(r"\w+\.py\b", found)) <= {path.name for path in package.rglob("*.py")}
+    assert {path.parent.name for path in package.glob("*/__init__.py")} <= set(re.findall(r"(\w+)/ ", found))
+
+
 def test_the_first_page_links_every_how_to_page():
     first = (DOCS / "index.md").read_text()
     assert [page.name for page in sorted((DOCS / "how-to").glob("*.md")) if f"how-to/{page.name}" not in first] == []

@@ -64,8 +64,10 @@ class Experts(MemoryLayer):
 
     def read(self, x_TD: Tensor, slots_THK: Tensor, weights_THK: Tensor) -> Tensor:
         slots_TM, weights_TM = slots_THK.flatten(1), weights_THK.flatten(1)
-        neurons_TM = self.activate(self.values.inputs(slots_TM, x_TD))
-        return self.values.read(slots_TM, weights_TM * neurons_TM)
+        # An adapter of PEFT on the table stands around it, and has no other attribute of it.
+        table: ExpertTable = getattr(self.values, "base_layer", self.values)
+        neurons_TM = self.activate(table.inputs(slots_TM, x_TD))
+        return self.values(slots_TM, weights_TM * neurons_TM)
 
 
 class ExpertTable(ValueTable):

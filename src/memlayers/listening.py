@@ -1,7 +1,7 @@
 """Listener: forward hooks that come and go together. EagerListener: those of models that may be compiled."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -73,3 +73,12 @@ class EagerListener(Listener):
 def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """The input x of a call of a memory, from the arguments that its hooks are given."""
     return args[0] if args else kwargs["x"]
+
+
+def floating(output: Any) -> Iterator[Tensor]:
+    """The floating tensors in what a module has returned, whatever holds them."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from floating(part)

@@ -39,6 +39,15 @@ class Companion(nn.Module):
         # Not registered: while a model is built without storage, accelerate moves to meta what is.
         self._parameters["row_mark"] = nn.Parameter(zero, requires_grad)
 
+    def _apply(self, fn, recurse=True):
+        # By its data: a swap of tensors, which torch.__future__ can ask for, leaves hooks and row gradient behind.
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(False)
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(swaps)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         pass
 

@@ -62,8 +62,8 @@ def content():
 def test_the_headline_says_what_was_measured(content):
     assert content["headline"] == (
         "At equal tokens 4 layers + memory has a validation perplexity of 99.0, 17.5% below 4 layers (120.0) and 10.0% "
-        "below 8 layers (110.0); at equal training time 105.0 against 150.0 of 8 layers; it reads 1.50 and writes 1.50 "
-        "times as fast as 8 layers."
+        "below 8 layers (110.0); at equal training time 105.0 against 150.0 of 8 layers; it prefills 1.50 and decodes "
+        "1.50 times as fast as 8 layers."
     )
 
 
@@ -73,7 +73,7 @@ def test_the_headline_is_honest_when_the_memory_loses(content):
     models["4-layers-memory"]["prefill_ratio"] = 0.5
     models["8-layers"]["equal_time"]["perplexity"] = None
     sentence = headline({**content, "models": models})
-    assert "of 120.0, the same as 4 layers (120.0) and 9.1% above 8 layers (110.0); it reads 0.50" in sentence
+    assert "of 120.0, the same as 4 layers (120.0) and 9.1% above 8 layers (110.0); it prefills 0.50" in sentence
     assert "equal training time" not in sentence
     models["4-layers-memory"]["validation"]["perplexity"] = float("nan")
     assert "not comparable to 4 layers" in headline({**content, "models": models})

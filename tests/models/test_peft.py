@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from memlayers import MappedFile, MemoryConfig, MemoryLayer, MemoryPlus, load_memory, save_memory
+from memlayers import Experts, MappedFile, MemoryConfig, MemoryLayer, MemoryPlus, load_memory, save_memory
 from memlayers.models import add_memory, causal_lm, freeze_base, memory_layers, memory_summary, remove_memory
 from memlayers.models.wrappers import find_wrappers
 from memlayers.optim import MemoryAdamW
@@ -258,16 +258,19 @@ def test_adapters_are_saved_and_loaded_beside_tables_in_files(tmp_path):
     "Adapters",
     "LoRA on the table itself: `target_parameters=[...values.weight]`",
     "supported",
-    "not for `Experts`; it merges; each call computes the whole table, so train it by rows where you can",
+    "of `Experts` on one of its two; it merges; each call computes the whole table, so train it by rows where you can",
 )
-@pytest.mark.parametrize("kind", [MemoryLayer, MemoryPlus])
-def test_adapters_on_the_table_itself_are_called_trained_and_merged(kind):
+@pytest.mark.parametrize(
+    ("kind", "table"),
+    [(MemoryLayer, "values"), (MemoryPlus, "values"), (Experts, "values"), (Experts, "values.inputs")],
+)
+def test_adapters_on_the_table_itself_are_called_trained_and_merged(kind, table):
     model = add_memory(base(), MEMORY, [2], mode="parallel", kind=kind)
     torch.nn.init.ones_(model.get_submodule("model.layers.1.mlp").gate)
     before = logits(model)
-    model = lora(model, target_parameters=["memory.values.weight"])
+    model = lora(model, target_parameters=[f"memory.{table}.weight"])
     assert torch.allclose(logits(model), before, atol=1e-6)
-    (b,) = [one for name, one in model.named_parameters() if "values.lora_B" in name]
+    (b,) = [one for name, one in model.named_parameters() if f"{table}.lora_B" in name]
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert b.grad.any()
     torch.nn.init.ones_(b)

@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -249,7 +250,25 @@ def test_a_loop_that_changes_gradients_trains_the_table_as_with_a_dense_gradient
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_module_that_is_moved_takes_its_row_gradient_along():
+@pytest.mark.parametrize(
+    "swaps",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.promise(
+                "Gradients by hand",
+                "a module that is cast or moved where `torch.__future__.set_swap_module_params_on_conversion(True)`",
+                "supported",
+                "a row gradient that waits for its step comes along",
+            ),
+        ),
+    ],
+    ids=["by its data", "by a swap of tensors"],
+)
+def test_a_module_that_is_moved_takes_its_row_gradient_along(swaps, request):
+    request.addfinalizer(partial(torch.__future__.set_swap_module_params_on_conversion, False))
+    torch.__future__.set_swap_module_params_on_conversion(swaps)
     rows, dense = net(), net()
     expected = moved(dense, DENSE["RowSGD"](dense[1].values.weight), moved_to_another_dtype_and_back)
     got = moved(rows, RowSGD(rows, lr=0.1), moved_to_another_dtype_and_back)

@@ -67,6 +67,27 @@ def test_it_is_torch_s_optimizer_when_every_row_is_read_each_step(name, dtype, t
             torch.testing.assert_close(state[ours], dense_state[theirs], rtol=10 * tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.promise(
+    "Gradients by hand",
+    '`maximize` set in the groups of an optimizer: `group["maximize"] = True`',
+    "supported",
+    "tables go uphill, too, from the next step on",
+)
+@pytest.mark.parametrize("name", TORCH)
+def test_it_goes_uphill_from_the_step_at_which_maximize_is_set_in_its_group(name):
+    table = ValueTable(7, 5, dtype=torch.float64)
+    dense = copy.deepcopy(table)
+    torch_s, settings = TORCH[name]
+    optimizer, expected = OPTIMIZERS[name].func([table], **settings), torch_s(dense.parameters(), **settings)
+    for step in range(4):
+        for group in (*optimizer.param_groups, *expected.param_groups):
+            group["maximize"] = step in (1, 2)
+        slots, weights = torch.randperm(7)[:, None], torch.randn(7, 1, dtype=torch.float64)
+        loss_and_step(table, optimizer, slots, weights)
+        loss_and_step(dense, expected, slots, weights)
+        torch.testing.assert_close(table.weight, dense.weight, rtol=1e-12, atol=1e-12)
+
+
 def torch_row_by_row(weight, gradients, make):
     """torch's optimizer on each row by itself, over the steps at which it was read."""
     rows = []
@@ -335,7 +356,9 @@ def test_a_state_of_version_0_1_0_is_refused_and_nothing_is_loaded(make, field):
 def test_a_state_of_another_rule_is_refused_by_name_and_nothing_is_loaded(saved, got, name):
     optimizer, own = OPTIMIZERS[name]([ValueTable(30, 4)]), OPTIMIZERS[name].func.__name__
     if got == own:
-        return optimizer.load_state_dict(saved().state_dict())
+        optimizer.load_state_dict(saved().state_dict())
+        assert optimizer.param_groups[0]["lr"] == saved().param_groups[0]["lr"] != OPTIMIZERS[name].keywords["lr"]
+        return
     with pytest.raises(ValueError, match=f"must be of {own}, got that of {got} for the same group.* weights alone"):
         optimizer.load_state_dict(saved().state_dict())
     assert optimizer.param_groups[0]["lr"] == OPTIMIZERS[name].keywords["lr"]

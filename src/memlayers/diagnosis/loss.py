@@ -1,13 +1,14 @@
 """What is trained for: the loss of a model on a batch, and whether it trains anything."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memlayers.diagnosis.findings import Answer, fails, passed
+from memlayers.listening import floating
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -19,7 +20,7 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(value, Tensor):
         return value
-    first = next(_floating(output), None)
+    first = next(floating(output), None)
     if first is None:
         raise ValueError(f"loss must be given for a model that returns no floating tensor, got {type(output).__name__}")
     # Not a mean of squares, which has no gradient behind a norm.
@@ -75,11 +76,3 @@ def _is_causal_lm(model: nn.Module) -> bool:
     forward = getattr(model, "_orig_mod", model).forward
     parameters = inspect.signature(forward).parameters.values()
     return has_head and any(entry.name == "labels" or entry.kind is entry.VAR_KEYWORD for entry in parameters)
-
-
-def _floating(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor) and output.is_floating_point():
-        yield output
-    elif isinstance(output, Mapping | tuple | list):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _floating(part)

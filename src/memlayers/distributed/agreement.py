@@ -1,6 +1,6 @@
 """agreement: what the processes of a group tell each other, so that all of them do the same, or none does anything.
 
-Nothing here is called in a run of one process.
+In a run of one process nothing here waits for anybody.
 """
 
 import math
@@ -201,6 +201,7 @@ def _by_number(ranks: Ranks, numbers: Sequence[int]) -> list[tuple[int, ...]]:
 def fingerprint(tensor: Tensor) -> int:
     """A number of 64 bits of a tensor's bits and where they stand."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = flat.clone() if flat.storage_offset() % 8 else flat  # words begin at multiples of their size
     whole = len(flat) // _ROW * _ROW
     rest = flat.new_zeros(_ROW)
     rest[: len(flat) - whole] = flat[whole:]

@@ -132,7 +132,7 @@ def _speed_claims(scale: Scale, found: Found, speeds: Mapping[str, Any]) -> list
     prefill = measured[memory]["ratios"]["prefill_words_per_s"]
     training = measured[most]["ratios"]["training_tokens_per_s"]
     claims = [
-        Claim(f"{memory} reads at 90 % or more of the speed of {n} layers ({100 * prefill:.0f} %).", prefill >= 0.9),
+        Claim(f"{memory} prefills at 90 % or more of the speed of {n} layers ({100 * prefill:.0f} %).", prefill >= 0.9),
         Claim(f"{most} trains at 90 % or more of the speed of {n} layers ({100 * training:.0f} %).", training >= 0.9),
     ]
     best = {name: best_rate(scale, found, name) for name in (memory, deep)}

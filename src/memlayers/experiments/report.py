@@ -40,7 +40,7 @@ def headline(content: Mapping[str, Any]) -> str:
     if None not in timed:
         sentence += f"; at equal training time {timed[0]:.1f} against {timed[1]:.1f} of {deep['label']}"
     return sentence + (
-        f"; it reads {memory['prefill_ratio']:.2f} and writes {memory['decode_ratio']:.2f} times as fast "
+        f"; it prefills {memory['prefill_ratio']:.2f} and decodes {memory['decode_ratio']:.2f} times as fast "
         f"as {deep['label']}."
     )
 

@@ -38,8 +38,6 @@ class Scale:
     deep_rate: float  # of more than N layers, elsewhere
     subkeys: tuple[int, ...]  # of `size`
     flat_subkeys: tuple[int, ...]  # of `flat`, as far as flat keys can be trained
-    position_layers: int  # of `position`
-    reads: int  # H * K of `heads-k`
     dense_sizes: tuple[tuple[int, int, int, float], ...]  # of `equivalent`: layers, width, heads, rate
     grid_tokens: int
     flat_tokens: int
@@ -48,6 +46,8 @@ class Scale:
     noise_seeds: int
     threads: int | None  # of a run; None: as many as PyTorch takes
     multiplications_per_s: float  # of one run in training, about: for estimates
+    position_layers: int = 6  # of `position`
+    reads: int = 64  # H * K of `heads-k`
 
     @property
     def layers(self) -> int:
@@ -129,8 +129,6 @@ def _laptop() -> dict[str, Any]:
         "deep_rate": 5.6e-3,
         "subkeys": (64, 128, 192, 256, 384),
         "flat_subkeys": (128, 256),
-        "position_layers": 6,
-        "reads": 64,
         "dense_sizes": (
             (2, 96, 3, 3.5e-3),
             (2, 128, 4, 2.8e-3),
@@ -171,8 +169,6 @@ def _gpu() -> dict[str, Any]:
         "deep_rate": 7e-4,
         "subkeys": (128, 256, 384, 512, 768, 1024),
         "flat_subkeys": (128, 256),
-        "position_layers": 6,
-        "reads": 64,
         "dense_sizes": (
             (4, 384, 6, 1.2e-3),
             (4, 512, 8, 1e-3),
@@ -203,8 +199,6 @@ def _paper() -> dict[str, Any]:
         "deep_rate": 2.5e-4,
         "subkeys": (128, 256, 384, 512, 768, 1024),
         "flat_subkeys": (128, 256, 384),
-        "position_layers": 6,
-        "reads": 64,
         "dense_sizes": (
             (6, 1024, 16, 2.5e-4),
             (12, 1024, 16, 2.5e-4),

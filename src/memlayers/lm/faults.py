@@ -1,12 +1,13 @@
 """What stops a run that was set up well, and how the first thing that went wrong is found."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memlayers.checks import CommandFailed
+from memlayers.listening import floating
 from memlayers.values import ValueTable, value_tables
 
 ELEMENTS_AT_ONCE = 1 << 24
@@ -68,7 +69,7 @@ def bad_output(model: nn.Module, run: Callable[[], Any]) -> str | None:
 
     def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not all(bool(torch.isfinite(tensor).all()) for tensor in _floating(output)):
+            if not found and not all(bool(torch.isfinite(tensor).all()) for tensor in floating(output)):
                 found.append(f"the output of {name} ({type(module).__name__})")
 
         return hook
@@ -109,14 +110,3 @@ def _bad_elements(name: str, tensor: Tensor, slots: Tensor | None = None, *, is_
     if is_table:
         return f"{name} ({bad:,} of {len(rows):,} rows, the first is {first})"
     return f"{name} ({bad:,} of {tensor.numel():,} elements)"
-
-
-def _floating(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        yield from _floating(tuple(output.values()))
-    elif isinstance(output, list | tuple):
-        for part in output:
-            yield from _floating(part)

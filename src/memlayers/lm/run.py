@@ -232,15 +232,13 @@ class RunFolder:
 
     def load_model(self, device: "torch.device | str" = "cpu") -> "PreTrainedModel":
         """The trained model, in evaluation mode. Raises `ValueError` if there is none or it is damaged."""
-        from transformers import AutoModelForCausalLM  # takes seconds to import
-
-        import memlayers.models  # noqa: F401  (registers the classes of models with memories)
+        from memlayers.lm.saved import load_model  # imports transformers, which takes seconds
 
         self.verify_model()
         with without_bars():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.model)
+            model = load_model(self.model)
         model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that loses its signature
-        return model.eval()
+        return model
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer that the model was trained with."""

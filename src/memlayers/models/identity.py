@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from memlayers.distributed.agreement import fingerprint
 from memlayers.models.modules import packed_shapes
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, base_name, find_wrappers
 from memlayers.torch_private import is_wrapper_subclass
@@ -53,7 +54,7 @@ class BaseIdentity:
     dtype: str
     tensors: dict[str, TensorIdentity]
     # Of all bits of each tensor, in the process that has the model; in no file.
-    digests: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    digests: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.name_or_path or 'without a name'} ({self.class_name} in {self.dtype})"
@@ -138,7 +139,7 @@ def identity_of(model: nn.Module, without: Collection[str] = (), *, exact: bool 
             for name, tensor in named.items()
         },
         digests={
-            name: _digest(tensor)
+            name: fingerprint(tensor.detach().as_subclass(Tensor))
             for name, tensor in named.items()
             if exact and _has_values(tensor) and tensor not in adapted
         },
@@ -219,18 +220,6 @@ def _last(tensor: Tensor) -> list[int]:
     """A place in each of the last rows, one further in each."""
     rows, width = len(tensor), tensor.numel() // len(tensor)
     return [row * width + row % width for row in range(max(0, rows - VALUES), rows)]
-
-
-@torch.no_grad()
-def _digest(tensor: Tensor) -> tuple[int, ...]:
-    """Sums of all bits, which are other ones if a bit is, on any device; as fast as memory is read."""
-    raw = tensor.detach().as_subclass(Tensor).contiguous().reshape(-1).view(torch.uint8)
-    raw = raw.clone() if raw.storage_offset() % 8 else raw  # words begin at multiples of their size
-    whole = raw.numel() - raw.numel() % 4096
-    words = raw[:whole].view(torch.int64).view(-1, 512)
-    # By row and by column, so that values that change places are seen; modulo 2 to the 64, with odd weights.
-    sums = (words.sum(1), words.sum(0), raw[whole:].long())
-    return tuple(int((part * (2 * torch.arange(len(part), device=part.device) + 1)).sum()) for part in sums)
 
 
 def _same(known: TensorIdentity, other: TensorIdentity | None) -> bool:

@@ -201,6 +201,9 @@ class RowOptimizer(TableOwner):
         if grad is not None and not bool(own_part(grad).any()):  # of torch's checkpoints; not to be sent
             table.weight.grad = None
         held = Held(gradient.held(), gradient.passes)
+        if self.param_groups[0].get("maximize"):  # of torch's optimizers, set by hand in all groups
+            uphill = [part._replace(weights_TK=-part.weights_TK) for part in held.parts]
+            held = held._replace(parts=uphill)
         if (mask_S := self._chosen.get(table.weight)) is not None:  # before anything is sent
             held = held._replace(parts=only(held.parts, mask_S))
         return table.in_order(held) if isinstance(table, ColumnTable) else held
