@@ -68,12 +68,13 @@ def test_what_is_narrow_and_what_is_a_collapse(name, fine, narrow, collapsed):
     assert has_collapsed
 
 
-@pytest.mark.parametrize(("tokens", "says"), [(181, None), (208, False), (240, True)])
-def test_how_often_two_tokens_may_have_one_best_sub_key(tokens, says):
+@pytest.mark.parametrize(("tokens", "says", "share"), [(181, None, ""), (208, False, "66%"), (240, True, "87%")])
+def test_how_often_two_tokens_may_have_one_best_sub_key(tokens, says, share):
     slots = uniform_hits(heads=4, num_subkeys=16)
-    slots[:tokens, 1, 0] = 3 * 16 + slots[:tokens, 1, 0] % 16  # of 256: shares of 0.5, 0.66 and 0.88
+    slots[:tokens, 1, 0] = 3 * 16 + slots[:tokens, 1, 0] % 16  # of 256: shares of 0.5, 0.66 and 0.87
     said, has_collapsed = judge(slots, 256, 16)
     assert (has_collapsed if said else None) is says
+    assert all(one.endswith(f" have one best sub-key in {share} of cases") for one in said)
 
 
 @pytest.mark.parametrize(("tokens", "state"), [(7, "skip"), (8, "pass")])

@@ -1,5 +1,7 @@
 """The kernels of search against their references."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -133,6 +135,17 @@ def test_matrix_units_are_left_as_they_were(threads):
     for _ in range(3):
         search(query, keys, topk)
         assert torch.equal(one @ other, before)
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_matrix_units_search_what_they_take(takes, monkeypatch):
+    query, keys, topk = arguments((5, 2, 7, 3, 7))
+    asked = []
+    units = SimpleNamespace(takes=lambda *given: takes, search=lambda *given: asked.append(given) or "found")
+    monkeypatch.setattr(kernels, "matrix_units", lambda: units)
+    found = kernels.search(query, keys, topk)
+    assert (found == "found") is takes
+    assert asked == ([(query, keys, topk, False)] if takes else [])
 
 
 @pytest.mark.parametrize("bad", [-1, 49])
