@@ -150,7 +150,7 @@ def agreed(ranks: Ranks, fault: str | None, settings: Mapping[str, Any], numbers
 
 def take_from_first(ranks: Ranks, tensors: Mapping[str, Tensor]) -> list[str]:
     """Where tensors differ between ranks, copies those of rank 0 to all; returns their names."""
-    marks = _by_number(ranks, [fingerprint(tensor) for tensor in tensors.values()])
+    marks = _by_number(ranks, [*fingerprints(tensors).values()])
     differing = [name for name, by_rank in zip(tensors, marks, strict=True) if len(set(by_rank)) > 1]
     for name in differing:
         ranks.broadcast_(tensors[name])
@@ -184,11 +184,14 @@ def check_replicas(
         states = {} if optimizer is None else optimizer.state.get(parameter, {})
         tensors |= {f"{state} of {name}": value for state, value in states.items() if torch.is_tensor(value)}
     tensors = {name: own_part(one) for name, one in tensors.items() if group is not None or own_part(one) is one}
-    marks = [
-        fingerprint(tensor if rows is None or not tensor.ndim else tensor[:: max(1, -(-len(tensor) // rows))])
-        for tensor in tensors.values()
-    ]
-    return [name for name, by_rank in zip(tensors, _by_number(ranks, marks), strict=True) if len(set(by_rank)) > 1]
+    marks = fingerprints(
+        {
+            name: tensor if rows is None or not tensor.ndim else tensor[:: max(1, -(-len(tensor) // rows))]
+            for name, tensor in tensors.items()
+        }
+    )
+    by_number = _by_number(ranks, [*marks.values()])
+    return [name for name, by_rank in zip(tensors, by_number, strict=True) if len(set(by_rank)) > 1]
 
 
 def _by_number(ranks: Ranks, numbers: Sequence[int]) -> list[tuple[int, ...]]:
@@ -196,6 +199,11 @@ def _by_number(ranks: Ranks, numbers: Sequence[int]) -> list[tuple[int, ...]]:
     if len(set(counts := [count for (count,) in ranks.gather_numbers([len(numbers)])])) > 1:
         raise ValueError(f"replicas must have as many parameters and states each, but by rank they have {counts}")
     return list(zip(*ranks.gather_numbers(numbers), strict=True))
+
+
+def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """That of each of some tensors."""
+    return {name: fingerprint(tensor) for name, tensor in tensors.items()}
 
 
 def fingerprint(tensor: Tensor) -> int:

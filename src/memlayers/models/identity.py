@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlayers.distributed.agreement import fingerprint
+from memlayers.distributed.agreement import fingerprints
 from memlayers.models.modules import packed_shapes
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, base_name, find_wrappers
 from memlayers.torch_private import is_wrapper_subclass
@@ -138,11 +138,13 @@ def identity_of(model: nn.Module, without: Collection[str] = (), *, exact: bool 
             )
             for name, tensor in named.items()
         },
-        digests={
-            name: fingerprint(tensor.detach().as_subclass(Tensor))
-            for name, tensor in named.items()
-            if exact and _has_values(tensor) and tensor not in adapted
-        },
+        digests=fingerprints(
+            {
+                name: tensor.detach().as_subclass(Tensor)
+                for name, tensor in named.items()
+                if exact and _has_values(tensor) and tensor not in adapted
+            }
+        ),
     )
 
 
