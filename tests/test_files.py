@@ -205,10 +205,14 @@ def test_files_of_a_folder_go_into_no_file(tmp_path):
 
 
 def test_a_folder_that_is_removed_has_another_name_meanwhile(tmp_path, monkeypatch):
-    write_files(tmp_path)
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write_files(tmp_path / name)
+    remove_folder(tmp_path / "one" / "new")
+    assert list((tmp_path / "one").iterdir()) == []
     monkeypatch.setattr("shutil.rmtree", lambda path: None)  # a process that is killed here
-    remove_folder(tmp_path / "new")
-    assert [path.name for path in tmp_path.iterdir()] == [".new.removed"]
+    remove_folder(tmp_path / "other" / "new")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [".new.removed"]
 
 
 # What was written

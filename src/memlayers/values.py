@@ -161,8 +161,10 @@ class ValueTable(nn.Module):
     def own(self, owner: object) -> RowGradient:
         """Enters row mode: from now on `owner`, a row optimizer, trains the table.
 
-        Raises `ValueError` while another owner is alive.
+        Raises `ValueError` for rows that nobody can train, and while another owner is alive.
         """
+        if self.untrainable:
+            raise ValueError(self.untrainable)
         if self.row_gradient is not None and self.row_gradient.owner() is not None:
             raise ValueError(
                 "this value table already has a row optimizer; a second owner would train it twice. Call release() on "

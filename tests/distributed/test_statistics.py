@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,8 +108,12 @@ def of_its_own(rank):
     x = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)) + rank
     norm = model.memory.query.norm
     norm.momentum = 1.0
-    model(x, torch.ones(50, dtype=torch.bool))
+    y = model(x, torch.ones(50, dtype=torch.bool))
     before = norm.running_mean.clone()
+    group = [dist.new_group([one]) for one in range(2)][rank]  # of this rank alone
+    merge_statistics(model, group)
+    assert torch.equal(norm.running_mean, before)
+    assert torch.equal(sync_statistics(copy.deepcopy(model), group)(x, torch.ones(50, dtype=torch.bool)), y)
     merge_statistics(model)
     return before, norm.running_mean, norm.running_var, x
 

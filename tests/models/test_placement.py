@@ -12,7 +12,11 @@ def test_round_trip_through_json(memory_config):
     assert placement.layers == (1, 3)
     section = json.loads(json.dumps(placement.to_dict()))
     assert section["mode"] == "replace"
+    assert section.keys() == {"config", "kind", "layers", "mode", "share_values"}  # as folders always had them
     assert MemoryPlacement.from_dict(section) == placement
+    few = dataclasses.replace(placement, value_bits=4)
+    assert few.to_dict() == {**section, "value_bits": 4}
+    assert MemoryPlacement.from_dict(few.to_dict()) == few
     named = MemoryPlacement(config=memory_config, layers=["b.mlp", "a.mlp"], kind="MemoryPlus", mode="parallel")
     assert MemoryPlacement.from_dict(json.loads(json.dumps(named.to_dict()))) == named
 

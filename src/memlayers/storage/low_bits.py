@@ -4,7 +4,7 @@ Letters: T tokens, S slots, V value width, M rows a token reads, R bytes of code
 """
 
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +93,6 @@ class LowBitTable(ValueTable):
     def _compute(self, slots_TM: Tensor, given: Tensor) -> Tensor:
         operation = exported.read_low_bits if is_exporting() else read_low_bits
         return operation(self.codes, self.float_scales, slots_TM, given, self.shape[1], self.bits)
-
-    def own(self, owner: object) -> NoReturn:
-        raise ValueError(self.untrainable)
 
     def settle_mark(self) -> None:
         mark, where = self.row_mark, self.codes.device

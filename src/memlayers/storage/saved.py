@@ -5,7 +5,7 @@ Letters: T tokens, S slots, V value width, M rows a token reads, R bytes of code
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,9 +123,6 @@ class SavedTable(ValueTable):
 
     def reset_parameters(self) -> None:
         """Does nothing."""
-
-    def own(self, owner: object) -> NoReturn:
-        raise ValueError(self.untrainable)
 
     def require_whole(self) -> None:
         raise ValueError(
