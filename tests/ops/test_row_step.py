@@ -430,6 +430,25 @@ def test_betas_may_be_0(betas, path):
     torch.testing.assert_close(table, torch.tensor([[-0.1, 0.1, -0.1], [0.0, 0.0, 0.0]]))
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["adam", "adagrad"])
+def test_states_whose_rows_lie_side_by_side_change_no_bit(rule, dtype):
+    step, tensors = operation(rule, 997, 131)
+    tensors = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+    gradient = factors(997, [(40, 5), (7, 2)], 131)
+    states = tensors[1:3]  # those with a row
+    beside = torch.stack(states * 2, 1)
+    untouched = beside[:, len(states) :].clone()
+    expected = copies(tensors)
+    result = [tensors[0].clone(), *beside.unbind(1)[: len(states)], *copies(tensors[3:])]
+    assert not result[1].is_contiguous()
+    step(*expected, *gradient, seed=3 if dtype == torch.bfloat16 else -1)
+    step(*result, *gradient, seed=3 if dtype == torch.bfloat16 else -1)
+    assert all(map(torch.equal, result, expected))
+    assert torch.equal(beside[:, len(states) :], untouched)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", ["float64", "float16", "columns first", "strided gradient", "16-bit gradient"])
 def test_whatever_the_dtype_or_layout(rule, kind, path):

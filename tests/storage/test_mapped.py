@@ -127,6 +127,31 @@ def test_fresh_rows_of_zeros_take_no_room(tmp_path):
     assert layer.values.figures()["disk_bytes"] < 50_000
 
 
+@pytest.mark.parametrize(
+    ("build", "files"),
+    [
+        (RowAdam, {"weight": 1, "exp_avg+exp_avg_sq": 2, "steps": 1 / 32}),
+        (RowAdagrad, {"weight": 1, "square_sum": 1}),
+        (lambda layer: RowAdagrad(layer, per_row=True), {"weight": 1, "square_sum": 1 / 32}),
+        (RowSGD, {"weight": 1}),
+    ],
+)
+def test_the_moments_of_a_row_lie_side_by_side_in_one_file(tmp_path, build, files):
+    layer = mapped(tmp_path)
+    optimizer = build(layer)
+    train(layer, optimizer, 2)
+    layer.values.checkpoint()
+    assert {path.stem: path.stat().st_size / (256 * 32 * 4) for path in tmp_path.glob("*.rows")} == files
+    for name in files:
+        states = [layer.values.held_states().get(one, layer.values.weight) for one in name.split("+")]
+        kind = np.int32 if name == "steps" else np.float32
+        content = np.fromfile(tmp_path / f"{name}.rows", kind).reshape(256, len(states), -1)
+        for number, state in enumerate(states):
+            assert np.array_equal(content[:, number], state.detach().numpy().reshape(256, -1))
+            assert state.any()
+    layer.values.close()
+
+
 def test_a_table_goes_on_from_its_last_checkpoint(tmp_path):
     layer = mapped(tmp_path)
     optimizer = RowAdam(layer)

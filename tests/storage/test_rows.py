@@ -97,25 +97,35 @@ def test_all_of_a_long_stretch_is_asked_for(tmp_path, monkeypatch):
     assert asked == [[[0, PAGE], [2 * PAGE, 3 * PAGE], *map(list, zip(middle, ends, strict=True))]]
 
 
-def test_all_rows_of_a_step_are_made_ready_each_time_and_those_that_are_not_there_asked_for(tmp_path, monkeypatch, way):
-    files = [opened(tmp_path / name, 300) for name in ("weight", "state")]
+def test_rows_are_made_ready_now_and_again_and_those_that_are_not_there_asked_for(tmp_path, monkeypatch, way):
+    files = [opened(tmp_path / name, 400) for name in ("weight", "state")]
     for file in files:
         file.write(np.arange(300), np.random.default_rng(0).integers(255, size=(300, PAGE), dtype=np.uint8))
     before = [file.file.read_bytes() for file in files]
-    ahead, slots, told = Ahead(300, 2**30), np.arange(0, 300, 3), []
+    ahead, slots, fresh, told = Ahead(400, 64_000 * PAGE), np.arange(0, 300, 3), np.array([300, 302, 304]), []
 
     def tell(pages, address, runs, what):
-        told.append((address, what, len(runs)))
+        if len(runs):
+            told.append((address, what, len(runs)))
         advice.advise(pages, address, runs, what)
 
-    monkeypatch.setattr(rows, "advise", tell)
-    asked, ready = (
-        [(file._address, what, 100) for file in files] for what in (mmap.MADV_WILLNEED, rows.POPULATE_WRITE)
-    )
-    for expected in (asked + ready, ready):
-        ahead.fetch(files[:1], slots, files[1:])
-        ahead.wait()
-        assert told == expected
+    def fetched(*more):
         told.clear()
-    assert (ahead.asked, ahead.cold, ahead.pages) == (400, 200, 200)
+        ahead.keep_to_budget()
+        ahead.fetch(files[:1], slots, files[1:], *more)
+        ahead.wait()
+        return told
+
+    monkeypatch.setattr(rows, "advise", tell)
+    weight, state = (file._address for file in files)
+    asked = [(weight, mmap.MADV_WILLNEED, 100), (state, mmap.MADV_WILLNEED, 100)]
+    ready = [(weight, rows.POPULATE_WRITE, 100), (state, rows.POPULATE_WRITE, 100)]
+    assert fetched() == asked + ready
+    assert fetched(fresh) == [(state, rows.POPULATE_WRITE, 3)]
+    for turn in range(1, 280):  # other rows, a sixty-fourth of the budget each time
+        ahead._gathered = 1001 * PAGE
+        assert fetched() == (ready if turn % 8 == 0 else [])
+    assert (ahead.cold, ahead.pages) == (200, 200)
+    ahead.forget()
+    assert fetched() == asked + ready
     assert [file.file.read_bytes() for file in files] == before

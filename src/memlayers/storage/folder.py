@@ -2,7 +2,8 @@
 
     table.json            sealed: shape, dtype, seed of fresh rows, states, the checkpoints that are kept
     weight.rows           the rows, in the order of slots, sparse: a row that was never written takes no room
-    exp_avg.rows ...      states of the optimizer, likewise
+    exp_avg+exp_avg_sq.rows, steps.rows, ...
+                          states of the optimizer, likewise; those of a row side by side, so that they are read at once
     written-00000001.bits the rows that had been written at checkpoint 1, a bit each
     undo-00000001.log     what rows were before they changed (`memlayers.storage.undo`), after a checkpoint
 
@@ -16,7 +17,7 @@ Letters: S slots, V width.
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from memlayers.storage.draw import draw_rows
 from memlayers.storage.rows import Ahead, MappedRows
 from memlayers.storage.undo import UndoLog, read_log
 
-FORMAT = 1
+FORMAT = 2  # 1 had each state in a file of its own
 DESCRIPTION, WEIGHT = "table.json", "weight"
 _ROWS_AT_ONCE = 2**23  # bytes of a file's rows that are copied at a time
 
@@ -76,7 +77,7 @@ class TableFolder:
         self.seed = 0
         # By slot: whether a row has been written, was so at the last checkpoint, is in the log that is open.
         self.written, self.kept, self.logged = (np.zeros(slots, np.bool_) for _ in range(3))
-        self.states: dict[str, MappedRows] = {}
+        self.states: dict[str, MappedRows] = {}  # of one state or several, by their names
         self.checkpoints = [Checkpoint(0, 1, 0)]
         self.ahead = Ahead(slots, budget_bytes)
         self.logged_bytes = 0  # of all logs, as long as the folder is open
@@ -157,7 +158,7 @@ class TableFolder:
         Raises `OSError`, as on a full disk; no row has changed then.
         """
         self._require_own()
-        self.ahead.wait()
+        have_room = self.ahead.wait()
         new = slots[~self.logged[slots]]
         if not len(new):
             return
@@ -169,7 +170,7 @@ class TableFolder:
         try:
             if len(fresh):
                 for file in self._sparse_states().values():
-                    file.make_room(fresh)
+                    file.make_room(np.setdiff1d(fresh, have_room) if file in self.large_states() else fresh)
                 for file in self.large_states():
                     self.ahead.know(file, fresh)
                 log.add_fresh(fresh)
@@ -230,12 +231,13 @@ class TableFolder:
                     f"the table in {str(self.folder)!r} has the states {_in_words(held)}, this optimizer has "
                     f"{_in_words(asked)}: build the optimizer that trained it, or call drop_states() on the table"
                 )
-            return {name: file.tensor for name, file in self.states.items()}
-        made = {}
-        for name, like in likes.items():
+            return self.state_tensors()
+        self.ahead.wait()  # for room in files of states that may be gone
+        for name in _side_by_side(asked):
             (self.folder / f"{name}.rows").unlink(missing_ok=True)  # of a table that was killed here
-            made[name] = self._open_rows(name, like.shape, like.dtype)
-            made[name].flush()
+        made = self._open_states(asked)
+        for file in made.values():
+            file.flush()
         flush(self.folder)
         self.states = made
         try:
@@ -244,7 +246,15 @@ class TableFolder:
             self.states = {}
             raise
         self._end_log()  # which knows nothing of them
-        return {name: file.tensor for name, file in self.states.items()}
+        return self.state_tensors()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The states [S, V] or [S] by name; several of one file have their rows side by side."""
+        found: dict[str, Tensor] = {}
+        for names, file in self.states.items():
+            tensors = file.tensor.unbind(1) if file.tensor.ndim > 1 else [file.tensor]
+            found |= zip(names.split("+"), tensors, strict=True)
+        return found
 
     def drop_states(self) -> None:
         """Removes the optimizer's states; what the rows are is the only checkpoint then."""
@@ -258,7 +268,7 @@ class TableFolder:
             file.close()
 
     def _described_states(self) -> dict[str, list[Any]]:
-        return {name: _described(file.tensor) for name, file in self.states.items()}
+        return {name: _described(tensor) for name, tensor in self.state_tensors().items()}
 
     # Checkpoints.
 
@@ -353,9 +363,7 @@ class TableFolder:
     def _go_on(self, description: Mapping[str, Any]) -> None:
         self.seed = description["seed"]
         self.checkpoints = _checkpoints_in(description)
-        for name, (kind, ndim) in description["states"].items():
-            shape = (self.slots, self.width)[:ndim]
-            self.states[name] = self._open_rows(name, shape, getattr(torch, kind))
+        self.states = self._open_states(description["states"])
         self._remove_unused()
         self._undo()
 
@@ -369,9 +377,10 @@ class TableFolder:
         for name, value in asked.items():
             if description[name] != value:
                 raise ValueError(f"{self.folder} holds a table whose {name} is {description[name]}, asked for {value}")
-        for name, (kind, ndim) in {WEIGHT: (asked["dtype"], 2), **description["states"]}.items():
-            file, size = self.folder / f"{name}.rows", self.slots * getattr(torch, kind).itemsize
-            size *= self.width if ndim == 2 else 1
+        files = _side_by_side({WEIGHT: (asked["dtype"], 2)}) | _side_by_side(description["states"])
+        for name, (kind, per_row) in files.items():
+            file = self.folder / f"{name}.rows"
+            size = self.slots * getattr(torch, kind).itemsize * (per_row * self.width or 1)
             if not file.is_file() or file.stat().st_size != size:
                 found = f"has {file.stat().st_size} bytes of {size}" if file.is_file() else "is missing"
                 raise ValueError(f"{self.folder} is damaged: {file.name} {found}")
@@ -397,7 +406,7 @@ class TableFolder:
         used = {self._bits_file(one.bits) for one in self.checkpoints} | {file.file for file in self.files.values()}
         used |= {self._log_file(number) for number in self._logs() if number >= self.checkpoints[0].log}
         for path in self.folder.iterdir():
-            if re.fullmatch(r"written-\d+\.bits|undo-\d+\.log|\w+\.rows", path.name) and path not in used:
+            if re.fullmatch(r"written-\d+\.bits|undo-\d+\.log|[\w+]+\.rows", path.name) and path not in used:
                 path.unlink()
 
     def _read_bits(self, number: int) -> np.ndarray:
@@ -405,6 +414,13 @@ class TableFolder:
             return np.zeros(self.slots, np.bool_)
         bits = np.fromfile(self._bits_file(number), np.uint8)
         return np.unpackbits(bits, count=self.slots).astype(np.bool_)
+
+    def _open_states(self, described: Mapping[str, Sequence[Any]]) -> dict[str, MappedRows]:
+        opened = {}
+        for name, (kind, per_row) in _side_by_side(described).items():
+            shape = (self.slots, per_row, self.width) if per_row else (self.slots,)
+            opened[name] = self._open_rows(name, shape, getattr(torch, kind))
+        return opened
 
     def _open_rows(self, name: str, shape: Any, dtype: torch.dtype) -> MappedRows:
         file = MappedRows(self.folder / f"{name}.rows", tuple(shape), dtype, writable=True)
@@ -454,6 +470,14 @@ def _checkpoints_in(description: Mapping[str, Any]) -> list[Checkpoint]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _side_by_side(described: Mapping[str, Sequence[Any]]) -> dict[str, tuple[str, int]]:
+    """Of each file, by the names of its states: their dtype, and how many have a row [V] in it; 0: a number a row."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for name, (kind, ndim) in sorted(described.items()):
+        together.setdefault((kind, "" if ndim > 1 else name), []).append(name)
+    return {"+".join(names): (kind, 0 if alone else len(names)) for (kind, alone), names in together.items()}
 
 
 def _described(tensor: Tensor) -> list[Any]:

@@ -144,7 +144,7 @@ class MappedTable(ValueTable):
         is_trained = torch.is_grad_enabled() and self.weight.requires_grad
         is_stepped = is_trained and self.row_gradient is not None
         states = files.large_states() if is_stepped else ()
-        files.ahead.fetch([files.weight], slots_U[is_written_U], states)
+        files.ahead.fetch([files.weight], slots_U[is_written_U], states, slots_U[~is_written_U])
         if is_stepped:
             if files.std:
                 files.write_fresh(slots_U[~is_written_U])
@@ -172,7 +172,7 @@ class MappedTable(ValueTable):
 
     def held_states(self) -> dict[str, Tensor]:
         """The states that are in the folder."""
-        return {name: file.tensor for name, file in self._files.states.items()}
+        return self._files.state_tensors()
 
     def before_step(self, parts: list[Part]) -> None:
         """Keeps the rows that were recorded, and their states, on the disk: a step may change them now."""

@@ -15,9 +15,8 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +28,10 @@ from memlayers.storage.advice import POPULATE_WRITE, advise
 _PIECE = 2**20  # bytes that are written at a time
 _ASKED = 2**17  # bytes that are asked for at a time: systems read no more of what is advised at once
 _TURN = 1 / 64  # of the budget: what is read while rows count as equally old
+_STAYS = 8  # turns in which a row that was made ready is not again
 _KEPT = 15 / 16  # of the budget, where it was overstepped
 _UNKNOWN = errno.EINVAL, errno.ENOSYS, errno.EPERM  # of advice that the system does not know
+_NONE = np.empty(0, np.int64)
 _NEW_FILE = os.O_RDWR | os.O_CREAT
 
 
@@ -184,6 +185,9 @@ class MappedRows:
         self.descriptor = -1  # its number may be that of another file by now
 
 
+_Stretches = Sequence[tuple[MappedRows, np.ndarray]]
+
+
 class Ahead:
     """Asks for rows of some files ahead of their use, and gives back what has gathered over a budget.
 
@@ -199,31 +203,41 @@ class Ahead:
         self._slots = slots
         self._asked_in: dict[MappedRows, np.ndarray] = {}  # by slot, 0 or the turn in which it was asked for last
         self._turn, self._gathered = 1, 0  # bytes since the turn began
+        self._ready_in = np.zeros(slots, np.uint8)  # by slot, the turns so far when it was made ready
+        self._turns = _STAYS  # modulo 256
         self._held: dict[MappedRows, int] = {}  # rows of each file that were asked for
-        self._prepared: Future[None] | None = None  # the last of what is done in the background
+        self._prepared: Future[np.ndarray] | None = None  # the last of what is done in the background
 
-    def fetch(self, files: Iterable[MappedRows], slots: np.ndarray, states: Iterable[MappedRows] = ()) -> None:
+    def fetch(
+        self,
+        files: Sequence[MappedRows],
+        slots: np.ndarray,
+        states: Sequence[MappedRows] = (),
+        fresh: np.ndarray = _NONE,
+    ) -> None:
         """Has the rows of ascending slots of each file read; whoever uses one that is not there yet waits for it.
 
-        states: files whose rows are read afterwards, in the background. With them, the rows of all are made ready to be
-        written to.
+        states: files whose rows are read afterwards, in the background. With them, rows of all files that were not made
+            ready to be written to for some turns are now, and so are those of `fresh` in the files of the states.
         """
         for file, runs in self._cold(files, slots):
             file.ask(runs)
-        if states and len(slots):
-            self._prepared = self._background.submit(_prepare, self._cold(states, slots), [*files, *states], slots)
+        if states:
+            due = slots[np.uint8(self._turns) - self._ready_in[slots] >= _STAYS]  # modulo 256
+            self._ready_in[due] = self._turns
+            cold = self._cold(states, slots)
+            self._prepared = self._background.submit(_prepare, cold, [*files, *states], due, states, fresh)
 
-    def wait(self) -> None:
-        """Returns once all rows that are read in the background are there."""
-        if self._prepared is not None:
-            prepared, self._prepared = self._prepared, None
-            prepared.result()
+    def wait(self) -> np.ndarray:
+        """Returns once all rows that are read in the background are there: the fresh ones that were given room last."""
+        prepared, self._prepared = self._prepared, None
+        return _NONE if prepared is None else prepared.result()
 
     @functools.cached_property
     def _background(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, "memlayers-ahead")
 
-    def _cold(self, files: Iterable[MappedRows], slots: np.ndarray) -> list[tuple[MappedRows, np.ndarray]]:
+    def _cold(self, files: Sequence[MappedRows], slots: np.ndarray) -> _Stretches:
         """What is to be read of each file."""
         found = []
         for file in files:
@@ -247,20 +261,24 @@ class Ahead:
         """
         if self._gathered > self.budget_bytes * _TURN:
             self._turn, self._gathered = min(self._turn + 1, 255), 0
+            self._turns = (self._turns + 1) % 256
         if self.held_bytes <= self.budget_bytes:
             return
-        held = np.sum(
-            [np.bincount(rows, minlength=256) * _paged(file) for file, rows in self._asked_in.items()], axis=0
-        )
-        newer = held[::-1].cumsum()[::-1]  # by turn, what was asked for in it and since
-        first = 1 + int(np.count_nonzero(newer[1:] > self.budget_bytes * _KEPT))
+        first = 2  # of the turns that stay
+        while first < 256 and self._asked_since(first) > self.budget_bytes * _KEPT:
+            first += 1
         for file, asked_in in self._asked_in.items():
             old = np.flatnonzero((asked_in != 0) & (asked_in < first))
             file.give_back(file.runs(old) if len(old) < self._held[file] else None)
-            asked_in[old] = 0
-            asked_in[asked_in != 0] -= np.uint8(first - 1)
+            self._ready_in[old] = (self._turns - _STAYS) % 256
+            np.maximum(asked_in, first - 1, out=asked_in)
+            asked_in -= np.uint8(first - 1)
             self._held[file] -= len(old)
         self._turn = max(1, self._turn - (first - 1))
+
+    def _asked_since(self, turn: int) -> int:
+        """Bytes of the pages of rows that were asked for in a turn or later."""
+        return sum(int(np.count_nonzero(asked_in >= turn)) * _paged(file) for file, asked_in in self._asked_in.items())
 
     @property
     def held_bytes(self) -> int:
@@ -271,6 +289,7 @@ class Ahead:
         """Takes no row for read any more."""
         for file, asked_in in self._asked_in.items():
             asked_in[:] = self._held[file] = 0
+        self._ready_in[:] = (self._turns - _STAYS) % 256
 
     def _note(self, file: MappedRows, slots: np.ndarray) -> np.ndarray:
         """Takes rows for asked for now; returns those that were not."""
@@ -284,17 +303,22 @@ class Ahead:
         return cold
 
 
-def _prepare(cold: list[tuple[MappedRows, np.ndarray]], files: list[MappedRows], slots: np.ndarray) -> None:
-    """Asks for stretches, then makes rows ready, also those that are there.
+def _prepare(
+    cold: _Stretches, files: Sequence[MappedRows], due: np.ndarray, states: Sequence[MappedRows], fresh: np.ndarray
+) -> np.ndarray:
+    """Asks for stretches, makes rows ready, and returns the fresh ones if they have room.
 
     The system takes what is made ready for used. It does not see the reads of a map whose places are random, and would
-    take rows that are read again and again from memory before those that were given back.
+    take rows that are read again and again from memory before those that were given back; so what is due are also rows
+    that are there.
     """
     for file, runs in cold:
         file.ask(runs)
-    with suppress(OSError):  # whoever writes to them makes room
-        for file in files:
-            file.make_ready(slots)
+    try:
+        have_room = [file.make_ready(slots) for slots, some in ((due, files), (fresh, states)) for file in some]
+    except OSError:
+        return _NONE  # whoever writes to them makes room
+    return fresh if all(have_room) else _NONE
 
 
 def _paged(file: MappedRows) -> int:

@@ -98,17 +98,26 @@ class SortedEntries:
 
 
 def step_(step: Step) -> None:
-    """Row steps of contiguous tables and states that are not float64."""
-    kinds = _kinds(step)
-    if kinds is None or not all(whole.is_contiguous() for whole in (step.table_SV, *step.states)):
+    """Row steps of contiguous tables that are not float64, whose states may lie side by side."""
+    kinds, state_row = _kinds(step), _state_row(step)
+    if kinds is None or state_row is None:
         return NotImplemented
     entries = SortedEntries(step.parts, len(step.table_SV))
     scale = 1.0
     if step.max_norm is not None:
         scale = float(clipping_scale(_norm(entries) if step.norm is None else step.norm, step.max_norm))
     numbers = {"scale": scale, "seed": step.seed, "first_column": step.first_column, **step.settings}
-    _launch_step(RULES.index(step.rule), entries, kinds, step.table_SV, *step.states, **numbers)
+    _launch_step(RULES.index(step.rule), entries, kinds, state_row, step.table_SV, *step.states, **numbers)
     return None
+
+
+def _state_row(step: Step) -> int | None:
+    """Elements from one row of the states to the next; None where the kernel does not know how they lie."""
+    if not step.table_SV.is_contiguous() or any(state.stride(-1) != 1 for state in step.states):
+        return None
+    width = step.table_SV.shape[1]
+    distances = {state.stride(0) for state in step.states if state.ndim == 2} or {width}
+    return max(distances) if len(distances) == 1 and min(distances) >= width else None
 
 
 def _kinds(step: Step) -> tuple[int, int] | None:
@@ -136,7 +145,7 @@ def sum_rows(slots_TK: Tensor, weights_TK: Tensor, outputs_TV: Tensor, num_slots
     g_SV = torch.zeros(num_slots, outputs_TV.shape[1], dtype=torch.float32)
     entries = SortedEntries(parts_of([slots_TK], [weights_TK], [outputs_TV]), num_slots)
     # One step up from zero.
-    _launch_step(SGD, entries, (FLOAT32, FLOAT32), g_SV, scale=1.0, seed=-1, first_column=0, lr=-1.0)
+    _launch_step(SGD, entries, (FLOAT32, FLOAT32), 0, g_SV, scale=1.0, seed=-1, first_column=0, lr=-1.0)
     return g_SV
 
 
@@ -154,6 +163,7 @@ def _launch_step(
     rule: int,
     entries: SortedEntries,
     kinds: tuple[int, int],
+    state_row: int,
     table_SV: Tensor,
     first_SV: Tensor | None = None,
     second_SV: Tensor | None = None,
@@ -178,6 +188,7 @@ def _launch_step(
         firsts=first_SV,
         seconds=second_SV,
         steps=steps_S,
+        state_row=state_row,
         **numbers,
     )
 
@@ -318,13 +329,14 @@ def _square_sum(counters, entries, weights, gradients, count, width, buffer, sum
 @kernel
 def _step(
     counters, entries, weights, gradients, count, width, buffer, rule, kind, state_kind, table, firsts, seconds, steps,
-    seed, first_column, scale: float, lr: float, beta1: float, beta2: float, eps: float,
+    state_row, seed, first_column, scale: float, lr: float, beta1: float, beta2: float, eps: float,
 ):  # fmt: skip
     entry, weight, gradient = i64(entries), f32(weights), i64(gradients)
     total = buffer + this_thread(counters) * (width + 4 * STRIDE) * 4
     keep1_32, keep2_32 = np.float32(1 - beta1), np.float32(1 - beta2)
     beta2_32, eps_32, scale_32 = np.float32(beta2), np.float32(eps), np.float32(scale)
     size, state_size = 4 if kind == FLOAT32 else 2, 4 if state_kind == FLOAT32 else 2
+    row_bytes, state_bytes = width * size, state_row * state_size
     whole = width // STRIDE * STRIDE
     tail = width - whole
     edge = total + (width + STRIDE) * 4
@@ -340,14 +352,14 @@ def _step(
             start += 1
         while start < stop:
             slot = _slot_at(entry, start)
-            row = table + slot * width * size
-            first, second = firsts + slot * width * state_size, seconds + slot * width * state_size
+            row = table + slot * row_bytes
+            first, second = firsts + slot * state_bytes, seconds + slot * state_bytes
             end = start + 1
             while end < count and _slot_at(entry, end) == slot:
                 end += 1
-            after = _slot_at(entry, min(end, count - 1)) * width  # where the next row is
-            next_row, next_first = table + after * size, firsts + after * state_size
-            next_second = seconds + after * state_size
+            after = _slot_at(entry, min(end, count - 1))  # the next row
+            next_row, next_first = table + after * row_bytes, firsts + after * state_bytes
+            next_second = seconds + after * state_bytes
             number = entry[start] & 0xFFFFFFFF
             source, factor = gradient[number], weight[number]
             # What is summed, or scaled twice, goes by a buffer, so that nothing is rounded otherwise.
