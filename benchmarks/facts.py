@@ -87,12 +87,12 @@ SCALES = {
     "few": Scale(
         None, 4, 128, 512, 3_000_000, 100, 2000, 20_000, (1, 2, 4, 8, 16, 32, 64), (0, 1),
         {
-            "memory": (4e4, 2e4),
-            "memory_chosen": (300, 100),
-            "memory_all": (100, 30),
+            "memory": (4e4,),
+            "memory_chosen": (300,),
+            "memory_all": (100,),
             "lora": (3e-3, 1e-2),
-            "adapter": (3e-3, 1e-2),
-            "full": (3e-4, 1e-3),
+            "adapter": (1e-3, 3e-3),
+            "full": (1e-4, 3e-4),
         },
     ),
     "small": Scale(
