@@ -13,6 +13,7 @@ import torch
 import memlayers
 from memlayers import Experts, MappedFile, MemoryConfig, MemoryLayer, MemoryPlus, RowAdagrad, RowAdam, RowSGD
 from memlayers.optim import MemoryAdamW
+from memlayers.storage import advice, rows
 from memlayers.storage.mapped import MappedTable
 from memlayers.storage.rows import Ahead, MappedRows
 
@@ -150,6 +151,28 @@ def test_the_moments_of_a_row_lie_side_by_side_in_one_file(tmp_path, build, file
             assert np.array_equal(content[:, number], state.detach().numpy().reshape(256, -1))
             assert state.any()
     layer.values.close()
+
+
+def test_moments_of_fresh_rows_get_their_room_once(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, value_dim=mmap.PAGESIZE // 4)  # a page a moment
+    layer = mapped(tmp_path, config)
+    optimizer, told = RowAdam(layer), []
+    train(layer, optimizer, 1)
+    file, before = layer.values._files.large_states()[0], layer.values._files.written.copy()
+    if not file.make_ready(np.array([0])):
+        pytest.skip("the system does not make pages ready")
+
+    def tell(pages, address, runs, what):
+        if pages is file.map and what == rows.POPULATE_WRITE:
+            for begin, end in runs // (2 * mmap.PAGESIZE):
+                told.extend(range(begin, end))
+        advice.advise(pages, address, runs, what)
+
+    monkeypatch.setattr(rows, "advise", tell)
+    train(layer, optimizer, 1, seed=2)
+    fresh = np.flatnonzero(layer.values._files.written & ~before)
+    assert len(fresh) > 4
+    assert (np.bincount(told, minlength=256)[fresh] == 1).all()
 
 
 def test_a_table_goes_on_from_its_last_checkpoint(tmp_path):
