@@ -292,3 +292,12 @@ def test_16_bit_queries_are_scored_in_float32(weights):
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, expected)
     torch.testing.assert_close(keys(query).scores, expected)
+
+
+def test_a_transform_of_torch_func_computes_the_same_layer():
+    layer = MemoryPlus(config(), dtype=torch.float64)
+    x, dx = torch.randn(2, 6, 13, dtype=torch.float64)
+    y, dy = torch.func.jvp(layer, (x,), (dx,))
+    torch.testing.assert_close(y, layer(x))
+    difference = layer(x + 1e-6 * dx) - layer(x - 1e-6 * dx)
+    torch.testing.assert_close(dy, difference / 2e-6, rtol=1e-5, atol=1e-7)
