@@ -11,17 +11,21 @@ import torch
 
 # What `make test-fast` leaves out: folders and files whose tests train, compile or start processes for seconds.
 LONG = (
-    "bench", "benchmarks", "cli/test_failures.py", "diagnosis/test_faults.py", "diagnosis/test_trainer_callback.py",
-    "diagnosis/test_untouched.py", "distributed", "experiments",
-    "finetuning/test_trainer_callback.py", "lm/data/sources", "lm/data/test_descriptors.py",
-    "lm/data/test_prepare.py", "lm/data/test_ready_text.py", "lm/data/test_restart.py", "lm/test_config_presets.py",
-    "lm/test_dry_run.py", "lm/test_evaluate.py", "lm/test_faults.py", "lm/test_footprint.py", "lm/test_generate.py",
-    "lm/test_golden_losses.py", "lm/test_resume.py", "lm/test_retrofit.py", "lm/test_run.py", "lm/test_train.py",
+    "bench", "benchmarks", "cli/test_failures.py", "cli/test_refusals.py", "diagnosis/test_faults.py",
+    "diagnosis/test_trainer_callback.py", "diagnosis/test_untouched.py", "distributed", "experiments",
+    "explorer/test_explore.py", "finetuning/test_trainer_callback.py", "lm/data/sources",
+    "lm/data/test_descriptors.py", "lm/data/test_prepare.py", "lm/data/test_ready_text.py", "lm/data/test_restart.py",
+    "lm/test_config_presets.py", "lm/test_dry_run.py", "lm/test_evaluate.py", "lm/test_faults.py",
+    "lm/test_footprint.py", "lm/test_generate.py", "lm/test_golden_losses.py", "lm/test_resume.py",
+    "lm/test_retrofit.py", "lm/test_run.py", "lm/test_tables.py", "lm/test_train.py",
     "models/test_cached_generation.py", "models/test_checkpoints.py", "models/test_classes.py",
-    "models/test_families.py", "models/test_hf_trainer.py", "models/test_integrations.py", "models/test_masks.py",
-    "models/test_peft.py", "models/test_suitable.py", "ops/cpu", "ops/test_gpu_code.py", "ops/test_gpu_dispatch.py",
-    "optim/test_distributed_checkpoint.py", "optim/test_trainer.py", "test_cli.py", "test_docs.py", "test_examples.py",
-    "test_package.py", "test_readme.py", "test_torch_private.py",
+    "models/test_export.py", "models/test_families.py", "models/test_heads.py", "models/test_hf_trainer.py",
+    "models/test_hostile_folders.py", "models/test_integrations.py", "models/test_load_memory.py",
+    "models/test_masks.py", "models/test_peft.py", "models/test_quantised.py", "models/test_suitable.py",
+    "models/test_threads.py", "ops/cpu", "ops/test_gpu_code.py", "ops/test_gpu_dispatch.py",
+    "optim/test_distributed_checkpoint.py", "optim/test_trainer.py", "test_cli.py", "test_docs.py",
+    "test_examples.py", "test_export.py", "test_import.py", "test_package.py", "test_readme.py",
+    "test_torch_private.py",
 )  # fmt: skip
 
 
