@@ -192,9 +192,10 @@ class FlatKeys(nn.Module):
 
     def _search_blocks(self, query_THQ: Tensor) -> Tensor:
         heads, slots, _ = self.weight.shape
-        ratio = math.isqrt(slots // self.topk)
-        search = self._search_all if ratio < 4 else self._search_groups
-        queries = max(1, self.BLOCK // (heads * (slots if ratio < 4 else self.KEYS)))
+        is_grouped = slots >= 16 * self.topk
+        search = self._search_groups if is_grouped else self._search_all
+        held = self.BLOCK if query_THQ.device.type == "cpu" else 4 * self.BLOCK  # small products would idle a GPU
+        queries = max(1, held // (heads * (self.KEYS if is_grouped else slots)))
         found = [search(block) for block in query_THQ.split(queries)]
         return torch.cat(found) if found else query_THQ.new_empty(0, heads, self.topk, dtype=torch.int64)
 
