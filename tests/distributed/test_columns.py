@@ -20,6 +20,7 @@ from memlayers.distributed import check_replicas, shard_tables, traffic
 from memlayers.distributed.agreement import own_part
 from memlayers.distributed.whole import whole_tables
 from memlayers.optim import MemoryAdamW, RowAdagrad, RowAdam, RowSGD
+from memlayers.values import value_tables
 
 WIDTH = 64
 SIZES = (5, 3, 4, 2)  # tokens of a micro-batch, by rank
@@ -624,7 +625,7 @@ def at_different_places(rank, what):
         return said(RuntimeError, torch.no_grad()(loss_of), model, 0, 0, rank)
     del optimizer
     with tempfile.TemporaryDirectory() as folder:
-        return said(RuntimeError, whole_tables(model, folder).__enter__)
+        return said(RuntimeError, whole_tables(value_tables(model), folder).__enter__)
 
 
 def test_a_rank_that_evaluates_or_saves_alone_is_told_so(pair):

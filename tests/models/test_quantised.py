@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from memlayers import MemoryConfig
+from memlayers import MemoryConfig, MemoryLayer
 from memlayers.models import add_memory, freeze_base, load_memory, memory_layers, remove_memory, save_memory
 from memlayers.models.identity import identity_of
 from memlayers.models.modules import packed_shape, weight_sizes
-from memlayers.models.wrappers import find_wrappers
+from memlayers.models.wrappers import ParallelMemory, find_wrappers
 
 MEMORY = MemoryConfig(dim=64, heads=2, topk=3, num_subkeys=6, query_dim=8, query_norm="rms")
 IDS = torch.arange(1, 9)[None]
@@ -155,3 +155,9 @@ def test_what_is_not_quantised_is_not_taken_for_it():
     for module in (nn.Linear(3, 4), nn.Linear(3, 4, bias=False).half(), nn.Embedding(3, 4), nn.Bilinear(3, 4, 5)):
         assert packed_shape(module) is None
     assert packed_shape(nn.Sequential(nn.Linear(3, 4))) is None
+
+
+def test_a_memory_beside_a_quantised_map_is_not_taken_for_one():
+    beside = ParallelMemory(Packed(weight=torch.zeros(4096, 1, dtype=torch.uint8)), MemoryLayer(MEMORY))
+    assert packed_shape(beside) is None
+    assert packed_shape(beside.base) == (128, 64)

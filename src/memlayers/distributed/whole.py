@@ -4,7 +4,7 @@ A whole table lies in a file that is mapped to memory, filled some rows at a tim
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,29 +15,29 @@ from torch import Tensor, nn
 
 from memlayers.distributed.agreement import Ranks, own_part
 from memlayers.distributed.columns import CHUNK_ELEMENTS, ColumnTable, meet
-from memlayers.values import value_tables
+from memlayers.values import ValueTable, value_tables
 
 
 @contextmanager
-def whole_tables(model: nn.Module, folder: str | os.PathLike[str]) -> Iterator[dict[Tensor, Tensor] | None]:
-    """The whole tables of a model, by their weights in columns, on the rank that writes; None on the others.
+def whole_tables(tables: Iterable[ValueTable], folder: str | os.PathLike[str]) -> Iterator[dict[Tensor, Tensor] | None]:
+    """The whole tables, by their weights in columns, on the rank that writes; None on the others.
 
-    All ranks call it together, and leave it together. Of a model without tables in columns it gives an empty
-    dictionary, to each rank that calls it.
+    All ranks call it together, and leave it together. Without tables in columns it gives an empty dictionary, to each
+    rank that calls it.
 
     Args:
-        model: the same on all ranks.
+        tables: the same on all ranks.
         folder: made if it is not there; its file system has room for the tables, which are gone afterwards.
 
     Raises:
         RuntimeError: on the other ranks, where the one that writes fails; that one raises its own error. On all, where
             one is in a pass through a table instead.
     """
-    tables = [table for table in value_tables(model) if isinstance(table, ColumnTable)]
-    if not tables:
+    columns = [table for table in tables if isinstance(table, ColumnTable)]
+    if not columns:
         yield {}
         return
-    groups = [ranks for ranks in (tables[0].ranks, tables[0].replicas) if ranks is not None]
+    groups = [ranks for ranks in (columns[0].ranks, columns[0].replicas) if ranks is not None]
     is_first_replica = len(groups) == 1 or groups[1].rank == 0
     is_writer = is_first_replica and groups[0].rank == 0
     meet(groups[0], "a save")
@@ -48,12 +48,12 @@ def whole_tables(model: nn.Module, folder: str | os.PathLike[str]) -> Iterator[d
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 aside = Path(stack.enter_context(TemporaryDirectory(prefix=".whole-", dir=folder)))
-                whole = {table.weight: _mapped(table, aside / str(number)) for number, table in enumerate(tables)}
+                whole = {table.weight: _mapped(table, aside / str(number)) for number, table in enumerate(columns)}
             except OSError as found:
                 error = found
         _tell(groups, error)
         if is_first_replica:
-            for table in tables:
+            for table in columns:
                 _fill(table, whole.get(table.weight))
         try:
             yield whole if is_writer else None

@@ -162,7 +162,7 @@ def save_memory(
     inner = unwrap(model)
     placed = placed_memories(inner, name)
     base = savable_base(inner, placed)
-    with whole_tables(inner, folder) as whole:
+    with whole_tables(placed.tables, folder) as whole:
         if whole is not None:
             tensors = {name: whole.get(tensor, tensor) for name, tensor in placed.tensors.items()}
             write_memory(inner, replace(placed, tensors=tensors), base, Path(folder), max_shard_size)

@@ -288,7 +288,7 @@ class MemoryMixin(PreTrainedModel):
             stale += "|" + re.escape(CARD)
         # Old names of weights are translated for the plain type of model, on loading, and back on saving; not for ours.
         kwargs.setdefault("save_original_format", False)
-        with whole_tables(self, save_directory) as whole:
+        with whole_tables(value_tables(self), save_directory) as whole:
             if whole is not None:
                 with replaced_together(save_directory, stale=stale) as aside:
                     super().save_pretrained(aside, *args, **with_whole_tables(self, whole, kwargs))

@@ -43,6 +43,8 @@ def packed_shape(module: nn.Module) -> tuple[int, int] | None:
     Those of bitsandbytes, GPTQ, AWQ, HQQ and their like say what they take and return, and keep numbers of another
     shape or of fewer bits.
     """
+    if isinstance(module, MemoryWrapper):  # it would answer for its base
+        return None
     shape = [getattr(module, side, None) for side in ("out_features", "in_features")]
     own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
     if not (isinstance(shape[0], int) and isinstance(shape[1], int) and own):
