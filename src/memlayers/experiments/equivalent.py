@@ -47,11 +47,17 @@ class PowerLaw(NamedTuple):
         return math.exp(u), math.exp(math.sqrt(error**2 + of_the_law) / abs(self.slope))
 
 
-def _dense(scale: Scale) -> dict[str, RunConfig]:
+def _dense(scale: Scale) -> dict[str, list[RunConfig]]:
+    """The runs of each dense model: the seeds that the memories have, for a seed makes all models better or worse."""
     return {
-        f"{layers} layers of {dim}": scale.run(
-            layers=layers, fields={"model.dim": dim, "model.heads": heads, "training.learning_rate": rate}
-        )
+        f"{layers} layers of {dim}": [
+            scale.run(
+                layers=layers,
+                seed=seed,
+                fields={"model.dim": dim, "model.heads": heads, "training.learning_rate": rate},
+            )
+            for seed in range(scale.seeds)
+        ]
         for layers, dim, heads, rate in scale.dense_sizes
     }
 
@@ -67,7 +73,7 @@ def size(config: RunConfig) -> int:
 
 
 def _runs(scale: Scale, found: Found) -> list[Run]:
-    runs = [Run(name, config, DENSE, size(config)) for name, config in _dense(scale).items()]
+    runs = [Run(name, config, DENSE, size(config)) for name, configs in _dense(scale).items() for config in configs]
     for name, places in _memories(scale).items():
         runs += [Run(name, scale.run(*places, seed=seed), name) for seed in range(scale.seeds)]
     return runs
@@ -75,12 +81,12 @@ def _runs(scale: Scale, found: Found) -> list[Run]:
 
 def _tables(scale: Scale, found: Found) -> list[Table]:
     noise = noise_of(scale, found) or 0.0
-    points = {config: point([found(config)], None).perplexity for config in _dense(scale).values()}
-    known = {config: perplexity for config, perplexity in points.items() if perplexity is not None}
+    points = {size(runs[0]): point([*map(found, runs)], None).perplexity for runs in _dense(scale).values()}
+    known = {number: perplexity for number, perplexity in points.items() if perplexity is not None}
     head = ["model", "equals a dense model of", "from", "to", "times its own N layers"]
     if len(known) < 4:
         return [Table("Dense equivalents: four dense sizes are needed, which are not run yet", head, [])]
-    law = PowerLaw.through([size(config) for config in known], list(known.values()), noise)
+    law = PowerLaw.through([*known], [*known.values()], noise / math.sqrt(scale.seeds))
     own = size(scale.base)
     rows = []
     for name, places in _memories(scale).items():
@@ -89,7 +95,7 @@ def _tables(scale: Scale, found: Found) -> list[Table]:
             rows.append([name, "-", "-", "-", "-"])
             continue
         equal, factor = law.inverse(one.perplexity, (one.error or 0.0) / one.perplexity)
-        beyond = " (extrapolated)" if not min(map(size, known)) <= equal <= max(map(size, known)) else ""
+        beyond = " (extrapolated)" if not min(known) <= equal <= max(known) else ""
         sizes = [f"{number / 1e6:,.2f} M" for number in (equal, equal / factor, equal * factor)]
         rows.append([name, f"{sizes[0]}{beyond}", *sizes[1:], f"{equal / own:.2f}"])
     title = (

@@ -125,16 +125,15 @@ def _laptop() -> dict[str, Any]:
             "training.selector_learning_rate": None,
         },
         "rates": (4e-3, 5.6e-3, 8e-3),
-        "value_rates": (1e-3, 4e-3, 1.5e-2, 6e-2),
+        "value_rates": (5e-3, 1.5e-2, 5e-2, 1.5e-1),
         "deep_rate": 5.6e-3,
         "subkeys": (64, 128, 192, 256, 384),
         "flat_subkeys": (128, 256),
         "dense_sizes": (
-            (2, 96, 3, 3.5e-3),
-            (2, 128, 4, 2.8e-3),
-            (4, 128, 4, 2e-3),
-            (4, 192, 6, 2e-3),
-            (6, 256, 8, 1.4e-3),
+            (2, 96, 3, 5.6e-3),
+            (2, 128, 4, 5.6e-3),
+            (4, 128, 4, 5.6e-3),
+            (4, 192, 6, 4e-3),
         ),
         "grid_tokens": 3_000_000,
         "flat_tokens": 1_000_000,
@@ -143,6 +142,7 @@ def _laptop() -> dict[str, Any]:
         "noise_seeds": 5,
         "threads": 1,
         "multiplications_per_s": 25e9,
+        "position_layers": 4,
     }
 
 
