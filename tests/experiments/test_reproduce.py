@@ -213,6 +213,14 @@ def test_every_experiment_has_runs_at_every_scale(name, size):
     assert all(isinstance(claim, Claim) for claim in claims)
 
 
+@pytest.mark.parametrize("size", ["laptop", "gpu", "paper"])
+def test_the_recipe_of_the_paper_has_its_ratio_of_rates(size):
+    sizes = scale(size)
+    training = sizes.run(sizes.layer, fields=sizes.paper_recipe).training
+    assert training.value_learning_rate == pytest.approx(4 * training.learning_rate)
+    assert (training.value_schedule, training.selector_learning_rate) == ("constant", None)
+
+
 def test_a_plan_counts_without_building(tiny):
     text = plan("noise")
     assert "| 1 layers + memory, seed 0 | " in text

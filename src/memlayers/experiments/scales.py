@@ -32,7 +32,7 @@ class Scale:
     base: RunConfig  # N layers without a memory; its memory is the one that experiments add
     layer: int  # where a single memory stands in N layers
     several: tuple[tuple[int, ...], ...]  # where several memories stand in N layers
-    paper_recipe: Mapping[str, Any]  # the paper's rates and memory, at a size where its usage is below 100 %
+    paper_recipe: Mapping[str, Any]  # its memory and ratio of rates: the values at a constant 4 times the rest
     rates: tuple[float, ...]  # that each model of `depth` is tried at
     value_rates: tuple[float, ...]  # of `updates`
     deep_rate: float  # of more than N layers, elsewhere
@@ -120,7 +120,7 @@ def _laptop() -> dict[str, Any]:
         "several": ((1, 2),),
         "paper_recipe": {
             "memory.value_std": None,
-            "training.value_learning_rate": 1e-3,
+            "training.value_learning_rate": 2.24e-2,
             "training.value_schedule": "constant",
             "training.selector_learning_rate": None,
         },
@@ -163,7 +163,7 @@ def _gpu() -> dict[str, Any]:
         ),
         "layer": 3,
         "several": ((2, 3), (2, 3, 4)),
-        "paper_recipe": {"training.value_learning_rate": 1e-3},
+        "paper_recipe": {"training.value_learning_rate": 4e-3},
         "rates": (5e-4, 1e-3, 2e-3),
         "value_rates": (1e-3, 3e-3, 1e-2, 3e-2),
         "deep_rate": 7e-4,
