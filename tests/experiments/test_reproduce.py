@@ -262,11 +262,12 @@ def test_a_plot_shows_the_means_of_runs_that_stand_at_one_place(tiny):
 
 
 def test_a_point_is_the_mean_with_its_standard_error():
-    one = point([record(9.0), record(11.0), None, record(failed="stopped")], noise=0.5)
+    one = point([record(9.0), record(11.0), None, record(failed="stopped")], noise=0.01)
     assert (one.runs, one.asked, one.failed) == (2, 4, ("stopped",))
     assert (one.perplexity, one.error) == (10.0, pytest.approx(1.0))
     assert (one.usage, one.kl, one.slots) == (50.0, 0.5, 16)
     assert point([record(10.0)], noise=0.02).error == pytest.approx(0.2)
+    assert point([record(10.0)] * 4, noise=0.02).error == pytest.approx(0.1)  # that seeds agree may be chance
     assert point([record(10.0)], noise=None).error is None
 
 

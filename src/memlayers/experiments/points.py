@@ -18,7 +18,7 @@ class Point:
     asked: int
     failed: tuple[str, ...] = ()  # why others have none
     perplexity: float | None = None  # on validation text, the mean
-    error: float | None = None  # standard error of the mean; from the noise of other runs where there is one run
+    error: float | None = None  # standard error of the mean
     usage: float | None = None  # %, mean over the runs and their memories
     count_usage: float | None = None
     top1_usage: float | None = None
@@ -40,7 +40,8 @@ def point(records: Sequence[Record | None], noise: float | None) -> Point:
     """The point of some runs, of which those that are not finished are None.
 
     Args:
-        noise: Standard deviation of a run's perplexity over seeds, as a share of it, for points of a single run.
+        noise: Standard deviation of a run's perplexity over seeds, as a share of it, where it is known from other
+            runs: the least that a run of this point may have, for two seeds that agree say little.
     """
     found = [record for record in records if record is not None]
     done = [record for record in found if record["failed"] is None]
@@ -49,9 +50,10 @@ def point(records: Sequence[Record | None], noise: float | None) -> Point:
         return Point(runs=0, asked=len(records), failed=failed)
     losses = [record["validation"]["perplexity"] for record in done]
     mean = statistics.fmean(losses)
-    error = None if noise is None else noise * mean
+    deviations = [] if noise is None else [noise * mean]
     if len(losses) > 1:
-        error = statistics.stdev(losses) / math.sqrt(len(losses))
+        deviations.append(statistics.stdev(losses))
+    error = max(deviations) / math.sqrt(len(losses)) if deviations else None
     memories = [usage for record in done for usage in record["validation"]["usage"].values()]
     names = ("usage", "count_usage", "top1_usage", "kl")
     figures = {name: statistics.fmean(memory["overall"][name] for memory in memories) for name in names if memories}

@@ -127,7 +127,7 @@ def _laptop() -> dict[str, Any]:
         "rates": (4e-3, 5.6e-3, 8e-3),
         "value_rates": (5e-3, 1.5e-2, 5e-2, 1.5e-1),
         "deep_rate": 5.6e-3,
-        "subkeys": (64, 128, 192, 256, 384),
+        "subkeys": (64, 128, 256, 384),
         "flat_subkeys": (128, 256),
         "dense_sizes": (
             (2, 96, 3, 5.6e-3),

@@ -73,7 +73,7 @@ def _markdown(content: Mapping[str, Any], claims: Sequence[Claim], tables: Seque
     parts.append(
         "± is the standard error of a mean over seeds"
         + (
-            "; where there is one run it is that of the experiment `noise`, "
+            f", from the deviation of its runs, but at least from that of the experiment `noise`, "
             f"{100 * noise:.2f} % of a run's perplexity. "
             if noise is not None
             else " (where there is one run the noise is not known: the experiment `noise` measures it). "
