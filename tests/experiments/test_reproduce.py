@@ -315,6 +315,14 @@ def test_speeds_are_measured_and_reported(tiny, corpus, tmp_path, monkeypatch):
     # They stay for reports to come.
     assert reproduce("depth", tmp_path, corpus=corpus, report_only=True)["speeds"] == content["speeds"]
     assert "| 1 layers + 1 memory | " in (tmp_path / "depth" / "report.md").read_text().partition("Speeds, medians")[2]
+    # Rates do not decide them, and speeds of models of other sizes are not shown for those of today.
+    fields, said = scales._laptop(), []
+    for changes, shown in (({"training.learning_rate": 1e-4}, content["speeds"]), ({"memory.topk": 1}, None)):
+        base = changed(fields["base"], changes)
+        monkeypatch.setattr(scales, "_laptop", functools.partial(dict, fields, base=base))
+        report = reproduce("depth", tmp_path, corpus=corpus, report_only=True, say=said.append)
+        assert report["speeds"] == shown
+    assert said == ["depth: its speeds are those of other models and left out; measure them anew with --measure_speed"]
 
 
 def test_speeds_of_an_experiment_without_any_are_refused_before_any_work(tmp_path):

@@ -99,15 +99,25 @@ def reproduce(
                 say=lambda line: say(f"{name}: {line}"),
             )
         only_measures = not asked.runs(size, found)
+        what = {"measured_sha256": _measured(asked, size)}
         if measure_speed or (only_measures and not report_only):
             folder.speeds.mkdir(exist_ok=True)
             begun = folder.speeds / f"{name}.begun.json"
-            what = hashlib.sha256(repr((asked.layers(size), asked.speeds(size))).encode()).hexdigest()
-            machine = {"hardware": hardware(), "versions": versions(), "precision": precision}
-            kept = Kept(begun, {"measured_sha256": what, **machine})
-            write_json(folder.speeds / f"{name}.json", _measure(asked, size, text, device, precision, kept, say))
+            kept = Kept(begun, {**what, "hardware": hardware(), "versions": versions(), "precision": precision})
+            figures = _measure(asked, size, text, device, precision, kept, say)
+            write_json(folder.speeds / f"{name}.json", {**what, **figures})
             begun.unlink()
-        return write_report(asked, size, found, folder.path / name, speeds=folder.read_speeds(name))
+        speeds = folder.read_speeds(name)
+        if speeds is not None and not speeds.items() >= what.items():
+            say(f"{name}: its speeds are those of other models and left out; measure them anew with --measure_speed")
+            speeds = None
+        return write_report(asked, size, found, folder.path / name, speeds=speeds)
+
+
+def _measured(asked: Experiment, size: Scale) -> str:
+    """A hash of the layers and models whose speeds an experiment measures."""
+    models = [{name: changed(config, _SIZELESS) for name, config in group.items()} for group in asked.speeds(size)]
+    return hashlib.sha256(repr((asked.layers(size), models)).encode()).hexdigest()
 
 
 def _measure(
@@ -193,12 +203,15 @@ def _found(
     return lambda config: folder.read(identity.key(config))
 
 
-# What has no influence on the size of a run: seeds, rates and budgets.
+# What has no influence on the size and speed of a run: seeds, rates, fresh values and budgets.
 _SIZELESS = {
     "training.seed": 0,
     "training.learning_rate": 1.0,
     "training.value_learning_rate": 1.0,
+    "training.value_schedule": "constant",
+    "training.selector_learning_rate": None,
     "training.tokens": 1,
+    "memory.value_std": None,
 }
 
 
