@@ -126,7 +126,7 @@ def _laptop() -> dict[str, Any]:
             (2, 96, 3, 5.6e-3),
             (2, 128, 4, 5.6e-3),
             (4, 128, 4, 5.6e-3),
-            (4, 192, 6, 4e-3),
+            (6, 128, 4, 4e-3),
         ),
         "grid_tokens": 3_000_000,
         "flat_tokens": 1_000_000,
@@ -135,7 +135,7 @@ def _laptop() -> dict[str, Any]:
         "noise_seeds": 5,
         "threads": 1,
         "multiplications_per_s": 25e9,
-        "position_layers": 4,
+        "position_layers": 3,
     }
 
 
