@@ -250,6 +250,8 @@ def test_earlier_checkpoints_that_are_kept_can_be_restored(tmp_path):
     train(layer, optimizer, 1, seed=5)
     with pytest.raises(ValueError, match=r"has the checkpoints 2, 3, 4, got 1"):
         layer.values.restore(1)
+    with pytest.raises(ValueError, match="number must be an integer of at least 0, got '2'"):
+        layer.values.restore("2")
     layer.values.restore(2)
     assert are_equal(contents(layer), held[2])
     assert layer.values.checkpoint(keep=3) == 3

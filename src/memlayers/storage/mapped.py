@@ -217,6 +217,8 @@ class MappedTable(ValueTable):
 
         Raises `ValueError` for one that is not kept.
         """
+        if number is not None:
+            require_int("number", number, least=0)
         self._files.restore(number)
 
     def drop_states(self) -> None:
