@@ -150,10 +150,14 @@ def test_a_wrong_width_or_mask_is_an_error():
     layer = MemoryLayer(config())
     with pytest.raises(ValueError, match=r"dim = 12 .* got \[3, 11\]"):
         layer(torch.randn(3, 11))
+    with pytest.raises(ValueError, match=r"dim = 12 .* got \[\]"):
+        layer(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"mask .* \[2, 3\], got \[2, 4\]"):
         layer(torch.randn(2, 3, 12), torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"mask .* \[2, 3\], got \[3, 2\]"):
         layer(torch.randn(2, 3, 12), torch.ones(3, 2))
+    with pytest.raises(ValueError, match="mask must be True or 1 for real tokens .*, got one with numbers below 0"):
+        layer(torch.randn(2, 3, 12), torch.tensor([[0.0, 0.0, -1e9], [0.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("query_norm", ["batch", "rms"])

@@ -146,12 +146,18 @@ class MemoryLayer(nn.Module):
             [..., D], of the shape and dtype of x.
 
         Raises:
-            ValueError: another width than ``config.dim``, a mask that does not fit, or a call by `torch.jit.trace`.
+            ValueError: another width than ``config.dim``, a nested tensor, a mask that does not fit or is one to be
+                added, or a call by `torch.jit.trace`.
         """
         if torch.jit.is_tracing():
             raise ValueError(_NO_TORCHSCRIPT)
         config = self.config
-        if x.shape[-1] != config.dim:
+        if x.is_nested:
+            raise ValueError(
+                "x must be a plain tensor, got a nested one, which torch's TransformerEncoder makes of padding in eval "
+                "mode: build it with enable_nested_tensor=False"
+            )
+        if x.ndim == 0 or x.shape[-1] != config.dim:
             raise ValueError(f"x must have dim = {config.dim} as its last size, got {[*x.shape]}")
         mask_T = self.token_mask(x, mask)
         x_TD = x.reshape(-1, config.dim)
@@ -187,6 +193,12 @@ class MemoryLayer(nn.Module):
             return None
         if mask.shape != x.shape[:-1]:
             raise ValueError(f"mask must have the leading shape of x, {[*x.shape[:-1]]}, got {[*mask.shape]}")
+        is_seen = mask.is_floating_point() and not (torch.compiler.is_compiling() or is_transformed())
+        if is_seen and bool((mask < 0).any()):
+            raise ValueError(
+                "mask must be True or 1 for real tokens and 0 for padding, got one with numbers below 0, as masks have "
+                "that are added to scores: pass mask == 0"
+            )
         return mask.reshape(-1).to(torch.bool)
 
     def __prepare_scriptable__(self) -> NoReturn:

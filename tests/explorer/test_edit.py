@@ -194,6 +194,10 @@ def test_what_cannot_grow_is_refused_and_stays():
     (layer,) = memory_layers(model_of_two).values()
     with freeze_slots(layer, [3]), pytest.raises(ValueError, match="grow_table needs a table without row hooks"):
         grow_table(model_of_two, optimizer=optimizer)
+    optimizer.choose_rows([3])
+    with pytest.raises(ValueError, match="grow_table needs an optimizer that may move all rows, .* choose_rows.None."):
+        grow_table(model_of_two, optimizer=optimizer)
+    optimizer.choose_rows(None)
     with pytest.raises(ValueError, match="topk must be at most an eighth of num_subkeys = 16, .*, got 3"):
         grow_table(model_with(topk=3))
     with pytest.raises(ValueError, match="model must have at least one memory"):
@@ -329,4 +333,9 @@ def test_what_cannot_start_again_is_refused():
         ValueError, match="must be of at least 80 tokens to tell which of its 16 keys a head never reads, got 0"
     ):
         reset_slots(model, {name: UsageMeter(memory_layers(model)[name])})
+    optimizer = MemoryAdamW(model)
+    optimizer.choose_rows([3])
+    with pytest.raises(ValueError, match="reset_slots needs an optimizer that may move all rows"):
+        reset_slots(model, trace.usage, optimizer=optimizer)
+    optimizer.release()
     MemoryAdamW(model)  # it is gone at once, and the table has lost its owner

@@ -155,6 +155,28 @@ def test_what_is_no_kind_of_memory_is_refused(kind):
 
 
 @pytest.mark.promise(
+    "Heads and classes", "a memory at a part of torch's `TransformerEncoderLayer` or `MultiheadAttention`", "refused",
+    "name the layer: they use the weights of their parts without a call, the first in eval mode alone",
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["parallel", "replace"])
+def test_a_part_that_is_never_called_is_refused(mode):
+    layer = nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(layer, nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)}))
+    for name in ("0.linear1", "0.norm1", "0.self_attn", "0.self_attn.out_proj", "1.attention.out_proj"):
+        with pytest.raises(ValueError, match=f"layers must name modules that are called, got '{name}', .* name '[01]"):
+            add_memory(model, MEMORY, [name], mode=mode)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_that_makes_nested_tensors_is_said():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    add_memory(encoder, MEMORY, ["layers.1"], mode="parallel")
+    x, is_padding = torch.randn(2, 3, 16), torch.tensor([[False, False, True], [False, False, False]])
+    with torch.no_grad(), pytest.raises(ValueError, match="x must be a plain tensor, .* enable_nested_tensor=False"):
+        encoder(x, src_key_padding_mask=is_padding)
+
+
+@pytest.mark.promise(
     "Masks",
     "masks in an `nn.Module` that is not of transformers",
     "supported",

@@ -250,6 +250,8 @@ def test_earlier_checkpoints_that_are_kept_can_be_restored(tmp_path):
     train(layer, optimizer, 1, seed=5)
     with pytest.raises(ValueError, match=r"has the checkpoints 2, 3, 4, got 1"):
         layer.values.restore(1)
+    with pytest.raises(ValueError, match="number must be an integer of at least 0, got '2'"):
+        layer.values.restore("2")
     layer.values.restore(2)
     assert are_equal(contents(layer), held[2])
     assert layer.values.checkpoint(keep=3) == 3
@@ -367,6 +369,14 @@ def test_a_dense_gradient_is_refused_where_the_weight_alone_requires_one(tmp_pat
     layer.values.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match=r"build its row optimizer"):
         layer(torch.randn(3, 32)).sum().backward()
+
+
+@pytest.mark.promise("Tables in files", "`torch.func.grad`, `vmap`, `jvp` of one", "refused", "a table in memory")
+def test_a_transform_is_refused(tmp_path):
+    layer, x = mapped(tmp_path).eval(), torch.randn(3, 32)
+    for call in (torch.vmap(layer), torch.func.grad(lambda one: layer(one).sum())):
+        with pytest.raises(ValueError, match=r"cannot be read in a transform of torch.func .*table in memory"):
+            call(x)
 
 
 def test_a_table_that_was_closed_is_refused_and_no_other_file_is_written_to(tmp_path):

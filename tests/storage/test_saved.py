@@ -155,6 +155,12 @@ def test_queries_are_trained_around_it(folder):
     torch.testing.assert_close(*grads)
 
 
+def test_a_transform_is_refused(folder):
+    layer = next(iter(memory_layers(mapped(folder)).values()))
+    with pytest.raises(ValueError, match=r"cannot be read in a transform of torch.func .*table in memory"):
+        torch.vmap(layer)(torch.randn(3, layer.config.dim))
+
+
 def test_slots_out_of_range_are_an_error(folder):
     with pytest.raises(IndexError, match=r"slots must be in \[0, 36\), got 36 to 36"):
         table_of(mapped(folder)).read(torch.tensor([[36]]), torch.ones(1, 1))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.diagnosis.examine import as_optimizers
-from memlayers.diagnosis.subjects import Subject, find_subjects, has_lost_owner
+from memlayers.diagnosis.subjects import Subject, chosen_rows, find_subjects, has_lost_owner
 from memlayers.experts import ExpertTable, InputTable
 from memlayers.keys import FlatKeys, NormalisedKeys, ProductKeys
 from memlayers.layer import MemoryLayer
@@ -93,8 +93,8 @@ def reset_slots(model: nn.Module, usage: Mapping[str, UsageMeter], *, optimizer:
 
     Raises:
         ValueError: meters of other memories, or of too few tokens to tell what is dead; an optimizer that does not hold
-            a table that is trained; gradients that were not used yet; frozen slots; tables in columns, in files or
-            quantised.
+            a table that is trained; gradients that were not used yet; frozen slots or chosen rows; tables in columns,
+            in files or quantised.
     """
     subjects, optimizers = find_subjects(model), as_optimizers(optimizer)
     for subject in subjects:
@@ -196,8 +196,8 @@ def grow_table(model: Model, *, optimizer: Optimizers = None) -> Model:
     Raises:
         ValueError: a table that one head alone reads; a ``topk`` above an eighth of N; more than 2**16 sub-keys; keys
             or tables of other classes, in columns, in files or quantised; a model in `DistributedDataParallel`; an
-            optimizer that does not hold a table that is trained; gradients that were not used yet; frozen slots. The
-            model is then as it was.
+            optimizer that does not hold a table that is trained; gradients that were not used yet; frozen slots or
+            chosen rows. The model is then as it was.
     """
     subjects, optimizers = find_subjects(model), as_optimizers(optimizer)
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
@@ -312,6 +312,11 @@ def _require_editable(subject: Subject, optimizers: list[torch.optim.Optimizer],
         if gradient is not None and gradient.has_hooks:
             raise ValueError(
                 f"{what} needs a table without row hooks, got one at {subject.name}: close freeze_slots first"
+            )
+        if chosen_rows(table) is not None:
+            raise ValueError(
+                f"{what} needs an optimizer that may move all rows, got one with rows chosen at {subject.name}: call "
+                "choose_rows(None) first, and choose again afterwards"
             )
         is_pending = any(one.grad is not None for one in (table.weight, keys.weight) if one in held)
         if is_pending or (gradient is not None and not gradient.is_empty):

@@ -22,6 +22,8 @@ from memlayers.models.wrappers import MemoryWrapper, ParallelMemory
 
 # What the feed-forward network of a block is called: where there is `mlp`, this one; elsewhere the only one of them.
 _FFN = ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe", "shared_mlp", "mlp_block")
+# Of torch's modules those that use the weights of their parts without calling them; the first without gradients.
+_READ_WEIGHTS = (nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward)
 
 Layers = Sequence[int] | Sequence[str] | str
 
@@ -216,7 +218,7 @@ def _is_callable(module: nn.Module) -> bool:
 
 
 def require_suitable(model: nn.Module, name: str, placement: MemoryPlacement) -> None:
-    """Raises `ValueError` for a module whose weights were moved away, or that a memory cannot replace.
+    """Raises `ValueError` for a module that is never called, whose weights were moved away, or that cannot be replaced.
 
     A memory takes hidden states and returns as many. One beside a module can do without what else it takes or returns;
     one in its place cannot.
@@ -235,6 +237,14 @@ def require_suitable(model: nn.Module, name: str, placement: MemoryPlacement) ->
             f"model must have its weights in place, got {name!r} with weights that accelerate has offloaded: add "
             f"memories first, then dispatch the model"
         )
+    parts = name.split(".")
+    for outer in (".".join(parts[:end]) for end in range(1, len(parts))):
+        if type(around := model.get_submodule(outer)).forward in _READ_WEIGHTS:
+            raise ValueError(
+                f"layers must name modules that are called, got {name!r}, whose weights torch's "
+                f"{type(around).__name__} uses by itself, so the memory would be passed by, if only in eval mode: name "
+                f"{outer!r}, with mode='parallel'"
+            )
     dim = placement.config.dim  # a sum with one number would be one of all of them
     widths = [getattr(module, side, dim) for side in ("in_features", "out_features", "nx", "nf")]  # of linear maps
     if odd := [width for width in widths if width != dim]:

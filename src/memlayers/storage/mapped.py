@@ -217,6 +217,8 @@ class MappedTable(ValueTable):
 
         Raises `ValueError` for one that is not kept.
         """
+        if number is not None:
+            require_int("number", number, least=0)
         self._files.restore(number)
 
     def drop_states(self) -> None:
@@ -329,8 +331,14 @@ def _new_seed() -> int:
 
 
 def distinct_slots(slots: Tensor, num_slots: int) -> np.ndarray:
-    """The slots that occur, ascending. Raises `IndexError` for what is none."""
-    ascending = np.sort(slots.detach().numpy(), axis=None)  # np.unique takes 20 times as long
+    """The slots that occur, ascending. Raises `IndexError` for what is none, `ValueError` where nobody may see them."""
+    try:
+        ascending = np.sort(slots.detach().numpy(), axis=None)  # np.unique takes 20 times as long
+    except RuntimeError:  # the slots have no storage there
+        raise ValueError(
+            "a value table in files cannot be read in a transform of torch.func (grad, vmap, jvp), where the slots "
+            "that are read are not known: load the model with its table in memory"
+        ) from None
     is_first = np.ones(len(ascending), bool)
     is_first[1:] = ascending[1:] != ascending[:-1]
     distinct = ascending[is_first]
