@@ -233,6 +233,7 @@ def test_meta_device_then_materialised(name):
     layer = MemoryLayer(config(**OPTIONS[name]), device="meta")
     assert all(tensor.is_meta for tensor in layer.state_dict().values())
     assert layer(torch.randn(3, 12, device="meta")).is_meta
+    assert layer(torch.randn(3, 12, device="meta"), torch.ones(3, device="meta")).is_meta
     torch.manual_seed(0)
     layer.to_empty(device="cpu").reset_parameters()
     torch.manual_seed(0)
