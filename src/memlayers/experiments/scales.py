@@ -96,7 +96,7 @@ def scale(name: str, *, train_tokens: int | None = None, vocab_size: int | None 
     return Scale(name=name, **fields)  # type: ignore[arg-type]  # checked above
 
 
-# The recipe of the memory is what sweeps of single runs found (docs/log.md); the rates are still to be swept.
+# The rates of the memory are in the ratio of the paper (docs/log.md); `depth` sweeps that of the rest.
 def _laptop() -> dict[str, Any]:
     """Two CPU cores, an evening for an experiment."""
     return {
