@@ -426,3 +426,22 @@ def test_a_table_in_files_trains_on_as_if_it_had_not_been_examined(tmp_path):
         layer.values.fill()
         rows[name] = layer.values.weight.detach().clone()
     assert torch.equal(rows["examined"], rows["other"])
+
+
+def test_a_table_in_files_stays_the_checkpoint_that_it_was(tmp_path, caplog):
+    """An optimizer that is saved after the examination says which moment its states are of."""
+    config = MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=8, query_dim=8, query_norm="rms")
+    layer = MemoryLayer(config, values=MappedFile(tmp_path / "table"))
+    optimizer = RowAdam(layer)
+    for _ in range(2):
+        layer(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+    number = layer.values.checkpoint()
+    rows = layer.values.weight.detach().clone()
+    states = {name: state.clone() for name, state in layer.values.held_states().items()}
+    doctor(layer, torch.randn(1, 64, 16), optimizer=optimizer)
+    assert layer.values.unchanged_since == number
+    assert torch.equal(layer.values.weight.detach(), rows)
+    assert all(torch.equal(state, states[name]) for name, state in layer.values.held_states().items())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not caplog.records

@@ -125,6 +125,9 @@ def step_untouched(
         for table, _ in owned:
             if table.row_gradient is not None and table not in tables:  # of another model: it is not to be consumed
                 undo.enter_context(table.row_gradient.set_aside())
+        for table in tables:
+            if isinstance(table, MappedTable) and table.unchanged_since >= 0:
+                undo.callback(table.restore)  # after the contents: its log is to know of no change either
         before = {table: undo.contents(table.weight, rows.get(table)) for table in tables}
         slots_of = {table.weight: slots for table, slots in rows.items()}
         allowed = {parameter for subject in subjects for _, parameter in subject.parameters()}
