@@ -6,7 +6,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from memlayers import Experts, MappedFile, MemoryConfig, MemoryLayer, MemoryPlus, load_memory, save_memory
+from memlayers import (
+    Experts,
+    MappedFile,
+    MemoryConfig,
+    MemoryLayer,
+    MemoryPlus,
+    load_memory,
+    quantize_memory,
+    save_memory,
+)
 from memlayers.models import add_memory, causal_lm, freeze_base, memory_layers, memory_summary, remove_memory
 from memlayers.models.wrappers import find_wrappers
 from memlayers.optim import MemoryAdamW
@@ -230,6 +239,8 @@ def test_a_memory_that_peft_has_frozen_says_so_when_it_is_trained():
     freeze_base(memory_first()).train()(input_ids=IDS)
     on_purpose = add_memory(base(), MEMORY, [2], mode="parallel").requires_grad_(False)
     lora(on_purpose).train()(input_ids=IDS)
+    quantised = quantize_memory(add_memory(base(), MEMORY, [2], mode="parallel"), 8)  # which nobody can train
+    lora(quantised).train()(input_ids=IDS)
 
 
 @pytest.mark.promise(

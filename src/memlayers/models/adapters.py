@@ -16,8 +16,8 @@ from torch import nn
 
 from memlayers.after_import import after_import
 from memlayers.models.active import off
-from memlayers.models.wrappers import find_wrappers
-from memlayers.values import left_out
+from memlayers.models.wrappers import MemoryWrapper, find_wrappers
+from memlayers.values import left_out, value_tables
 
 
 def _with_memories(module: ModuleType) -> None:
@@ -45,12 +45,16 @@ def _disable_adapter(plain: Any) -> Any:
 def _init(plain: Any) -> Any:
     @functools.wraps(plain)
     def initialise(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        trained = [wrapper for _, wrapper in find_wrappers(model) if wrapper.is_trained()]
+        trained = [wrapper for _, wrapper in find_wrappers(model) if _is_to_be_trained(wrapper)]
         plain(self, model, *args, **kwargs)
         for wrapper in trained:
             wrapper.frozen_by_peft = not wrapper.is_trained()
 
     return initialise
+
+
+def _is_to_be_trained(wrapper: MemoryWrapper) -> bool:
+    return wrapper.is_trained() and not any(table.untrainable for table in value_tables(wrapper))
 
 
 def _without_tables(plain: Any) -> Any:
