@@ -19,9 +19,9 @@ def _name(subkeys: int, norm: str, recipe: str) -> str:
 
 def _runs(scale: Scale, found: Found) -> list[Run]:
     runs = [Run(PLAIN, scale.run(seed=seed), PLAIN) for seed in range(scale.seeds)]
-    recipes: dict[str, dict[str, Any]] = {"": dict(scale.paper_recipe), ", tuned": {}}
+    recipes: dict[str, dict[str, Any]] = {"": dict(scale.paper_recipe), ", default": {}}
     for (recipe, fields), norm, subkeys in itertools.product(recipes.items(), NORMS, scale.subkeys):
-        if recipe and (norm == "none" or not scale.paper_recipe):  # the second row: with BatchNorm alone
+        if recipe and (norm == "none" or not scale.paper_recipe):  # the scale's own memory: with BatchNorm alone
             continue
         memory = {**fields, "memory.num_subkeys": subkeys, "memory.query_norm": norm}
         name, series = _name(subkeys, norm, recipe), f"{NORMS[norm]}{recipe}"
