@@ -34,7 +34,8 @@ def _claims(scale: Scale, points: Points) -> list[Claim]:
     if len(known) == len(rows):
         best = min(known, key=known.__getitem__)
         middle = len(rows) / 2 < best < len(rows)
-        sentence = f"The best place is a later layer, but the last: it is layer {best} ({versus(rows[best], first)})."
+        shown = f"layer {best}: {versus(rows[best], first)}"
+        sentence = f"The best place is in the second half, before the last layer ({shown})."
         claims.append(Claim(sentence, middle))
     return claims
 
