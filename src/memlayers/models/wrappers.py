@@ -36,13 +36,15 @@ class MemoryWrapper(nn.Module):
         return None
 
     def remember(self, x: Tensor) -> Tensor:
-        """What the memory makes of x; a float16 one reaches a memory that is wider than the model in its dtype."""
+        """What the memory makes of x, which reaches a memory of another dtype than the model's in that one."""
         if self.frozen_by_peft and self.training and not torch.compiler.is_compiling():
             self._say_that_it_is_frozen()
-        dtype = self.memory.keys.weight.dtype
-        wide = x.to(dtype) if x.dtype == torch.float16 else x
+        given, dtype = x, self.memory.keys.weight.dtype
+        # Autocast has the parts cast it; sums of rows must not be cut off at the end of float16's range.
+        if x.dtype != dtype and (x.dtype == torch.float16 or x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+            given = x.to(dtype)
         mask = self.mask_for(x)
-        return (self.memory(wide) if mask is None else self.memory(wide, mask=mask)).to(x.dtype)
+        return (self.memory(given) if mask is None else self.memory(given, mask=mask)).to(x.dtype)
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask of the call in progress for hidden states x; None if all are of real tokens."""
