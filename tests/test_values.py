@@ -208,6 +208,17 @@ def test_casting_a_table_in_row_mode_keeps_its_mark_alive(cast):
     assert set(recorded_rows(table)) == {1, 2, 5}
 
 
+def test_a_table_made_in_inference_mode_is_cast_and_moved_as_any_module():
+    with torch.inference_mode():
+        table = ValueTable(20, 3)
+        slots, weights = torch.randint(20, (4, 2)), torch.rand(4, 2)
+    table.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.inference_mode():
+        assert table.row_mark.tolist() == [0.0]
+        table.weight.fill_(1.0)
+        torch.testing.assert_close(table.read(slots, weights), weights.sum(1, keepdim=True).expand(4, 3))
+
+
 def test_a_copy_walks_in_step_with_its_original():
     """Averaging pairs the parameters of a model and of its copy."""
     model = nn.Sequential(table_and_optimizer()[0], nn.LayerNorm(3))

@@ -252,8 +252,10 @@ class ValueTable(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self.settle_mark()
-        if not self.row_mark.is_meta and not self.row_mark.is_inference():
-            self.row_mark.detach().zero_()  # after `to_empty`
+        if not self.row_mark.is_meta:
+            # After `to_empty`. What was made in inference mode is written to there alone, and hides it after a cast.
+            with torch.inference_mode():
+                self.row_mark.zero_()
         return self
 
     def _load_from_state_dict(self, *args):

@@ -73,6 +73,17 @@ def test_a_kept_module_answers_in_the_dtype_and_the_mode_of_the_model():
         assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("cast", [torch.float16, torch.float32, torch.bfloat16])
+def test_a_kept_module_beside_float16_stays_in_it_until_the_model_is_cast(cast):
+    base = base_of().half()
+    model = with_memory(base, mode="replace", keep_original=True)
+    for kept in (model, copy.deepcopy(model)):
+        expected = logits(base.to(cast))
+        with disable_memory(kept.to(cast)):
+            assert torch.equal(logits(kept), expected)
+        assert torch.equal(logits(remove_memory(kept)), expected)
+
+
 @pytest.mark.promise(
     "Adapters",
     "`disable_memory` where the replaced module was not kept",

@@ -348,6 +348,30 @@ def test_training_beside_float16(mode):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("mode", ["parallel", "replace"])
+@pytest.mark.parametrize(
+    ("of_base", "of_memory"),
+    [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)],
+)
+def test_a_memory_that_was_cast_to_another_dtype_than_its_base_answers_and_trains(mode, of_base, of_memory):
+    torch.manual_seed(0)
+    model = causal_lm("llama", vocab_size=40, layers=3, dim=16, heads=2, context=32).to(of_base).train()
+    freeze_base(add_memory(model, MEMORY, [2], mode=mode))
+    (memory,) = (memory.to(of_memory) for memory in memory_layers(model).values())
+    given, found = [], []
+    ((_, wrapper),) = find_wrappers(model)
+    if mode == "parallel":
+        wrapper.gate.data.fill_(1.0)
+    wrapper.register_forward_hook(lambda module, args, output: given.append(args[0]))
+    wrapper.register_forward_hook(lambda module, args, output: found.append(output))
+    model(IDS, labels=IDS).loss.backward()
+    assert memory.values.weight.grad.any()
+    model.eval()(IDS)
+    assert [output.dtype for output in found] == [of_base] * 2
+    if mode == "replace":
+        assert torch.equal(found[1], memory(given[1].to(of_memory)).to(of_base))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_training_in_bfloat16(family):
     model = build(family, MEMORY, torch.bfloat16).train()

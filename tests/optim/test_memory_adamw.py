@@ -275,6 +275,33 @@ def test_a_parameter_that_two_modules_share_is_in_one_group_once():
     assert group["params"] == [model[0].weight]
 
 
+def test_an_embedding_that_is_tied_to_a_table_is_trained_with_its_rows():
+    """Every slot is read or embedded each step, which makes it Adam for both."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(16, 8)
+            config = MemoryConfig(dim=8, heads=2, topk=2, num_subkeys=4, query_dim=4, query_norm="rms")
+            self.memory = MemoryLayer(config)
+            self.memory.values.weight = self.embed.weight
+
+        def forward(self):
+            return self.memory(self.embed(torch.arange(16))).square().mean()
+
+    tied, dense = Tied().double(), Tied().double()
+    optimizer = MemoryAdamW(tied, lr=0.1, value_lr=0.1)
+    expected = torch.optim.AdamW(dense.parameters(), lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        for model, one in ((tied, optimizer), (dense, expected)):
+            model().backward()
+            one.step()
+            one.zero_grad()
+    for parameter, other in zip(tied.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other)
+
+
 def test_after_loading_a_state_schedulers_still_reach_the_steps():
     model = make()
     optimizer = MemoryAdamW(model, lr=0.1)

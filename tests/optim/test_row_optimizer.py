@@ -552,6 +552,15 @@ def test_bad_settings_are_named_and_no_table_is_taken(make, settings, named):
     assert all(table.row_gradient is None for table in tables)
 
 
+@each
+def test_two_tables_with_one_weight_are_refused_with_the_remedy(make):
+    first, second = ValueTable(3, 2), ValueTable(3, 2)
+    second.weight = first.weight
+    with pytest.raises(ValueError, match=r"update twice: share the table itself \(values=first.values"):
+        make([first, second])
+    assert first.row_gradient is second.row_gradient is None
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [

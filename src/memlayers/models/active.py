@@ -9,7 +9,7 @@ from memlayers.layer import memory_layers
 from memlayers.models.calls import carry_through_checkpoints, switched_off
 from memlayers.models.install import match_adapters, match_device_and_dtype
 from memlayers.models.modules import memories_in, require_memories, require_name, unwrap
-from memlayers.models.wrappers import MemoryWrapper, find_wrappers
+from memlayers.models.wrappers import MemoryWrapper, ReplacingMemory, find_wrappers
 
 Names = str | Sequence[str]
 
@@ -106,7 +106,7 @@ def off(model: nn.Module, wrappers: Sequence[MemoryWrapper]) -> Iterator[None]:
 def prepare_originals(model: nn.Module, wrappers: Iterable[MemoryWrapper]) -> None:
     """Gives kept modules the device, dtype, mode and state of adapters that they would have in the model."""
     for wrapper in wrappers:
-        if wrapper.mode == "replace" and wrapper.original is not None:
-            match_device_and_dtype(wrapper.original, wrapper.memory)
+        if isinstance(wrapper, ReplacingMemory) and wrapper.original is not None:
+            match_device_and_dtype(wrapper)
             match_adapters(wrapper.original, model)
             wrapper.original.train(wrapper.training)

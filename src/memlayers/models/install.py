@@ -20,6 +20,7 @@ from memlayers.models.wrappers import (
     ReplacingMemory,
     base_name,
     find_wrappers,
+    first_float_dtype,
 )
 from memlayers.storage.low_bits import empty_like
 from memlayers.values import TablePlace, ValueTable
@@ -156,15 +157,15 @@ def _mark_initialised(wrapper: MemoryWrapper) -> None:
         module._is_hf_initialized = True
 
 
-def match_device_and_dtype(original: nn.Module, memory: MemoryLayer) -> None:
-    """Gives a module the device of the memory that was built like it, and its dtype if that is another one now."""
-    like = next(memory.query.parameters())
-    if like.is_meta:  # offloaded: its place says nothing
+def match_device_and_dtype(wrapper: ReplacingMemory) -> None:
+    """Gives a kept module the device of the memory in its place, and the dtype that the model was cast to since."""
+    original, like = wrapper.original, next(wrapper.memory.query.parameters())
+    if original is None or like.is_meta:  # offloaded: its place says nothing
         return
     original.to(like.device)
-    own = next((tensor for tensor in original.parameters() if tensor.is_floating_point()), like)
-    if own.dtype != like.dtype:  # parts of a module may differ on purpose: nothing is cast that need not be
-        original.to(like.dtype)
+    # Parts of a module may differ on purpose: nothing is cast that need not be.
+    if wrapper.kept_dtype not in (None, first_float_dtype(original)):
+        original.to(wrapper.kept_dtype)
 
 
 def match_adapters(original: nn.Module, model: nn.Module) -> None:

@@ -36,13 +36,15 @@ class MemoryWrapper(nn.Module):
         return None
 
     def remember(self, x: Tensor) -> Tensor:
-        """What the memory makes of x; a float16 one reaches a memory that is wider than the model in its dtype."""
+        """What the memory makes of x, which reaches a memory of another dtype than the model's in that one."""
         if self.frozen_by_peft and self.training and not torch.compiler.is_compiling():
             self._say_that_it_is_frozen()
-        dtype = self.memory.keys.weight.dtype
-        wide = x.to(dtype) if x.dtype == torch.float16 else x
+        given, dtype = x, self.memory.keys.weight.dtype
+        # Autocast has the parts cast it; sums of rows must not be cut off at the end of float16's range.
+        if x.dtype != dtype and (x.dtype == torch.float16 or x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+            given = x.to(dtype)
         mask = self.mask_for(x)
-        return (self.memory(wide) if mask is None else self.memory(wide, mask=mask)).to(x.dtype)
+        return (self.memory(given) if mask is None else self.memory(given, mask=mask)).to(x.dtype)
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask of the call in progress for hidden states x; None if all are of real tokens."""
@@ -68,15 +70,18 @@ class ReplacingMemory(MemoryWrapper):
     """m(x) where a module f(x) stood (paper, section 3.3).
 
     A module that is `kept` for `remove_memory` is no submodule: it is in no state_dict, no optimizer and on its old
-    device, whatever becomes of the model.
+    device, whatever becomes of the model. `kept_dtype` is the one that it would have if it were a submodule.
     """
 
     mode = "replace"
+    kept_dtype: torch.dtype | None = None  # of its first parameter of floats; None if it has none
 
     def __init__(self, memory: MemoryLayer, kept: nn.Module | None = None):
         super().__init__()
         self.memory = memory
         self._kept = (kept,)  # in a tuple, where nn.Module does not find it
+        if kept is not None:
+            self.kept_dtype = first_float_dtype(kept)
 
     @property
     def original(self) -> nn.Module | None:
@@ -86,6 +91,12 @@ class ReplacingMemory(MemoryWrapper):
         if not self.is_active or is_off(self):
             return self._answer_of_original(*args, **kwargs)
         return self.remember(_hidden(args, kwargs))
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.kept_dtype is not None:  # the memory's says nothing of it: beside float16 it is another from the start
+            self.kept_dtype = fn(torch.empty(0, dtype=self.kept_dtype)).dtype
+        return self
 
     def _answer_of_original(self, *args: Any, **kwargs: Any) -> Any:
         original = self.original
@@ -149,6 +160,11 @@ def find_wrappers(model: nn.Module, memory_name: str | None = None) -> list[tupl
     """The wrappers of `model`, of the memories of one name or of all, by their path in it: outer ones before inner."""
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, MemoryWrapper)]
     return [(path, one) for path, one in found if memory_name in (None, one.memory_name)]
+
+
+def first_float_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the first parameter of floats; None if there is none."""
+    return next((one.dtype for one in module.parameters() if one.is_floating_point()), None)
 
 
 def base_name(model: nn.Module, path: str) -> str:

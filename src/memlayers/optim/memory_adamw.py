@@ -187,7 +187,8 @@ def dense_groups(
     """
     selector = set() if selector_lr is None else selector_parameters(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    seen: set[nn.Parameter] = set()
+    # A weight that is tied to that of another module is a table's all the same.
+    seen = {parameter for table in value_tables(model) for parameter in table.parameters(recurse=False)}
     for module in model.modules():
         if isinstance(module, ValueTable | Companion):
             continue

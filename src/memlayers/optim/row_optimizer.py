@@ -84,6 +84,8 @@ class RowOptimizer(TableOwner):
                     "the weight of a value table must be whole, got a DTensor: keep FSDP from sharding it "
                     "(fully_shard(..., ignored_params={table.weight, table.row_mark}))"
                 )
+        if len({table.weight for table in tables}) < len({*tables}):
+            raise ValueError(_ONE_WEIGHT)
         if any(isinstance(table, ColumnTable) for table in tables):
             _check_columns(tables, process_group, per_row=settings.get("per_row", False))
         require_row_settings(lr=lr, max_grad_norm=max_grad_norm, rounding=rounding)
@@ -375,6 +377,10 @@ _COMPUTED = (
     "the weight of a value table is computed of other parameters (torch.nn.utils.parametrize or prune), which no row "
     "optimizer trains: make it plain again (parametrize.remove_parametrizations, prune.remove), or train the table "
     "with dense gradients by an optimizer of torch, after release() of the row optimizer if it has one"
+)
+_ONE_WEIGHT = (
+    "tables must each have a weight of their own, got two tables with one, which each step would update twice: share "
+    "the table itself (values=first.values, or second.values = first.values)"
 )
 _IN_FILES = (
     "a value table in files is trained by one process, which alone may open them: keep the table in memory (leave out "
