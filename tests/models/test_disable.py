@@ -73,13 +73,16 @@ def test_a_kept_module_answers_in_the_dtype_and_the_mode_of_the_model():
         assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("cast", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [None, torch.float16, torch.float32, torch.bfloat16])
 def test_a_kept_module_beside_float16_stays_in_it_until_the_model_is_cast(cast):
+    """Beside it a memory is float32 from the start; a cast to float16 casts that, too."""
     base = base_of().half()
     model = with_memory(base, mode="replace", keep_original=True)
     for kept in (model, copy.deepcopy(model)):
+        if cast is not None:
+            kept.to(cast)
         expected = logits(base.to(cast))
-        with disable_memory(kept.to(cast)):
+        with disable_memory(kept):
             assert torch.equal(logits(kept), expected)
         assert torch.equal(logits(remove_memory(kept)), expected)
 
