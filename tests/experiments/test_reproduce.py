@@ -175,7 +175,22 @@ def test_text_is_not_seen_twice(tiny, trained, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(scales, "_laptop", lambda: dict(fields))
     with pytest.raises(ValueError, match="corpus must have at least the .* tokens that a run reads"):
         reproduce("noise", tmp_path / "out", corpus=corpus)
+    with pytest.raises(ValueError, match="corpus must have at least the .* tokens that a run reads"):
+        plan("noise", corpus=corpus)
     assert trained == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_for_a_file_is_refused(tiny, corpus, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match="output must be a folder, got the file"):
+        plan("noise", corpus=corpus, output=tmp_path / "out")
+
+
+def test_a_report_makes_no_text(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "prepare", lambda *_: pytest.fail("the default text is made"))
+    with pytest.raises(ValueError, match="corpus must be given to report on runs, since .*corpus' is none"):
+        reproduce("noise", tmp_path / "out", report_only=True)
     assert not (tmp_path / "out").exists()
 
 
