@@ -194,6 +194,20 @@ def test_a_report_makes_no_text(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("damage", ["", "garbage", "[1]"])
+def test_damaged_speeds_are_named_and_measured_anew(damage, tiny, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("memlayers.experiments.speeds.REPEATS", 1)
+    layer = MemoryConfig(dim=16, value_dim=8, heads=2, topk=2, num_subkeys=4, query_dim=8)
+    small = dataclasses.replace(EXPERIMENTS["speed"], layers=lambda scale: {"one": layer}, speed_claims=lambda *_: [])
+    monkeypatch.setitem(EXPERIMENTS, "speed", small)
+    (tmp_path / "speeds").mkdir()
+    for name in ("speed.json", "speed.begun.json"):
+        (tmp_path / "speeds" / name).write_text(damage)
+    with pytest.raises(ValueError, match="speed.json is damaged: remove it, and measure .* with --measure_speed"):
+        reproduce("speed", tmp_path, corpus=corpus, report_only=True)
+    assert "one" in reproduce("speed", tmp_path, corpus=corpus)["speeds"]["layers"]
+
+
 def test_the_largest_budget_stops_where_the_text_does():
     assert scale("laptop").final_tokens == 20_000_000
     assert scale("laptop", train_tokens=11_999_999).final_tokens == 11_999_232
