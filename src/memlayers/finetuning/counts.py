@@ -138,7 +138,7 @@ class SlotCounts(EagerListener):
     def _require_alike(self, reads: Mapping[str, Tensor], what: str) -> None:
         mine, others = ({name: len(one) for name, one in each.items()} for each in (self.reads, reads))
         if mine != others:
-            raise ValueError(f"{what} must count the slots of {_said(mine)}, got those of {_said(others)}")
+            raise ValueError(f"{what} must count the slots of {sizes_text(mine)}, got those of {sizes_text(others)}")
 
 
 class _Reads(UsageMeter):
@@ -160,5 +160,6 @@ class _Reads(UsageMeter):
         self._count_S.scatter_add_(0, slots_TM.flatten(), real_TM.flatten())
 
 
-def _said(sizes: Mapping[str, int]) -> str:
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    """Tables by name, with their slots."""
     return ", ".join(f"{name} ({slots:,})" for name, slots in sizes.items()) or "no table"
