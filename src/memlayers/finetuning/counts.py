@@ -90,13 +90,17 @@ class SlotCounts(EagerListener):
         return self
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Writes a file in safetensors: 8 bytes a slot, 12 where a slot was read over 2 ** 31 times."""
+        """Writes a file in safetensors: 8 bytes a slot, 12 where a slot was read over 2 ** 31 times.
+
+        Its folder is made if it is not there.
+        """
         from safetensors.torch import save_file  # optional
 
         tensors: dict[str, Tensor] = {}
         for name, reads_S in self.reads.items():
             narrow = reads_S.to(torch.int32) if int(reads_S.max()) < 2**31 else reads_S
             tensors |= {f"reads {name}": narrow.cpu(), f"batches {name}": self.batches_with[name].cpu()}
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         with file_aside(Path(file)) as aside:
             save_file(tensors, aside, {"format": _FORMAT, "batches": str(self.batches)})
 
