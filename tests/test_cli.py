@@ -3,6 +3,7 @@ import json
 import random
 import re
 import shutil
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -375,7 +376,7 @@ def test_a_dry_run_refuses_what_the_training_would(tiny, run, tmp_path, monkeypa
         assert "vocab_size 270, asked for 280" in fails(capsys, "train", "--dry-run", *other, *place)
     long = (*tiny, "--model.context", 6400, "--training.batch_tokens", 6400, "--corpus", run.parent / "corpus")
     assert "model.context must be below the" in fails(capsys, "train", "--dry-run", *long)
-    missing = (*tiny, "--data.sources", '["missing.txt"]')
+    missing = tuple('["missing.txt"]' if before == "--data.sources" else word for before, word in pairwise(("", *tiny)))
     for place in ((), ("--output", tmp_path / "run"), ("--corpus", tmp_path / "corpus")):
         assert "no such file or folder: missing.txt" in fails(capsys, "train", "--dry-run", *missing, *place)
     (tmp_path / "thesis").mkdir()

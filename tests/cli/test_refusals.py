@@ -55,6 +55,8 @@ OPTIONS = [
     ([*NEW, "--training.learning_rate", "nan"], "training.learning_rate must be a finite number above 0, got 'nan'"),
     ([*NEW, "--training.learning_rate", "[1"], "training.learning_rate must be a finite number above 0, got '.1'"),
     ([*NEW, "--training.betas", "0.9"], r"training.betas must be a list of 2 numbers, got \[0.9\]"),
+    ([*NEW, "--data.sources", "a", "--data.sources", "b"], "--data.sources must be given once, with all its values .*"),
+    ([*NEW, "--memory_layers=1", "--memory-layers", "2"], "--memory_layers must be given once, with all its values .*"),
     ([*NEW, "--data.sources"], "argument --data.sources: expected at least one argument"),
     (["generate", "run", "--prompt", "a", "--top_p", "b"], "top_p must be a finite number above 0, got 'b'"),
     (["eval", "run", "--tokens", "many"], "tokens must be an integer of at least 2, got 'many'"),

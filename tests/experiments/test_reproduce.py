@@ -175,8 +175,37 @@ def test_text_is_not_seen_twice(tiny, trained, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(scales, "_laptop", lambda: dict(fields))
     with pytest.raises(ValueError, match="corpus must have at least the .* tokens that a run reads"):
         reproduce("noise", tmp_path / "out", corpus=corpus)
+    with pytest.raises(ValueError, match="corpus must have at least the .* tokens that a run reads"):
+        plan("noise", corpus=corpus)
     assert trained == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_for_a_file_is_refused(tiny, corpus, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match="output must be a folder, got the file"):
+        plan("noise", corpus=corpus, output=tmp_path / "out")
+
+
+def test_a_report_makes_no_text(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "prepare", lambda *_: pytest.fail("the default text is made"))
+    with pytest.raises(ValueError, match="corpus must be given to report on runs, since .*corpus' is none"):
+        reproduce("noise", tmp_path / "out", report_only=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["", "garbage", "[1]"])
+def test_damaged_speeds_are_named_and_measured_anew(damage, tiny, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("memlayers.experiments.speeds.REPEATS", 1)
+    layer = MemoryConfig(dim=16, value_dim=8, heads=2, topk=2, num_subkeys=4, query_dim=8)
+    small = dataclasses.replace(EXPERIMENTS["speed"], layers=lambda scale: {"one": layer}, speed_claims=lambda *_: [])
+    monkeypatch.setitem(EXPERIMENTS, "speed", small)
+    (tmp_path / "speeds").mkdir()
+    for name in ("speed.json", "speed.begun.json"):
+        (tmp_path / "speeds" / name).write_text(damage)
+    with pytest.raises(ValueError, match="speed.json is damaged: remove it, and measure .* with --measure_speed"):
+        reproduce("speed", tmp_path, corpus=corpus, report_only=True)
+    assert "one" in reproduce("speed", tmp_path, corpus=corpus)["speeds"]["layers"]
 
 
 def test_the_largest_budget_stops_where_the_text_does():

@@ -162,6 +162,16 @@ def test_what_counted_reads_before_is_refused_by_name():
     assert made[0].report().slots == 1024
 
 
+def test_slots_do_not_start_again_by_what_was_counted_before_growth():
+    model = model_with()
+    usage = traced(model).usage
+    grow_table(model)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"must be counted after grow_table, got a meter for 256 slots of .* 1,024"):
+        reset_slots(model, usage)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
 def test_growing_again_and_again():
     model = model_with()
     with torch.no_grad():

@@ -430,6 +430,10 @@ def test_what_makes_no_sense_is_refused(model, tokenizer, tmp_path, monkeypatch)
     for output in (tmp_path, tmp_path / "none" / "page.html", ""):
         with pytest.raises(ValueError, match="output must be a file in a folder that is there"):
             memlayers.explore(None, tokenizer, TEXT, output)  # before anything is done
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        with pytest.raises(ValueError, match="output must be a file in a folder that can be written to, got"):
+            memlayers.explore(None, tokenizer, TEXT, tmp_path / "page.html")
     broken = model_with()
     broken.lm_head.weight.data[7] = float("nan")
     with pytest.raises(ValueError, match="model must have finite values and outputs to be shown"):

@@ -251,10 +251,10 @@ def test_pandas_and_parquet(tmp_path):
     frame = trace.reads().to_pandas()
     assert len(frame) == 2 * 3 * 6
     assert frame.groupby(["memory", "position", "head"], observed=True).weight.sum().tolist() == pytest.approx([1] * 12)
-    trace.reads().to_parquet(tmp_path / "reads.parquet")
-    back = parquet.read_table(tmp_path / "reads.parquet").to_pandas()
+    trace.reads().to_parquet(tmp_path / "new" / "reads.parquet")  # in a folder that is not there yet
+    back = parquet.read_table(tmp_path / "new" / "reads.parquet").to_pandas()
     pandas.testing.assert_frame_equal(back.astype({"memory": "category"}), frame)
-    assert [file.name for file in tmp_path.iterdir()] == ["reads.parquet"]
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["reads.parquet"]
 
 
 def test_nothing_read_is_an_empty_table():

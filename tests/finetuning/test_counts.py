@@ -92,6 +92,12 @@ def test_halves_that_are_saved_loaded_and_merged_are_the_whole(make_net, make_ba
     assert merged.load(tmp_path / "one.safetensors").batches == 1
 
 
+def test_counts_are_saved_to_a_folder_that_is_not_there_yet(make_net, tmp_path):
+    counts = SlotCounts(make_net())
+    counts.save(tmp_path / "new" / "folder" / "counts.safetensors")
+    assert counts.load(tmp_path / "new" / "folder" / "counts.safetensors").batches == 0
+
+
 def test_other_files_and_the_counts_of_other_tables_are_refused(make_net, tmp_path):
     counts = SlotCounts(make_net())
     counts.save(tmp_path / "counts.safetensors")

@@ -46,8 +46,8 @@ def test_apply_makes_the_model_and_revert_the_base_bit_for_bit(make_net, kind, d
     model = changed(base)
     with torch.no_grad():
         model.first.values.weight[6, 0] = -0.0
-    memory_diff(model, base).save(tmp_path / "patch.safetensors")
-    patch = MemoryPatch.load(tmp_path / "patch.safetensors")
+    memory_diff(model, base).save(tmp_path / "new" / "patch.safetensors")  # in a folder that is not there yet
+    patch = MemoryPatch.load(tmp_path / "new" / "patch.safetensors")
     assert {name: one.slots_R.tolist() for name, one in patch.tables.items()} == {"first.values": [3, 6, 8]}
     assert (patch.rows, patch.nbytes) == (3, 3 * 8 + 2 * 3 * 16 * dtype.itemsize)
     assert repr(patch) == f"MemoryPatch(3 of 36 rows of first.values; {patch.nbytes:,} bytes)"

@@ -1,10 +1,12 @@
 import dataclasses
 import itertools
+import json
 import math
 
 import pytest
 import torch
 
+from memlayers.cli.model_commands import quality
 from memlayers.lm.build import build_model
 from memlayers.lm.data import Split
 from memlayers.lm.evaluate import Evaluation, evaluate, measure_speed
@@ -83,6 +85,14 @@ def test_figures_follow_from_the_sum():
     assert figures["perplexity_per_word"] == pytest.approx(math.exp(7.5))
     assert figures["bits_per_byte"] == pytest.approx(300 / math.log(2) / 250)
     assert Evaluation(tokens=1, words=1, bytes=1, nll=1e6).perplexity == math.inf
+
+
+@pytest.mark.parametrize("words", [0, 1])
+def test_figures_of_a_text_whose_words_are_not_separated_are_json(words):
+    figures = Evaluation(tokens=1000, words=words, bytes=3000, nll=5000.0).to_dict()
+    assert figures["perplexity_per_word"] is None
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert "148.41 per token, - per word, " in quality(figures)
 
 
 def test_in_bfloat16_the_loss_stays_in_float32(model, tiny_corpus):

@@ -32,6 +32,12 @@ def test_the_likeliest_text_is_what_the_model_says_without_a_cache(tiny_run):
     assert len(expected) > len(PROMPT)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300])
+def test_a_temperature_near_zero_writes_the_likeliest_text(tiny_run, temperature):
+    texts = [generate(tiny_run, PROMPT, max_new_tokens=8, temperature=value) for value in (0, temperature)]
+    assert texts[0] == texts[1]
+
+
 def test_draws_follow_the_seed(tiny_run):
     texts = [generate(tiny_run, PROMPT, max_new_tokens=10, temperature=1.5, top_p=1.0, seed=seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]

@@ -259,6 +259,9 @@ def test_what_cannot_be_retrofitted_is_refused_by_name(
 def test_a_run_may_be_the_base(tiny_config, tiny_corpus, tmp_path, capsys):
     train(dataclasses.replace(tiny_config, memory_layers=()), tmp_path / "plain", corpus=tiny_corpus, progress=False)
     words = ["--corpus", str(tiny_corpus.folder), "--output", str(tmp_path / "run"), *TINY, "--layers", "1"]
+    kept = ["retrofit", str(tmp_path / "plain"), *words, "--output", str(tmp_path / "plain"), "--overwrite"]
+    assert main(kept) == 2
+    assert "output must be another folder than that of the model in base, whose place it" in capsys.readouterr().err
     assert main(["retrofit", str(tmp_path / "plain"), *words]) == 0
     first, result = (RunFolder(tmp_path / name).read_result() for name in ("plain", "run"))
     assert result["curve"][0]["loss"] == pytest.approx(

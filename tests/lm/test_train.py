@@ -588,6 +588,17 @@ def test_the_model_to_begin_with_must_be_the_same_and_there(tiny_config, tiny_co
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_does_not_take_the_place_of_the_model_that_it_begins_with(tiny_config, tiny_corpus, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (tmp_path / "link").symlink_to(run)
+    for first in (run, tmp_path / "link", run / ".." / "run"):
+        with pytest.raises(ValueError, match="output must be another folder than .* in training.begin_with"):
+            train(further(tiny_config, first), run, corpus=tiny_corpus, overwrite=True, progress=False)
+    RunFolder(run).verify_model()
+    train(further(tiny_config, tiny_run), run, corpus=tiny_corpus, overwrite=True, progress=False)
+
+
 def test_other_text_has_the_tokens_of_the_first_run(tiny_config, tiny_run, tmp_path):
     text = tmp_path / "other.jsonl"
     text.write_text("".join(json.dumps({"id": n, "text": f"abc def {n} " * 20}) + "\n" for n in range(60)))

@@ -42,3 +42,15 @@ def test_the_rule_of_the_step_corrects_a_row_less_than_its_own_count():
     rows, sparse = trained(RowAdam, reads), trained(SparseRule, reads)
     torch.testing.assert_close(rows[3][:4], sparse[3][:4])
     assert not torch.allclose(rows[3][4:], sparse[3][4:])
+
+
+@pytest.mark.parametrize("rule", [RowAdam, DenseRule, SparseRule])
+def test_a_rate_that_a_schedule_has_at_zero_moves_nothing_and_counts_as_a_step(rule):
+    table = ValueTable(8, 4)
+    optimizer = rule(table, lr=0.1, schedule_values=True)
+    before = table.weight.detach().clone()
+    for rate, moves in ((0.0, False), (0.1, True)):
+        optimizer.param_groups[0]["lr"] = rate
+        table.read(torch.arange(8)[None], torch.ones(1, 8)).backward(torch.ones(1, 4))
+        optimizer.step()
+        assert torch.equal(table.weight, before) is not moves

@@ -503,3 +503,12 @@ def test_a_rate_in_a_tensor_may_be_changed_in_place():
 def test_only_a_grad_scaler_is_told_that_steps_unscale():
     """Lightning asks the same, and would not clip."""
     assert not getattr(MemoryAdamW(make()), "_step_supports_amp_scaling", False)
+
+
+@pytest.mark.parametrize("betas", [(0, 0.9), (0, 0), [0, 0.9]])
+def test_rates_of_moments_may_be_integers(betas):
+    layer = MemoryLayer(MemoryConfig(dim=8, heads=1, topk=2, num_subkeys=4, query_dim=4))
+    optimizer = MemoryAdamW(layer, betas=betas)
+    layer(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.0, float(betas[1]))}

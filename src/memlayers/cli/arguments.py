@@ -12,8 +12,9 @@ from memlayers.cli.options_file import read_value
 class Parser(argparse.ArgumentParser):
     """The arguments of one command: settings by ``--name VALUE``, flags without a value, one setting by its place.
 
-    A setting whose type is a tuple takes several words, or one list in brackets. Options are not abbreviated, and a
-    hyphen may stand for an underscore. `sections` are the groups of ``section.name``, with a line about each.
+    A setting whose type is a tuple takes several words, or one list in brackets, and is given once. Options are not
+    abbreviated, and a hyphen may stand for an underscore. `sections` are the groups of ``section.name``, with a line
+    about each.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class Parser(argparse.ArgumentParser):
 
     def values(self, words: Sequence[str]) -> dict[str, Any]:
         """What was typed, by name. Raises `ValueError` for what the command does not take."""
-        typed, rest = self.parse_known_args([self._with_underscores(word) for word in words])
+        words = [self._with_underscores(word) for word in words]
+        self._refuse_second_lists(words)
+        typed, rest = self.parse_known_args(words)
         if option := next((word.partition("=")[0] for word in rest if word.startswith("--")), None):
             advice = instead(option[2:], [name[2:] for name in sorted(self._known)], spelled="--{}")
             advice = advice if advice.startswith("did you mean") else f"see {self.prog} --help"
@@ -65,6 +68,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """What argparse refuses is an error like all others."""
         raise ValueError(message)
+
+    def _refuse_second_lists(self, words: Sequence[str]) -> None:
+        """Of a list that is given twice the last would count, and what the first one names be left out unsaid."""
+        options = [word.partition("=")[0] for word in words]
+        for name, found in self._settings.items():
+            if name != "config" and _is_list(found.kind) and options.count(f"--{name}") > 1:
+                raise ValueError(f"--{name} must be given once, with all its values after it")
 
     def _with_underscores(self, word: str) -> str:
         name, equals, value = word.partition("=")

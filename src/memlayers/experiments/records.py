@@ -65,6 +65,15 @@ def _is_neutral(name: str, value: Any) -> bool:
     return value is None or value is False or value == [] or value == _NEUTRAL.get(name)
 
 
+def read_fields(file: Path) -> dict[str, Any] | None:
+    """The fields of a file of JSON; None if it holds something else."""
+    try:
+        held = json.loads(file.read_bytes())
+    except ValueError:
+        return None
+    return held if isinstance(held, dict) else None
+
+
 class GridFolder:
     """The folder that experiments on one text share."""
 
@@ -80,11 +89,8 @@ class GridFolder:
         check_output(self.path)
         content = {"format": FORMAT, **identity._asdict()}
         if self.mark.exists():
-            try:
-                held = json.loads(self.mark.read_bytes())
-            except ValueError:
-                held = None
-            if not isinstance(held, dict) or set(held) != set(content):
+            held = read_fields(self.mark)
+            if held is None or set(held) != set(content):
                 raise ValueError(f"output must be the folder of a grid, but {str(self.mark)!r} is not that of one")
             for name, value in content.items():
                 if held[name] != value:
@@ -110,9 +116,13 @@ class GridFolder:
         return self.results / f"{key}.json"
 
     def read_speeds(self, name: str) -> dict[str, Any] | None:
-        """The speeds of an experiment, if they were measured."""
+        """The speeds of an experiment, if they were measured. Raises `ValueError` naming a damaged file."""
         file = self.speeds / f"{name}.json"
-        return json.loads(file.read_bytes()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        if (held := read_fields(file)) is None:
+            raise ValueError(f"{file} is damaged: remove it, and measure its speeds anew with --measure_speed")
+        return held
 
     def read(self, key: str) -> Record | None:
         """What is known of a finished run; None if it is not finished. Raises `ValueError` for a damaged file."""

@@ -21,8 +21,9 @@ from memlayers.files import sole_user, write_json
 from memlayers.hardware import hardware, versions
 from memlayers.lm.build import build_model, pick_device, resolve_precision
 from memlayers.lm.config import RunConfig
-from memlayers.lm.data import Corpus, DataConfig, open_corpus, prepare
+from memlayers.lm.data import MANIFEST, Corpus, DataConfig, open_corpus, prepare
 from memlayers.lm.footprint import footprint, require_memory
+from memlayers.lm.run import check_output
 from memlayers.lm.start import training_windows
 from memlayers.parameters import count_parameters
 from memlayers.presentation import duration_text, markdown_table
@@ -60,8 +61,9 @@ def reproduce(
         say: Receives lines of progress.
 
     Raises:
-        ValueError: Before any work: an unknown experiment or scale; a corpus with fewer tokens than a run reads; runs
-            for which there is no memory; a folder with results on other text, or with files that are none of ours.
+        ValueError: Before any work: an unknown experiment or scale; a corpus with fewer tokens than a run reads, or
+            none to report on; runs for which there is no memory; a folder with results on other text, or with files
+            that are none of ours.
         CommandFailed: A run ended without a result, which is not that its numbers diverged: that is one.
     """
     asked = experiment_named(name)
@@ -71,6 +73,8 @@ def reproduce(
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     folder = GridFolder(output)
+    if report_only and not measure_speed and corpus is None and not (folder.path / "corpus" / MANIFEST).is_file():
+        raise ValueError(f"corpus must be given to report on runs, since {str(folder.path / 'corpus')!r} is none")
     text = open_text(corpus, folder.path, scale)
     size = scale_named(scale, train_tokens=text.train.num_tokens, vocab_size=text.vocab_size)
     device = pick_device()
@@ -157,7 +161,7 @@ def plan(
     Runs that depend on the results of others are listed as if the best of those that are known, or the first, had won.
     Those that the folder `output` has on the text `corpus` are named as done, and take no time.
 
-    Raises `ValueError` for a folder with results on other text.
+    Raises `ValueError` for what `reproduce` would refuse of the text and the folder.
     """
     asked, text = experiment_named(name), corpus
     size = scale_named(
@@ -165,12 +169,16 @@ def plan(
         train_tokens=None if text is None else text.train.num_tokens,
         vocab_size=None if text is None else text.vocab_size,
     )
+    if output is not None:
+        check_output(Path(output))
     found = _found(name, size, text, output)
     rows, hours, done = [], 0.0, 0
     for config, run in {run.config: run for run in planned(asked, size, found)}.items():
         parameters, size_of_step = _size(changed(config, _SIZELESS))
         takes = run_work(config) / size.multiplications_per_s / 3600
         is_done = found(config) is not None
+        if text is not None and not is_done:
+            _require_text(config, text)
         done, hours = done + is_done, hours + (0 if is_done else takes)
         rows.append(
             [
@@ -245,10 +253,14 @@ def _jobs(size: Scale, device: torch.device) -> int:
 def _require_trainable(runs: list[Run], corpus: Corpus, precision: Any, device: torch.device) -> None:
     """Raises `ValueError` for what `train` would refuse, and for a run that would see its text twice."""
     for config in dict.fromkeys(run.config for run in runs):
-        if config.training.tokens > corpus.train.num_tokens:
-            raise ValueError(
-                f"corpus must have at least the {config.training.tokens:,} tokens that a run reads, so that none is "
-                f"seen twice, got {str(corpus.folder)!r} with {corpus.train.num_tokens:,}"
-            )
-        training_windows(config, corpus)
+        _require_text(config, corpus)
         require_memory(config, vocab_size=corpus.vocab_size, precision=precision, device=device)
+
+
+def _require_text(config: RunConfig, corpus: Corpus) -> None:
+    if config.training.tokens > corpus.train.num_tokens:
+        raise ValueError(
+            f"corpus must have at least the {config.training.tokens:,} tokens that a run reads, so that none is seen "
+            f"twice, got {str(corpus.folder)!r} with {corpus.train.num_tokens:,}"
+        )
+    training_windows(config, corpus)

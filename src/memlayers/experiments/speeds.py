@@ -4,7 +4,6 @@ Models are built anew, with random weights, and read real text. Those of a group
 fair where the machine is not quite quiet. What is measured stays in a file, so that whatever ends it costs one group.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import nn
 from transformers import set_seed
 
 from memlayers.config import MemoryConfig
+from memlayers.experiments.records import read_fields
 from memlayers.files import write_json
 from memlayers.hardware import hardware, versions
 from memlayers.layer import MemoryLayer
@@ -45,8 +45,8 @@ class Kept:
         self._file = file
         self._content: dict[str, Any] = {**settings, "figures": {}}
         if file.is_file():
-            held = json.loads(file.read_bytes())
-            if {**held, "figures": {}} == self._content:
+            held = read_fields(file) or {}
+            if isinstance(held.get("figures"), dict) and {**held, "figures": {}} == self._content:
                 self._content = held
 
     def of(self, names: Collection[str], measure: Callable[[], Figures]) -> Figures:

@@ -56,12 +56,16 @@ class Columns(dict[str, np.ndarray]):
         return frame.astype({"memory": "category"}) if "memory" in frame else frame
 
     def to_parquet(self, file: str | os.PathLike[str]) -> None:
-        """Writes a Parquet file, or leaves what was there. Raises `ModuleNotFoundError` without pyarrow."""
+        """Writes a Parquet file, or leaves what was there; its folder is made if it is not there.
+
+        Raises `ModuleNotFoundError` without pyarrow.
+        """
         require_extra("data", "Columns.to_parquet", "pyarrow")
         import pyarrow  # optional
         import pyarrow.parquet  # optional
 
         table: Any = pyarrow.table({name: pyarrow.array(column) for name, column in self.items()})
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         with file_aside(Path(file)) as aside:
             pyarrow.parquet.write_table(table, aside)
 

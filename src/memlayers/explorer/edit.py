@@ -102,6 +102,11 @@ def reset_slots(model: nn.Module, usage: Mapping[str, UsageMeter], *, optimizer:
         meter, config = usage.get(subject.name), subject.layer.config
         if not isinstance(meter, UsageMeter) or meter.layer is not subject.layer:
             raise ValueError(f"usage must have a meter of each memory of the model, got none of {subject.name}")
+        if (counted := meter.state_dict()["count_HS"].shape[1]) != config.slots:
+            raise ValueError(
+                f"usage of {subject.name} must be counted after grow_table, got a meter for {counted:,} slots of a "
+                f"memory that has {config.slots:,} now: make another"
+            )
         keys, tokens = subject.layer.keys.weight.shape[-2], int(meter.state_dict()["tokens"])
         if tokens * config.topk < READS_A_KEY * keys:
             raise ValueError(

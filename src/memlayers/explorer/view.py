@@ -66,6 +66,8 @@ def explore(
     file = None if output is None else Path(output)
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         raise ValueError(f"output must be a file in a folder that is there, got {str(output)!r}")
+    if file is not None and not os.access(file.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"output must be a file in a folder that can be written to, got {str(output)!r}")
     subjects = answering(model)
     if compare is not None:
         _require_alike(model, compare)

@@ -90,13 +90,17 @@ class SlotCounts(EagerListener):
         return self
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Writes a file in safetensors: 8 bytes a slot, 12 where a slot was read over 2 ** 31 times."""
+        """Writes a file in safetensors: 8 bytes a slot, 12 where a slot was read over 2 ** 31 times.
+
+        Its folder is made if it is not there.
+        """
         from safetensors.torch import save_file  # optional
 
         tensors: dict[str, Tensor] = {}
         for name, reads_S in self.reads.items():
             narrow = reads_S.to(torch.int32) if int(reads_S.max()) < 2**31 else reads_S
             tensors |= {f"reads {name}": narrow.cpu(), f"batches {name}": self.batches_with[name].cpu()}
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         with file_aside(Path(file)) as aside:
             save_file(tensors, aside, {"format": _FORMAT, "batches": str(self.batches)})
 
@@ -138,7 +142,7 @@ class SlotCounts(EagerListener):
     def _require_alike(self, reads: Mapping[str, Tensor], what: str) -> None:
         mine, others = ({name: len(one) for name, one in each.items()} for each in (self.reads, reads))
         if mine != others:
-            raise ValueError(f"{what} must count the slots of {_said(mine)}, got those of {_said(others)}")
+            raise ValueError(f"{what} must count the slots of {sizes_text(mine)}, got those of {sizes_text(others)}")
 
 
 class _Reads(UsageMeter):
@@ -160,5 +164,6 @@ class _Reads(UsageMeter):
         self._count_S.scatter_add_(0, slots_TM.flatten(), real_TM.flatten())
 
 
-def _said(sizes: Mapping[str, int]) -> str:
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    """Tables by name, with their slots."""
     return ", ".join(f"{name} ({slots:,})" for name, slots in sizes.items()) or "no table"

@@ -149,7 +149,10 @@ class MemoryPatch:
         return MemoryPatch(merged)
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Writes a file in safetensors; what is there is replaced once all is on the disk."""
+        """Writes a file in safetensors; what is there is replaced once all is on the disk.
+
+        Its folder is made if it is not there.
+        """
         from safetensors.torch import save_file  # optional
 
         tensors: dict[str, Tensor] = {}
@@ -158,6 +161,7 @@ class MemoryPatch:
         described = {
             name: {"base": one.base, "shape": one.shape, "sha256": one.digest()} for name, one in self.tables.items()
         }
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         with file_aside(Path(file)) as aside:
             save_file(tensors, aside, {"format": _FORMAT, "tables": json.dumps(described)})
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memlayers.checks import require_choice, require_int, require_number
-from memlayers.finetuning.counts import SlotCounts
+from memlayers.finetuning.counts import SlotCounts, sizes_text
 from memlayers.finetuning.names import layers_by_table
 from memlayers.layer import MemoryLayer
 from memlayers.values import ValueTable, value_tables
@@ -102,8 +102,9 @@ def slot_rates(model: nn.Module, counts: SlotCounts, *, floor: float = 0.1) -> d
 def _require_counts_of(own: Mapping[str, list[MemoryLayer]], what: str, given: SlotCounts) -> None:
     """Raises `ValueError` for counts of other tables, or of nothing."""
     sizes = {name: layers[0].config.slots for name, layers in own.items()}
-    if {name: len(one) for name, one in given.reads.items()} != sizes:
-        raise ValueError(f"{what} must count the slots of {', '.join(own)}, got those of {', '.join(given.reads)}")
+    counted = {name: len(one) for name, one in given.reads.items()}
+    if counted != sizes:
+        raise ValueError(f"{what} must count the slots of {sizes_text(sizes)}, got those of {sizes_text(counted)}")
     if not given.batches:
         raise ValueError(f"{what} must be of text that memories read, got {what} of which no slot was read")
 

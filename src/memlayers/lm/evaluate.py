@@ -66,12 +66,16 @@ class Evaluation:
         return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as plain JSON types."""
+        """All figures as plain JSON types; a perplexity per word that is no finite number is None.
+
+        That of a text whose words are not separated, such as Chinese, is beyond what a float can hold.
+        """
+        per_word = self.perplexity_per_word
         return {
             **dataclasses.asdict(self),
             "loss": self.loss,
             "perplexity": self.perplexity,
-            "perplexity_per_word": self.perplexity_per_word,
+            "perplexity_per_word": per_word if math.isfinite(per_word) else None,
             "bits_per_byte": self.bits_per_byte,
         }
 

@@ -10,6 +10,8 @@ from memlayers.lm.opened import open_saved
 from memlayers.lm.saved import first_token
 from memlayers.models.storage import Values
 
+LEAST_TEMPERATURE = 1e-30  # logits that are divided by less are beyond float32
+
 
 def generate(
     run: str | Path,
@@ -69,13 +71,14 @@ def generate(
             f"after a prompt of {len(ids)}, got {max_new_tokens}"
         )
     ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
-    drawing = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    draws = temperature >= LEAST_TEMPERATURE
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": 0} if draws else {}
     torch.manual_seed(seed)
     written_BT = model.generate(  # type: ignore[operator]  # transformers mixes it in at run time
         input_ids=ids_BT,
         attention_mask=torch.ones_like(ids_BT),
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
+        do_sample=draws,
         pad_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         **drawing,

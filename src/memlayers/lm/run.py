@@ -147,6 +147,12 @@ class RunFolder:
                 f"replaced (--overwrite, overwrite=True)"
             )
 
+    def takes_the_place_of(self, path: str | Path) -> bool:
+        """Whether a run that begins here moves or removes what lies at `path`: this folder, or in a part of the run."""
+        place = Path(os.path.realpath(path))
+        is_inside = any(place.is_relative_to(os.path.realpath(part)) for part in self._parts())
+        return is_inside or place == Path(os.path.realpath(self.path))
+
     def start(self, config: RunConfig, *, overwrite: bool = False) -> None:
         """Make the folder ready for a run: `check` it, put aside the run that may be overwritten, write `config.json`.
 

@@ -50,6 +50,16 @@ def first_run(config: RunConfig) -> RunFolder:
     return first
 
 
+def require_models_kept(folder: RunFolder, config: RunConfig) -> None:
+    """Raises `ValueError` if the run would take the place of a model that it needs."""
+    for name, place in (("base", config.base), ("training.begin_with", config.training.begin_with)):
+        if place is not None and folder.takes_the_place_of(place):
+            raise ValueError(
+                f"output must be another folder than that of the model in {name}, whose place it would take, got "
+                f"{str(folder.path)!r} for {place!r}"
+            )
+
+
 def same_tokens(first: RunFolder, corpus: Corpus) -> str:
     """The hash of the model that a run begins with. Raises `ValueError` if the corpus has other tokens than that."""
     result = first.read_result()

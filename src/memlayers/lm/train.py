@@ -59,6 +59,7 @@ from memlayers.lm.start import (
     checkpoint_to_go_on,
     data_identity,
     first_run,
+    require_models_kept,
     require_same_config,
     require_space,
     text_of,
@@ -142,6 +143,8 @@ def _train(
         precision = resolve_precision(config.training.precision, device)
         share = share_of(config, processes.size)
         folder.check(overwrite=overwrite, resume=resume)
+        if overwrite:
+            require_models_kept(folder, config)
         if resume and folder.begun:
             require_same_config(folder.read_config(), config, folder)
         first = None

@@ -53,7 +53,10 @@ class SparseRule(DenseRule):
         )
 
     def rule(self, weight_SV, **settings):
-        return torch.optim.SparseAdam([weight_SV], **settings)
+        lr = settings.pop("lr")
+        rule = torch.optim.SparseAdam([weight_SV], **settings)
+        rule.param_groups[0]["lr"] = lr  # a warm-up begins at zero, which only the constructor refuses
+        return rule
 
     def steps(self, group):
         return group["updates"]

@@ -80,7 +80,8 @@ class MemoryAdamW(TableOwner):
         require_number("weight_decay", weight_decay, least=0.0)
         # A rate in a tensor stays one, as in torch: who changes it in place changes the rate.
         lr, selector_lr = (rate if isinstance(rate, torch.Tensor) else plain_number(rate) for rate in (lr, selector_lr))
-        betas, eps = tuple(map(plain_number, betas)), plain_number(eps)
+        beta1, beta2 = map(plain_number, betas)
+        betas, eps = (float(beta1), float(beta2)), plain_number(eps)  # torch refuses integers
         self._process_group = process_group
         groups = dense_groups(model, plain_number(weight_decay), selector_lr)
         tables = [table for table in value_tables(model) if not table.untrainable and table.weight.requires_grad]
