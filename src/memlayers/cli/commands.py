@@ -129,7 +129,7 @@ _TRAINED = {
 _TRAINING = {
     "overwrite": "replace the run that the folder holds",
     "resume": "go on with the run that the folder holds, from its last checkpoint; begin it if there is none",
-    "dry_run": "write nothing: take one step and say what the whole run needs, in memory and in time",
+    "dry_run": "write nothing: take two steps and say what the whole run needs, in memory and in time",
 }
 COMMANDS = {
     "train": Command(
