@@ -20,7 +20,7 @@ from memlayers.experiments.reproduce import plan, planned, reproduce
 from memlayers.experiments.scales import changed, scale
 from memlayers.experiments.speeds import in_turns
 from memlayers.experiments.worker import work
-from memlayers.experiments.write_up import places
+from memlayers.experiments.write_up import _plot, places
 from memlayers.lm.config import RunConfig
 from memlayers.lm.faults import Diverged
 
@@ -288,6 +288,15 @@ def test_a_plot_shows_the_means_of_runs_that_stand_at_one_place(tiny):
     points = {run.point: point([record(7.0)], None) for run in runs}
     shown = places(runs, points, known.get)  # no run is asked for
     assert {one.perplexity for line in shown.values() for one in line.values()} == {7.0}
+
+
+def test_a_plot_has_a_panel_for_usage_where_there_are_memories_also_for_levels():
+    dense = {"dense": {1e5: Point(runs=1, asked=1, perplexity=9.0), 2e5: Point(runs=1, asked=1, perplexity=8.0)}}
+    memory = {"memory": {None: Point(runs=1, asked=1, perplexity=7.0, usage=40.0)}}
+    (quality,) = _plot(EXPERIMENTS["equivalent"], dense).axes
+    quality, used = _plot(EXPERIMENTS["equivalent"], dense | memory).axes
+    assert [*used.lines[0].get_ydata()] == [40.0, 40.0]
+    assert used.get_xlim() == quality.get_xlim()
 
 
 def test_a_point_is_the_mean_with_its_standard_error():

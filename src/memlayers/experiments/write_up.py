@@ -172,25 +172,31 @@ def places(runs: Sequence[Run], points: Points, found: Found) -> Places:
 
 
 def _plot(experiment: Experiment, series: Places) -> "Figure":
-    """Perplexity, and the usage of the memories, against what the experiment varies."""
+    """Perplexity, and the usage of the memories if there are any, against what the experiment varies."""
     from matplotlib.figure import Figure  # slow to import, and optional
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
-    quality, used = figure.subplots(1, 2)
+    has_memories = any(one.usage is not None for places in series.values() for one in places.values())
+    figure = Figure(figsize=(10 if has_memories else 5.5, 4.2), layout="constrained", dpi=150)
+    quality, *others = panels = figure.subplots(1, 1 + has_memories, sharex=True, squeeze=False)[0]
     for number, (name, places) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         if None in places:
-            quality.axhline(places[None].perplexity, color=colour, linestyle="--", linewidth=1, label=name)
+            level: dict[str, Any] = {"color": colour, "linestyle": "--", "linewidth": 1}
+            quality.axhline(places[None].perplexity, label=name, **level)
+            if (usage := places[None].usage) is not None:
+                others[0].axhline(usage, **level)
             continue
         xs = sorted(places)  # type: ignore[type-var]  # no None among them
         style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 4, "label": name}
         losses, errors = [places[x].perplexity for x in xs], [places[x].error or 0.0 for x in xs]
         quality.errorbar(xs, losses, yerr=errors, capsize=3, **style)
         if all(places[x].usage is not None for x in xs):
-            used.plot(xs, [places[x].usage for x in xs], **style)
+            others[0].plot(xs, [places[x].usage for x in xs], **style)
     quality.set_ylabel("validation perplexity")
-    used.set_ylabel("slots used (%)")
-    for axes in (quality, used):
+    for used in others:
+        used.set_ylabel("slots used (%)")
+        used.set_ylim(0, 104)
+    for axes in panels:
         axes.set_xlabel(experiment.x_label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -198,7 +204,6 @@ def _plot(experiment: Experiment, series: Places) -> "Figure":
             axes.set_xscale("log", base=2)
         else:
             axes.xaxis.get_major_locator().set_params(integer=True)  # layers, seeds, blocks
-    used.set_ylim(0, 104)
     if series:
         quality.legend(frameon=False, fontsize=8)
     return figure
