@@ -165,6 +165,34 @@ def test_row_gradients_are_not_recorded_inside_of_a_transform():
     owner.step()
 
 
+@pytest.mark.promise(
+    "Derivatives", "several gradients at once: `is_grads_batched=True`, `vectorize=True`", "supported",
+    "not of a table in row mode: one by one, or `release()` of its optimizer",
+)  # fmt: skip
+@pytest.mark.parametrize("name", LAYERS)
+def test_several_gradients_at_once(name):
+    layer, x, grads = LAYERS[name](), normal(4, 6).requires_grad_(), normal(3, 4, 6, seed=2)
+    weights = [one for one in layer.parameters() if one.requires_grad and one.numel() > 1]
+    output = layer(x)
+    found = torch.autograd.grad(output, [x, *weights], grads, is_grads_batched=True, retain_graph=True)
+    for number, grad in enumerate(grads):
+        expected = torch.autograd.grad(output, [x, *weights], grad, retain_graph=True)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one[number], other)
+
+
+def test_several_gradients_at_once_are_not_recorded():
+    layer, x = make(), normal(4, 6).requires_grad_()
+    owner = RowSGD(layer, lr=0.1)
+    message = r"row mode records the gradient of one backward pass at a time.*one by one, or call table.release\(\)"
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(layer(x), [x], normal(3, 4, 6), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.functional.jacobian(layer, normal(4, 6), vectorize=True)
+    layer(x).sum().backward()
+    owner.step()
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_tangents_of_a_model(family):
     torch.manual_seed(0)

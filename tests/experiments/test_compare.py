@@ -242,6 +242,10 @@ def test_equal_time_is_when_the_first_is_done(finished, comparison):
     # 30 s are the end of the first, halfway between 20 and 40 s of the second, 30 / 35 of the last.
     assert losses == pytest.approx([4.0, 7 - 1.5, 7 - 3 * 30 / 35])
     assert models["2-layers"]["equal_time"]["perplexity"] == pytest.approx(math.exp(5.5))
+    for result in results.values():  # of models that have diverged
+        result["curve"] = [{**place, "loss": 1000.0} for place in result["curve"]]
+    models = module.summarise(results, comparison.runs(), speeds, {}, baseline="2-layers")
+    assert [models[name]["equal_time"]["perplexity"] for name in names] == [math.inf] * 3
 
 
 class _Speed:

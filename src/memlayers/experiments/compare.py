@@ -1,7 +1,6 @@
 """Run the models of a comparison on the same tokens, and put their figures side by side."""
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from memlayers.hardware import hardware, versions
 from memlayers.lm.build import pick_device, resolve_precision
 from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus
-from memlayers.lm.evaluate import Speed, evaluate, measure_speed
+from memlayers.lm.evaluate import Speed, evaluate, measure_speed, perplexity
 from memlayers.lm.footprint import require_memory
 from memlayers.lm.presets import Comparison
 from memlayers.lm.run import RunFolder, check_output
@@ -176,7 +175,7 @@ def summarise(
             "equal_time": {
                 "seconds": deadline,
                 "loss": loss,
-                "perplexity": None if loss is None else math.exp(loss),
+                "perplexity": None if loss is None else perplexity(loss),
             },
             "test": tests.get(name),
             "speed": speeds[name].to_dict(),

@@ -12,6 +12,7 @@ from memlayers.experiments.points import Points, is_below, loss_at_time, versus
 from memlayers.experiments.records import Record
 from memlayers.experiments.scales import Scale
 from memlayers.lm.config import RunConfig
+from memlayers.lm.evaluate import perplexity
 
 FIRST_SEED = 1  # of the runs that are reported: seed 0 chose the rate
 
@@ -169,7 +170,7 @@ def _at_equal_time(runs: Sequence[tuple[Record | None, float]]) -> tuple[float, 
         curves.append([{**place, "seconds": place["tokens"] / rate} for place in record["curve"]])
     end = min(curve[-1]["seconds"] for curve in curves)
     one, other = (loss_at_time(curve, end) for curve in curves)
-    return None if one is None or other is None else (math.exp(one), math.exp(other))
+    return None if one is None or other is None else (perplexity(one), perplexity(other))
 
 
 DEPTH = Experiment(

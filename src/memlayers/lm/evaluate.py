@@ -31,6 +31,14 @@ if TYPE_CHECKING:
 ComputePrecision = Literal["fp32", "bf16", "fp16"]
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss), or infinity where a float does not hold it: a model that has diverged is reported, too."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What a model makes of a text of whole documents.
@@ -53,12 +61,12 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         """Perplexity per token of this vocabulary."""
-        return _exp(self.nll / self.tokens)
+        return perplexity(self.nll / self.tokens)
 
     @property
     def perplexity_per_word(self) -> float:
         """exp(total negative log likelihood / words): comparable between vocabularies."""
-        return _exp(self.nll / self.words) if self.words else math.nan
+        return perplexity(self.nll / self.words) if self.words else math.nan
 
     @property
     def bits_per_byte(self) -> float:
@@ -262,10 +270,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf

@@ -146,6 +146,7 @@ def operation(
     save: Callable[..., None] | None = None,
     pack: Callable[..., tuple[Any, ...]] | None = None,
     flops: Callable[..., int] | None = None,
+    batched: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Registers an operation of `OPERATIONS`; returns it.
 
@@ -157,6 +158,7 @@ def operation(
         save: What backward needs is saved by it.
         pack: From the arguments of the operation those of reference and kernels; they are the same without it.
         flops: Floating-point operations, from the arguments with shapes in place of tensors.
+        batched: What stands in for it under `vmap`, as of `is_grads_batched`; PyTorch's loop without it.
     """
     references[name] = reference
     if pack is not None:
@@ -165,6 +167,9 @@ def operation(
     _library.impl(name, partial(run, None, name), "CompositeExplicitAutograd")
     for device in DEVICES:
         _library.impl(name, partial(run, device, name), device.upper())
+    if batched is not None:
+        for key in ("Batched", "FuncTorchBatched"):  # `torch.autograd` has a `vmap` of its own
+            _library.impl(name, batched, key)
     torch.library.register_fake(f"memlayers::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"memlayers::{name}", backward, setup_context=save, lib=_library)

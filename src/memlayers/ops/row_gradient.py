@@ -75,7 +75,15 @@ def _flops(handle, slots_TK, weights_TK, grad_TV, **_):
     return 2 * math.prod(slots_TK) * grad_TV[1]  # of the sum that the step makes, as of the one of a dense gradient
 
 
-record_ = operation("record_", _record, lambda *_: None, flops=_flops)
+def _refuse_batch(*_: Tensor) -> None:
+    raise RuntimeError(
+        "a value table in row mode records the gradient of one backward pass at a time, and this one is batched "
+        "(is_grads_batched=True, vectorize=True): take the gradients one by one, or call table.release() to give it "
+        "dense gradients"
+    )
+
+
+record_ = operation("record_", _record, lambda *_: None, flops=_flops, batched=_refuse_batch)
 
 
 class RowGradient:
