@@ -175,8 +175,8 @@ def test_several_gradients_at_once(name):
     weights = [one for one in layer.parameters() if one.requires_grad and one.numel() > 1]
     output = layer(x)
     found = torch.autograd.grad(output, [x, *weights], grads, is_grads_batched=True, retain_graph=True)
-    for number, grad in enumerate(grads):
-        expected = torch.autograd.grad(output, [x, *weights], grad, retain_graph=True)
+    for number, one_grad in enumerate(grads):
+        expected = torch.autograd.grad(output, [x, *weights], one_grad, retain_graph=True)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one[number], other)
 

@@ -28,6 +28,14 @@ def two_columns(lines: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss), or infinity where a float does not hold it: a model that has diverged is reported, too."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def perplexity_text(value: float | None) -> str:
     """A perplexity as text: one decimal, or three digits where it is huge (per word of source code), or a dash."""
     if value is None:

@@ -15,13 +15,14 @@ from memlayers.hardware import hardware, versions
 from memlayers.lm.build import pick_device, resolve_precision
 from memlayers.lm.config import RunConfig, differences
 from memlayers.lm.data import Corpus
-from memlayers.lm.evaluate import Speed, evaluate, measure_speed, perplexity
+from memlayers.lm.evaluate import Speed, evaluate, measure_speed
 from memlayers.lm.footprint import require_memory
 from memlayers.lm.presets import Comparison
 from memlayers.lm.run import RunFolder, check_output
 from memlayers.lm.share import number_on, prepared_by_first, share_of
 from memlayers.lm.start import training_windows
 from memlayers.lm.train import train
+from memlayers.presentation import perplexity
 
 REPORT = ("results.json", "table.md", "loss.png")
 

@@ -12,7 +12,7 @@ from memlayers.experiments.points import Points, is_below, loss_at_time, versus
 from memlayers.experiments.records import Record
 from memlayers.experiments.scales import Scale
 from memlayers.lm.config import RunConfig
-from memlayers.lm.evaluate import perplexity
+from memlayers.presentation import perplexity
 
 FIRST_SEED = 1  # of the runs that are reported: seed 0 chose the rate
 

@@ -23,20 +23,13 @@ from torch.nn import functional as F
 from memlayers.distributed.processes import Processes
 from memlayers.layer import memory_layers
 from memlayers.lm.data import Split
+from memlayers.presentation import perplexity
 from memlayers.usage import UsageMeter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ComputePrecision = Literal["fp32", "bf16", "fp16"]
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), or infinity where a float does not hold it: a model that has diverged is reported, too."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
