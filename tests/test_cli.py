@@ -125,6 +125,11 @@ def test_evaluation(run, capsys):
 
 def test_evaluation_needs_the_corpus_of_the_run(run, tmp_path, capsys):
     assert "holds no prepared corpus" in fails(capsys, "eval", run, "--corpus", tmp_path)
+    moved = shutil.copytree(run, tmp_path / "run")
+    result = read_sealed(moved / "result.json")
+    result["data"]["folder"] = gone = str(tmp_path / "gone")
+    write_sealed(moved / "result.json", result)
+    assert f"since that of the run, {gone!r}, is not there: --corpus FOLDER" in fails(capsys, "eval", moved)
 
 
 def test_generation(run, capsys):

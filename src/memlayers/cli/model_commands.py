@@ -46,6 +46,8 @@ def run_eval(call: Call) -> None:
     if folder is None:
         why = "for a model that is no run" if saved.run is None else f"as {saved.run.result} does not say where it is"
         raise ValueError(f"corpus must be given {why}: --corpus FOLDER, from memlayers prepare")
+    if not options["corpus"] and not Path(folder).is_dir():
+        raise ValueError(f"corpus must be given, since that of the run, {folder!r}, is not there: --corpus FOLDER")
     device = torch.device("cpu") if saved.values == "mapped" else pick_device()  # which files are read by
     corpus = _open_corpus(folder, saved.tokenizer_sha256)
     text, model = getattr(corpus, options["split"]), saved.load()
