@@ -299,6 +299,12 @@ def test_adapters_are_saved_and_loaded_beside_tables_in_files(tmp_path):
             model.state_dict()
         again = model.unload()
         assert torch.equal(logits(PeftModel.from_pretrained(again, tmp_path / name)), expected)
+    own = load_memory(copy.deepcopy(plain), tmp_path / "memory", values="mapped")
+    own.load_adapter(tmp_path / "mapped")  # of transformers
+    own.save_pretrained(tmp_path / "own")
+    again = load_memory(plain, tmp_path / "memory", values="mapped")
+    again.load_adapter(tmp_path / "own")
+    assert torch.equal(logits(again), logits(own))
 
 
 @pytest.mark.promise(

@@ -18,7 +18,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -57,7 +57,7 @@ from memlayers.models.storage import check_values, read_memory
 from memlayers.models.targets import names_of
 from memlayers.models.wrappers import DEFAULT_NAME, ParallelMemory, find_wrappers
 from memlayers.storage.low_bits import unlisted_numbers
-from memlayers.values import ValueTable, value_tables
+from memlayers.values import ValueTable, left_out, value_tables
 
 PREFIX = "Memory"
 
@@ -291,11 +291,13 @@ class MemoryMixin(PreTrainedModel):
             stale += "|" + re.escape(CARD)
         # Old names of weights are translated for the plain type of model, on loading, and back on saving; not for ours.
         kwargs.setdefault("save_original_format", False)
-        with whole_tables(value_tables(self), save_directory) as whole:
+        of_adapters = getattr(self, "_hf_peft_config_loaded", False)
+        without_tables = left_out(self) if of_adapters else nullcontext()
+        with whole_tables(value_tables(self), save_directory) as whole, without_tables:
             if whole is not None:
                 with replaced_together(save_directory, stale=stale) as aside:
                     super().save_pretrained(aside, *args, **with_whole_tables(self, whole, kwargs))
-        if getattr(self, "_hf_peft_config_loaded", False) and self._is_nowhere_saved():
+        if of_adapters and self._is_nowhere_saved():
             warnings.warn(
                 f"save_pretrained has written the adapters alone to {str(save_directory)!r}, and no memory: "
                 f"save_memory(model, another_folder) saves that (in Trainer, the callback SaveMemory)",
@@ -317,7 +319,7 @@ class MemoryMixin(PreTrainedModel):
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers`. Memories are frozen by that; those that were trained say so at their next call."""
-        with freezing_noticed(self):
+        with freezing_noticed(self), left_out(self):  # of the state_dict in which adapters are looked for
             return super().load_adapter(*args, **kwargs)
 
     @classmethod
