@@ -76,6 +76,7 @@ def test_the_configuration_of_a_run_can_be_given_back(configured, write):
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     file = write(json.dumps(config.to_dict(), indent=2), "config.json")
     assert configured("--config", file) == config
+    assert configured("--config", write(json.dumps(config.to_dict(), indent="\t"), "tabs.json")) == config
     # The width of the memory follows the model's, as it does without a file.
     narrow = configured("--config", file, "--model.dim", "512")
     assert (narrow.model.dim, narrow.memory.dim) == (512, 512)

@@ -87,6 +87,16 @@ def test_a_grown_model_is_saved_and_loaded(tmp_path):
     assert loaded.config.placement.config.num_subkeys == 32
 
 
+def test_a_model_of_the_same_configuration_does_not_grow_along(tmp_path):
+    model = model_with()
+    other = type(model)(model.config)
+    grow_table(model)
+    assert model.config is model.transformer.config
+    assert (model.config.placement.config.num_subkeys, other.config.placement.config.num_subkeys) == (32, 16)
+    other.save_pretrained(tmp_path)
+    assert type(other).from_pretrained(tmp_path).config.placement == other.config.placement
+
+
 def test_states_of_adamw_and_of_rows_grow_with_their_weights():
     model = model_with()
     (layer,) = memory_layers(model).values()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
 from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, load_memory, save_memory
 from memlayers.files import file_sha256, read_sealed, write_sealed
@@ -231,6 +231,18 @@ def test_base_and_memory_at_once(family, memory_config, tmp_path, mode, caplog):
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(ValueError, match=r"base '.*base', which this memory was added to, cannot be loaded: .* build"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+
+
+def test_another_head_than_that_of_the_base_is_told_the_way(family, memory_config, tmp_path):
+    base_model(family).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = saved(tmp_path / "memory", base, memory_config)
+    with pytest.raises(ValueError, match="to a (GPT2LMHeadModel|LlamaForCausalLM), not to a .*Model: load it with"):
+        AutoModel.from_pretrained(tmp_path / "memory")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "memory").save_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(tmp_path / "whole").eval()(IDS).last_hidden_state
+        assert torch.equal(hidden, model.base_model(IDS).last_hidden_state)
 
 
 def test_what_is_trained_on_base_and_memory_names_both(memory_config, tmp_path):

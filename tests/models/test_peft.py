@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from memlayers import (
     Experts,
@@ -245,6 +247,40 @@ def test_a_memory_that_peft_has_frozen_says_so_when_it_is_trained():
 
 @pytest.mark.promise(
     "Adapters",
+    "`model.add_adapter(LoraConfig(...))` of a model with a memory, and its `save_pretrained`",
+    "supported",
+    "warnings say that the memory is frozen (`freeze_base(model)`), and that adapters alone are saved (`save_memory`)",
+)
+def test_adapters_that_transformers_puts_on_a_memory_say_what_they_do_to_it(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    model = add_memory(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), MEMORY, [2], mode="parallel")
+    nn.init.ones_(model.model.layers[1].mlp.gate)
+    model.add_adapter(LoraConfig(target_modules=ATTENTION, init_lora_weights=False))
+    with pytest.warns(UserWarning, match=r"frozen it. Call memlayers.models.freeze_base\(model\) before the optimizer"):
+        model.train()(input_ids=IDS)
+    save_memory(model, tmp_path / "memory")
+    # From the base alone it would come back without the memory.
+    with pytest.warns(UserWarning, match=r"has written the adapters alone to .*adapter'.*: save_memory\(model, "):
+        model.save_pretrained(tmp_path / "adapter")
+    freeze_base(model)
+    assert memory_layers(model).popitem()[1].values.weight.requires_grad
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "memory")  # base and memory
+    freeze_base(loaded)
+    loaded.load_adapter(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.warns(UserWarning, match="frozen it"):
+        loaded.train()(input_ids=IDS)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+    loaded.add_adapter(LoraConfig(target_modules=[*ATTENTION, "up_proj"], init_lora_weights=False))
+    loaded.save_pretrained(tmp_path / "both")  # nothing is lost: the memory is where the model came from
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "both")), logits(loaded))
+    freeze_base(loaded)
+    with pytest.warns(UserWarning, match="has written the adapters alone"):  # and not the memory as it is trained
+        loaded.save_pretrained(tmp_path / "both")
+
+
+@pytest.mark.promise(
+    "Adapters",
     "adapters of PEFT beside a memory whose tables are in files or mapped: `save_pretrained`, `from_pretrained`",
     "supported",
     "the adapters alone, which need no `state_dict` of tables",
@@ -263,6 +299,12 @@ def test_adapters_are_saved_and_loaded_beside_tables_in_files(tmp_path):
             model.state_dict()
         again = model.unload()
         assert torch.equal(logits(PeftModel.from_pretrained(again, tmp_path / name)), expected)
+    own = load_memory(copy.deepcopy(plain), tmp_path / "memory", values="mapped")
+    own.load_adapter(tmp_path / "mapped")  # of transformers
+    own.save_pretrained(tmp_path / "own")
+    again = load_memory(plain, tmp_path / "memory", values="mapped")
+    again.load_adapter(tmp_path / "own")
+    assert torch.equal(logits(again), logits(own))
 
 
 @pytest.mark.promise(

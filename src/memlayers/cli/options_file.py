@@ -20,6 +20,8 @@ def read_options_file(file: str) -> dict[Any, Any]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"config file {file} is no text: not UTF-8 at byte {error.start}") from None
+    if file.lower().endswith(".json"):
+        text = text.replace("\t", " ")  # which JSON has between its words alone, and YAML nowhere
     try:
         content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:

@@ -3,6 +3,7 @@
 Letters: H heads, N sub-keys a codebook, S slots, K rows a head reads, C keys of a codebook (N, or S of flat keys).
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -244,11 +245,20 @@ def grow_table(model: Model, *, optimizer: Optimizers = None) -> Model:
             _exchange(one, optimizers, partial(_rows, parent_S))
             if owner is not None:
                 one.own(owner)
-    for module in model.modules():
-        described: Any = getattr(module, "config", None)
-        if hasattr(described, "set_placement") and described.placement.config != subjects[0].layer.config:
-            described.set_placement(dataclasses.replace(described.placement, config=subjects[0].layer.config))
+    for described in {id(one): one for one in (getattr(part, "config", None) for part in model.modules())}.values():
+        if hasattr(described, "set_placement"):
+            _describe_grown(model, described)
     return model
+
+
+def _describe_grown(model: nn.Module, described: Any) -> None:
+    """Has what was described by one configuration be so by another, since models may share a configuration."""
+    grown, config = copy.copy(described), described.placement.config
+    config = dataclasses.replace(config, num_subkeys=2 * config.num_subkeys)
+    grown.set_placement(dataclasses.replace(described.placement, config=config))
+    for module in model.modules():
+        if getattr(module, "config", None) is described:
+            module.config = grown
 
 
 def _rows(parent_S: Tensor, tensor: Tensor) -> Tensor:

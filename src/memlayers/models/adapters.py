@@ -2,7 +2,8 @@
 
 - `disable_adapter` switches memories off, too: TRL calls its reference model in it.
 - Adapters that are put on a model freeze all the rest. A memory that was to be trained remembers that, and says so at
-  its first call in training (TRL's trainers do the same where they are given ``peft_config``).
+  its first call in training (TRL's trainers do the same where they are given ``peft_config``, and so does `add_adapter`
+  of `transformers`).
 - To save and load adapters asks for no table that is in files, which has no `state_dict`.
 """
 
@@ -45,12 +46,19 @@ def _disable_adapter(plain: Any) -> Any:
 def _init(plain: Any) -> Any:
     @functools.wraps(plain)
     def initialise(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        trained = [wrapper for _, wrapper in find_wrappers(model) if _is_to_be_trained(wrapper)]
-        plain(self, model, *args, **kwargs)
-        for wrapper in trained:
-            wrapper.frozen_by_peft = not wrapper.is_trained()
+        with freezing_noticed(model):
+            plain(self, model, *args, **kwargs)
 
     return initialise
+
+
+@contextmanager
+def freezing_noticed(model: nn.Module) -> Iterator[None]:
+    """Memories that adapters freeze in its block, and that were to be trained, say so at their first call."""
+    trained = [wrapper for _, wrapper in find_wrappers(model) if _is_to_be_trained(wrapper)]
+    yield
+    for wrapper in trained:
+        wrapper.frozen_by_peft = not wrapper.is_trained()
 
 
 def _is_to_be_trained(wrapper: MemoryWrapper) -> bool:

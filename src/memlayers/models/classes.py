@@ -16,8 +16,9 @@ import dataclasses
 import functools
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -32,6 +33,7 @@ from transformers.utils import cached_file
 from memlayers.distributed.whole import has_columns, whole_tables, with_whole_tables
 from memlayers.files import finish_replacing, replaced_together
 from memlayers.layer import MemoryLayer
+from memlayers.models.adapters import freezing_noticed
 from memlayers.models.auto_classes import auto_classes
 from memlayers.models.folder import (
     CARD,
@@ -55,7 +57,7 @@ from memlayers.models.storage import check_values, read_memory
 from memlayers.models.targets import names_of
 from memlayers.models.wrappers import DEFAULT_NAME, ParallelMemory, find_wrappers
 from memlayers.storage.low_bits import unlisted_numbers
-from memlayers.values import ValueTable, value_tables
+from memlayers.values import ValueTable, left_out, value_tables
 
 PREFIX = "Memory"
 
@@ -267,7 +269,8 @@ class MemoryMixin(PreTrainedModel):
         the rest into place. Of several that save to one folder each waits for those before it. A distributed
         checkpoint goes straight to the folder. With tables in columns all ranks call it, and the first one writes. A
         class from outside of `transformers` loads its models itself: ``type(model).from_pretrained(folder)``. Raises
-        `ValueError` for a model with memories of several names.
+        `ValueError` for a model with memories of several names. Of a model with adapters (`add_adapter`) `transformers`
+        saves those alone; where memories would be lost by that, a warning says so.
         """
         if len(names := memory_names(self)) > 1:
             raise ValueError(
@@ -288,10 +291,36 @@ class MemoryMixin(PreTrainedModel):
             stale += "|" + re.escape(CARD)
         # Old names of weights are translated for the plain type of model, on loading, and back on saving; not for ours.
         kwargs.setdefault("save_original_format", False)
-        with whole_tables(value_tables(self), save_directory) as whole:
+        of_adapters = getattr(self, "_hf_peft_config_loaded", False)
+        without_tables = left_out(self) if of_adapters else nullcontext()
+        with whole_tables(value_tables(self), save_directory) as whole, without_tables:
             if whole is not None:
                 with replaced_together(save_directory, stale=stale) as aside:
                     super().save_pretrained(aside, *args, **with_whole_tables(self, whole, kwargs))
+        if of_adapters and self._is_nowhere_saved():
+            warnings.warn(
+                f"save_pretrained has written the adapters alone to {str(save_directory)!r}, and no memory: "
+                f"save_memory(model, another_folder) saves that (in Trainer, the callback SaveMemory)",
+                stacklevel=2,
+            )
+
+    def _is_nowhere_saved(self) -> bool:
+        """Whether what its adapters belong to lacks the memories, or has them as they were before a training."""
+        wrappers = [wrapper for _, wrapper in find_wrappers(self)]
+        bases = {one.base_identity.name_or_path for one in wrappers if isinstance(one.base_identity, BaseIdentity)}
+        named: Any = self.peft_config
+        of_adapters = {adapter.base_model_name_or_path for adapter in named.values()}
+        return any(one.is_trained() for one in wrappers) or bool((bases - {""}) & of_adapters)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`. Memories are frozen by that; those that were trained say so at their next call."""
+        with freezing_noticed(self):
+            super().add_adapter(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers`. Memories are frozen by that; those that were trained say so at their next call."""
+        with freezing_noticed(self), left_out(self):  # of the state_dict in which adapters are looked for
+            return super().load_adapter(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -323,9 +352,8 @@ class MemoryMixin(PreTrainedModel):
                 if key.startswith(memories):
                     check_values(tensor, f"{key!r} of {str(name)!r}")
             return loaded
-        options = {
-            key: value for key, value in kwargs.items() if key not in ("revision", "subfolder", "adapter_kwargs")
-        }
+        adapters = dict(kwargs.pop("adapter_kwargs", None) or {})  # of an Auto class that was given their folder
+        options = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(folder if config is None else config)  # type: ignore[union-attr]
             for key in [key for key in options if hasattr(config, key) and key not in OPTIONS_OF_MODELS]:
@@ -333,10 +361,22 @@ class MemoryMixin(PreTrainedModel):
         description = read_description(folder)
         loaded = _load_base(folder, description, cls.plain_class, config, **options)
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # with output_loading_info
-        load_memories(model, folder, description, values=values)
+        try:
+            load_memories(model, folder, description, values=values)
+        except ValueError as error:
+            if description.base.class_name == cls.plain_class.__name__:
+                raise
+            raise ValueError(
+                f"the memory in {str(name)!r} was added to a {description.base.class_name}, not to a "
+                f"{cls.plain_class.__name__}: load it with that class and save it whole (save_pretrained), from where "
+                f"every head can be loaded ({error})"
+            ) from error
         # What is trained on this model (an adapter of PEFT) begins with base and memory; the base alone is recorded.
         place = Path(name, hub.get("subfolder", "")) if os.path.isdir(name) else name
         model.name_or_path = model.config._name_or_path = str(place)
+        if (of_adapters := adapters.pop("_adapter_model_path", None)) is not None:
+            adapter_name = kwargs.get("adapter_name", "default")
+            model.load_adapter(of_adapters, adapter_name=adapter_name, adapter_kwargs=adapters)
         return (model, *info) if info else model
 
     @classmethod

@@ -55,9 +55,10 @@ class MemoryWrapper(nn.Module):
         self.frozen_by_peft = False  # once
         if not self.is_trained():
             warnings.warn(
-                "a memory is trained no more: peft.get_peft_model (or a trainer that was given peft_config) has frozen "
-                "it. Call memlayers.models.freeze_base(model) before the optimizer is built, in a trainer on "
-                "trainer.model before trainer.train(); to keep it frozen, do memory.requires_grad_(False) before",
+                "a memory is trained no more: peft.get_peft_model (or add_adapter, or a trainer that was given "
+                "peft_config) has frozen it. Call memlayers.models.freeze_base(model) before the optimizer is built, "
+                "in a trainer on trainer.model before trainer.train(); to keep it frozen, do "
+                "memory.requires_grad_(False) before",
                 stacklevel=3,
             )
 

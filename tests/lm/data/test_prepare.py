@@ -5,12 +5,14 @@ import itertools
 import json
 import lzma
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from memlayers.lm.data import DataConfig, encode, prepare, spans
 from memlayers.lm.data import survey as survey_module
@@ -260,6 +262,38 @@ def test_malformed_records_stop_the_work_or_are_counted(tmp_path):
     corpus = make(source, tmp_path / "corpus", skip_malformed=True)
     assert corpus.manifest["malformed_records"] == 2
     assert sum(getattr(corpus, name).num_documents for name in SPLITS) == 100
+
+
+def test_a_tokenizer_whose_numbers_have_gaps(tmp_path):
+    words = {"<|endoftext|>": 70_000, "<unk>": 3, "a": 5, "b": 66_000}  # beyond 16 bits, though there are four of them
+    tokens = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    save_tokenizer(tokens, tmp_path / "tokenizer")
+    rows = [{"text": f"a b {number}"} for number in range(60)]
+    corpus = make(
+        write_jsonl(tmp_path / "text.jsonl", rows), tmp_path / "corpus", tokenizer=str(tmp_path / "tokenizer")
+    )
+    assert corpus.vocab_size == 70_001
+    assert corpus.train.tokens[:4].tolist() == [70_000, 5, 66_000, 3]
+
+
+@pytest.mark.promise(
+    "Command line and files",
+    "`--data.tokenizer` with a tokenizer that says where to cut texts and how to pad them (`truncation`, `padding`)",
+    "supported",
+    "documents are neither cut nor filled up",
+)
+def test_a_tokenizer_that_was_saved_to_cut_and_to_pad_does_neither(tmp_path):
+    file = write_jsonl(tmp_path / "text.jsonl", list(records(60)))
+    plain = make(file, tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain" / "tokenizer", tmp_path / "used")
+    used = Tokenizer.from_file(str(tmp_path / "used" / "tokenizer.json"))
+    used.enable_truncation(8)
+    used.enable_padding(length=16)
+    used.save(str(tmp_path / "used" / "tokenizer.json"))
+    corpus = make(file, tmp_path / "corpus", tokenizer=str(tmp_path / "used"))
+    for split in SPLITS:
+        assert np.array_equal(getattr(corpus, split).tokens, getattr(plain, split).tokens)
 
 
 def test_the_tokenizer_learns_from_training_documents_only(tmp_path):

@@ -219,7 +219,7 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the tokenizer has."""
+        """Tokens that the tokenizer has, and gaps between their numbers."""
         return self.manifest["vocab_size"]
 
     @property

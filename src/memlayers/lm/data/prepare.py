@@ -175,7 +175,7 @@ def _first_pass(
             tokenizer = copy_tokenizer(config.tokenizer, tokenizer_folder)
     else:
         tokenizer = _new_tokenizer(aside, survey.sample, config, progress)
-    vocab_size = tokenizer.get_vocab_size()
+    vocab_size = 1 + max(tokenizer.get_vocab().values())  # of some tokenizers more than their tokens: numbers have gaps
     record = {
         "asked": asked,
         "shard_tokens": encode.SHARD_TOKENS,

@@ -110,7 +110,11 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     """Load the tokenizer that `save_tokenizer` left in `folder`, for `encode_texts`."""
     from tokenizers import Tokenizer  # not needed to train on ready tokens
 
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # One that was used before it was saved has it in its file at how many tokens to cut a text, and how to fill it up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
