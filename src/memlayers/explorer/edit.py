@@ -245,7 +245,7 @@ def grow_table(model: Model, *, optimizer: Optimizers = None) -> Model:
             _exchange(one, optimizers, partial(_rows, parent_S))
             if owner is not None:
                 one.own(owner)
-    for described in {id(one): one for one in (getattr(part, "config", None) for part in model.modules())}.values():
+    for described in {id(one): one for one in (vars(part).get("config") for part in model.modules())}.values():
         if hasattr(described, "set_placement"):
             _describe_grown(model, described)
     return model
@@ -257,7 +257,7 @@ def _describe_grown(model: nn.Module, described: Any) -> None:
     config = dataclasses.replace(config, num_subkeys=2 * config.num_subkeys)
     grown.set_placement(dataclasses.replace(described.placement, config=config))
     for module in model.modules():
-        if getattr(module, "config", None) is described:
+        if vars(module).get("config") is described:
             module.config = grown
 
 

@@ -8,6 +8,8 @@
 """
 
 import functools
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -17,6 +19,7 @@ from torch import nn
 
 from memlayers.after_import import after_import
 from memlayers.models.active import off
+from memlayers.models.identity import BaseIdentity
 from memlayers.models.wrappers import MemoryWrapper, find_wrappers
 from memlayers.values import left_out, value_tables
 
@@ -72,6 +75,22 @@ def _without_tables(plain: Any) -> Any:
             return plain(self, *args, **kwargs)
 
     return method
+
+
+def warn_of_adapters_alone(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Warns that `save_pretrained` has written the adapters alone to `folder`, where memories would be lost by that.
+
+    So it is where what the adapters belong to has no memories, or has them as they were before a training.
+    """
+    wrappers = [wrapper for _, wrapper in find_wrappers(model)]
+    bases = {one.base_identity.name_or_path for one in wrappers if isinstance(one.base_identity, BaseIdentity)}
+    of_adapters = {adapter.base_model_name_or_path for adapter in model.peft_config.values()}
+    if any(one.is_trained() for one in wrappers) or (bases - {""}) & of_adapters:
+        warnings.warn(
+            f"save_pretrained has written the adapters alone to {str(folder)!r}, and no memory: "
+            f"save_memory(model, another_folder) saves that (in Trainer, the callback SaveMemory)",
+            stacklevel=3,
+        )
 
 
 # PEFT is optional, and may be imported later.

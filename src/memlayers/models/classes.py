@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import os
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -28,29 +27,31 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
 from memlayers.distributed.whole import has_columns, whole_tables, with_whole_tables
-from memlayers.files import finish_replacing, replaced_together
+from memlayers.files import replaced_together
 from memlayers.layer import MemoryLayer
-from memlayers.models.adapters import freezing_noticed
+from memlayers.models.adapters import freezing_noticed, warn_of_adapters_alone
 from memlayers.models.auto_classes import auto_classes
 from memlayers.models.folder import (
     CARD,
-    MEMORY_CONFIG_NAME,
     REMOTE_MODULE,
     WEIGHTS,
     Description,
     check_whole_model,
-    holds_memory_alone,
-    is_damaged_memory,
     keeps_card,
-    local_folder,
     read_description,
     write_placement,
 )
 from memlayers.models.identity import BaseIdentity
 from memlayers.models.install import all_or_nothing, build_memories, mark_built, put_in, reset_unloaded, take_out
+from memlayers.models.memory_alone import (
+    HUB_OPTIONS,
+    OPTIONS_OF_MODELS,
+    find_memory_alone,
+    load_base,
+    saying_whose_memory,
+)
 from memlayers.models.modules import memory_names, placed_memories
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.storage import check_values, read_memory
@@ -60,11 +61,6 @@ from memlayers.storage.low_bits import unlisted_numbers
 from memlayers.values import ValueTable, left_out, value_tables
 
 PREFIX = "Memory"
-
-# Options of `from_pretrained` that say where a folder is,
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-# and those that a configuration has a field for, but that are no changes of it.
-OPTIONS_OF_MODELS = ("dtype", "torch_dtype", "quantization_config", "attn_implementation", "generation_config")
 
 
 class MemoryConfigMixin(PreTrainedConfig):
@@ -297,20 +293,8 @@ class MemoryMixin(PreTrainedModel):
             if whole is not None:
                 with replaced_together(save_directory, stale=stale) as aside:
                     super().save_pretrained(aside, *args, **with_whole_tables(self, whole, kwargs))
-        if of_adapters and self._is_nowhere_saved():
-            warnings.warn(
-                f"save_pretrained has written the adapters alone to {str(save_directory)!r}, and no memory: "
-                f"save_memory(model, another_folder) saves that (in Trainer, the callback SaveMemory)",
-                stacklevel=2,
-            )
-
-    def _is_nowhere_saved(self) -> bool:
-        """Whether what its adapters belong to lacks the memories, or has them as they were before a training."""
-        wrappers = [wrapper for _, wrapper in find_wrappers(self)]
-        bases = {one.base_identity.name_or_path for one in wrappers if isinstance(one.base_identity, BaseIdentity)}
-        named: Any = self.peft_config
-        of_adapters = {adapter.base_model_name_or_path for adapter in named.values()}
-        return any(one.is_trained() for one in wrappers) or bool((bases - {""}) & of_adapters)
+        if of_adapters:
+            warn_of_adapters_alone(self, save_directory)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As in `transformers`. Memories are frozen by that; those that were trained say so at their next call."""
@@ -336,7 +320,7 @@ class MemoryMixin(PreTrainedModel):
         values = kwargs.pop("values", "memory")
         name = pretrained_model_name_or_path
         hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
-        folder = None if name is None or kwargs.get("gguf_file") else _memory_alone(name, **hub)
+        folder = None if name is None or kwargs.get("gguf_file") else find_memory_alone(name, **hub)
         if folder is None:
             if values != "memory":
                 raise ValueError(
@@ -359,18 +343,10 @@ class MemoryMixin(PreTrainedModel):
             for key in [key for key in options if hasattr(config, key) and key not in OPTIONS_OF_MODELS]:
                 setattr(config, key, options.pop(key))
         description = read_description(folder)
-        loaded = _load_base(folder, description, cls.plain_class, config, **options)
+        loaded = load_base(folder, description, cls.plain_class, config, **options)
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # with output_loading_info
-        try:
+        with saying_whose_memory(name, description, cls.plain_class):
             load_memories(model, folder, description, values=values)
-        except ValueError as error:
-            if description.base.class_name == cls.plain_class.__name__:
-                raise
-            raise ValueError(
-                f"the memory in {str(name)!r} was added to a {description.base.class_name}, not to a "
-                f"{cls.plain_class.__name__}: load it with that class and save it whole (save_pretrained), from where "
-                f"every head can be loaded ({error})"
-            ) from error
         # What is trained on this model (an adapter of PEFT) begins with base and memory; the base alone is recorded.
         place = Path(name, hub.get("subfolder", "")) if os.path.isdir(name) else name
         model.name_or_path = model.config._name_or_path = str(place)
@@ -382,63 +358,6 @@ class MemoryMixin(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
         """Does nothing, as in `MemoryConfigMixin.register_for_auto_class`."""
-
-
-def _memory_alone(name: str | os.PathLike[str], *, subfolder: str = "", **hub: Any) -> Path | None:
-    """The folder, fetched if it is on the Hub, if `name` is a memory without its base; None if it is anything else."""
-    found: Any
-    if os.path.isdir(name):
-        found = Path(name) / subfolder / MEMORY_CONFIG_NAME
-        finish_replacing(found.parent)
-        if found.parent.is_dir() and is_damaged_memory(found.parent):
-            return found.parent  # and `read_description` says what is wrong with it
-    else:
-        found = cached_file(
-            name,
-            MEMORY_CONFIG_NAME,
-            subfolder=subfolder,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub,
-        )
-    if found is None or not holds_memory_alone(Path(found)):
-        return None
-    return local_folder(name, subfolder=subfolder, **hub)
-
-
-def _load_base(folder: Path, description: Description, plain_class: Any, config: Any, **options: Any) -> Any:
-    """The base that the memory in `folder` belongs to, from where it was loaded when the memory was added.
-
-    `config` says what the memory's ``config.json`` says, and `options` is what `from_pretrained` takes. Raises
-    `ValueError` if nobody knows where the base is, or it is not there.
-    """
-    name = description.base.name_or_path
-    advice = f"build the base, a {plain_class.__name__}, and call load_memory(model, {str(folder)!r})"
-    if not name:
-        raise ValueError(
-            f"base of {folder / MEMORY_CONFIG_NAME} must have a name_or_path for from_pretrained, got ''; {advice}"
-        )
-    plain: Any = copy.deepcopy(config)
-    if isinstance(plain, MemoryConfigMixin):
-        plain = plain.without_memory()
-    hub = {key: options[key] for key in ("cache_dir", "local_files_only", "token") if key in options}
-    try:
-        # A base that is stored quantised is loaded as such.
-        stored, _ = PreTrainedConfig.get_config_dict(name, **hub)
-        if "quantization_config" in stored:
-            plain.quantization_config = stored["quantization_config"]
-        size = getattr(plain, "vocab_size", None)
-        if stored.get("vocab_size", size) != size:
-            raise ValueError(
-                f"base {name!r} must have the {size} embeddings of the one that this memory was added to, got "
-                f"{stored['vocab_size']}; {advice}"
-            )
-        return plain_class.from_pretrained(name, config=plain, **options)
-    except OSError as error:
-        raise ValueError(
-            f"base {name!r}, which this memory was added to, cannot be loaded: {error}; {advice}"
-        ) from error
 
 
 def rebuild(plain: Any, is_config: bool) -> Any:
