@@ -47,6 +47,15 @@ def test_dot_and_its_gradients_match_the_gather(size):
         torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_slots_and_weights_may_lie_anywhere(dtype):
+    table, slots, weights = inputs((11, 5, 3, 7), dtype)
+    table.requires_grad_()
+    apart_slots, apart_weights = (torch.stack([one, one], -1)[..., 0] for one in (slots, weights))
+    assert not apart_slots.is_contiguous() and not apart_weights.is_contiguous()
+    assert torch.equal(read(table, apart_slots, apart_weights), read(table, slots, weights))
+
+
 def test_second_derivatives_of_all_three():
     table, slots, weights = inputs((6, 3, 4, 5))
     outputs = torch.randn(3, 5, dtype=torch.float64)

@@ -32,6 +32,7 @@ def read_reference(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Te
     if slots_TK.numel() == 0:
         return table_SV.new_zeros(slots_TK.shape[0], table_SV.shape[1], dtype=dtype)
     if table_SV.dtype == dtype:
+        slots_TK = slots_TK.contiguous()
         return F.embedding_bag(slots_TK, table_SV, per_sample_weights=weights_TK.to(dtype), mode="sum")
     y_TV = table_SV.new_empty(slots_TK.shape[0], table_SV.shape[1], dtype=dtype)
     for tokens in _chunks(slots_TK, table_SV):
