@@ -32,7 +32,6 @@ def read_reference(table_SV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Te
     if slots_TK.numel() == 0:
         return table_SV.new_zeros(slots_TK.shape[0], table_SV.shape[1], dtype=dtype)
     if table_SV.dtype == dtype:
-        slots_TK = slots_TK.contiguous()
         return F.embedding_bag(slots_TK, table_SV, per_sample_weights=weights_TK.to(dtype), mode="sum")
     y_TV = table_SV.new_empty(slots_TK.shape[0], table_SV.shape[1], dtype=dtype)
     for tokens in _chunks(slots_TK, table_SV):
@@ -51,7 +50,8 @@ def dot_reference(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Ten
     kernel = dot_in_bags()
     if kernel is not None and table_SV.dtype == dtype and table_SV.is_contiguous():
         bag_T = torch.arange(num_tokens, device=slots_TK.device)
-        return kernel(outputs_TV, table_SV, slots_TK.flatten(), bag_T * topk, bag_T.repeat_interleave(topk), 0).view(
+        slots_M = slots_TK.flatten().contiguous()
+        return kernel(outputs_TV, table_SV, slots_M, bag_T * topk, bag_T.repeat_interleave(topk), 0).view(
             num_tokens, topk
         )
     d_TK = outputs_TV.new_empty(num_tokens, topk)
