@@ -51,7 +51,8 @@ def test_dot_and_its_gradients_match_the_gather(size):
 def test_slots_and_weights_may_lie_anywhere(dtype):
     table, slots, weights = inputs((11, 5, 3, 7), dtype)
     apart_slots, apart_weights = (torch.stack([one, one], -1)[..., 0] for one in (slots, weights))
-    assert not apart_slots.is_contiguous() and not apart_weights.is_contiguous()
+    assert not apart_slots.is_contiguous()
+    assert not apart_weights.is_contiguous()
     results = []
     for leaves in ((slots, weights), (apart_slots, apart_weights)):
         weight = leaves[1].detach().requires_grad_()
