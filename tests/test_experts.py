@@ -337,6 +337,11 @@ def test_an_activation_of_another_kind_is_a_method():
     torch.testing.assert_close(layer(x)[0], layer.output(said))
 
 
+def test_inputs_of_one_token_need_no_leading_shape():
+    inputs, slots, x = InputTable(9, 4), torch.tensor([2, 8, 2]), torch.randn(4)
+    torch.testing.assert_close(inputs(slots, x), inputs.weight[slots] @ x)
+
+
 def test_inputs_are_called_with_slots_and_inputs_of_one_leading_shape():
     table = InputTable(5, 3)
     slots = torch.tensor([[[0, 4], [1, 1], [2, 3]]])

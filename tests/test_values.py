@@ -324,6 +324,21 @@ def test_compiled_checkpointing_records_once():
     assert recorded_rows(table) == {1: 1.0, 2: 2.0, 5: 1.0}
 
 
+@pytest.mark.parametrize("mode", ["dense", "row mode", "without gradients"])
+def test_the_slots_of_one_token_need_no_leading_shape(mode):
+    table, optimizer = table_and_optimizer()
+    if mode == "dense":
+        optimizer.release()
+    slots, weights = torch.tensor([1, 2, 1]), torch.tensor([0.5, 2.0, 1.0])
+    with torch.set_grad_enabled(mode != "without gradients"):
+        y = table.read(slots, weights)
+    torch.testing.assert_close(y, weights @ table.weight[slots])
+    if mode != "without gradients":
+        y.sum().backward()
+        grads = recorded_rows(table) if mode == "row mode" else table.weight.grad[:, 0]
+        assert (float(grads[1]), float(grads[2])) == (1.5, 2.0)
+
+
 def test_shapes_that_differ_are_an_error():
     with pytest.raises(ValueError, match=r"slots and weights .* \[2, 2\] and \[2, 3\]"):
         ValueTable(4, 2).read(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 3))

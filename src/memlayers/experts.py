@@ -117,5 +117,7 @@ class InputTable(ValueTable):
             raise ValueError(
                 f"slots and inputs must have one leading shape, got {[*slots.shape[:-1]]} and {[*inputs.shape[:-1]]}"
             )
+        if slots.ndim == 1:  # of one token
+            return self.forward(slots[None], inputs[None]).squeeze(0)
         products_TM = self._compute(slots.flatten(0, -2), widened(inputs.flatten(0, -2)))
         return products_TM.unflatten(0, slots.shape[:-1])

@@ -141,6 +141,8 @@ class ValueTable(nn.Module):
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         if slots.shape != weights.shape:
             raise ValueError(f"slots and weights must have one shape, got {[*slots.shape]} and {[*weights.shape]}")
+        if slots.ndim == 1:  # of one token
+            return self.forward(slots[None], weights[None]).squeeze(0)
         y_TV = self._compute(slots.flatten(0, -2), weights.flatten(0, -2))
         return y_TV.unflatten(0, slots.shape[:-1])
 

@@ -1,6 +1,7 @@
 """Slots that are frozen, started again, and more of them."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -156,6 +157,25 @@ def test_each_row_optimizer_trains_on(kind, settings, state):
     train(model, optimizer, 1)
     assert layer.values.weight.grad is None
     assert (layer.values.weight != before).any(1)[512:].any()
+
+
+@pytest.mark.parametrize("of_tables", [True, False], ids=["all", "beside a row optimizer"])
+@pytest.mark.parametrize("change", ["grow_table", "reset_slots"])
+def test_states_that_are_not_of_elements_are_refused_before_anything_changes(change, of_tables):
+    model = model_with()
+    rows = [] if of_tables else [RowAdam(model)]
+    tables = {parameter for table in value_tables(model) for parameter in table.parameters()}
+    factored = torch.optim.Adafactor([one for one in model.parameters() if of_tables or one not in tables])
+    for optimizer in (factored, *rows):
+        train(model, optimizer, 1)
+        model.zero_grad()
+    with SlotTrace(model) as trace:
+        reads(model, *memory_layers(model).values())
+    before = copy.deepcopy(model.state_dict())
+    call = grow_table if change == "grow_table" else partial(reset_slots, usage=trace.usage)
+    with pytest.raises(ValueError, match=f"{change} needs .* got 'row_var' of .* in Adafactor: leave that"):
+        call(model, optimizer=[factored, *rows])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_what_counted_reads_before_is_refused_by_name():

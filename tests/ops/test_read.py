@@ -47,6 +47,21 @@ def test_dot_and_its_gradients_match_the_gather(size):
         torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_slots_and_weights_may_lie_anywhere(dtype):
+    table, slots, weights = inputs((11, 5, 3, 7), dtype)
+    apart_slots, apart_weights = (torch.stack([one, one], -1)[..., 0] for one in (slots, weights))
+    assert not apart_slots.is_contiguous()
+    assert not apart_weights.is_contiguous()
+    results = []
+    for leaves in ((slots, weights), (apart_slots, apart_weights)):
+        weight = leaves[1].detach().requires_grad_()
+        y = read(table, leaves[0], weight)
+        results.append((y, *torch.autograd.grad(y.sum(), weight)))
+    for result, expected in zip(*results, strict=True):
+        assert torch.equal(result, expected)
+
+
 def test_second_derivatives_of_all_three():
     table, slots, weights = inputs((6, 3, 4, 5))
     outputs = torch.randn(3, 5, dtype=torch.float64)

@@ -553,6 +553,32 @@ def test_another_optimizer_may_hold_the_companion():
         assert not torch.equal(model[1].values.weight, net()[1].values.weight)
 
 
+@pytest.mark.promise(
+    "Gradients by hand", "`Adafactor`, `Adadelta` or `Rprop` over all parameters beside a row optimizer", "refused",
+    "build it on parameters without `row_mark`",
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.Adadelta, torch.optim.Rprop])
+def test_another_optimizer_that_asks_for_more_is_told_to_leave_the_companion_out(kind):
+    model = net()
+    rest, rows = kind(model.parameters()), RowSGD(model, lr=0.1)
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="is built on parameters without row_mark"):
+        rest.step()
+    rest = kind([parameter for name, parameter in model.named_parameters() if "row_mark" not in name])
+    rest.step()
+    rows.step()
+
+
+def test_a_momentum_that_keeps_row_gradients_is_told_to_leave_the_companion_out(tmp_path):
+    model = net()
+    momentum, rows = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), RowSGD(model, lr=0.1)
+    loss_of(model).backward()
+    momentum.step()
+    rows.step()
+    with pytest.raises(RuntimeError, match="is built on parameters without row_mark"):
+        torch.save(momentum.state_dict(), tmp_path / "momentum.pt")
+
+
 def test_a_hook_masks_rows_and_scales_as_on_a_dense_gradient():
     rows, dense = net(), net()
     keep = torch.arange(16) < 8

@@ -1,3 +1,4 @@
+import collections
 import copy
 
 import numpy as np
@@ -309,6 +310,43 @@ def test_after_loading_a_state_schedulers_still_reach_the_steps():
     for group in optimizer.param_groups:
         group["lr"] = group["value_lr"] = 0.0
     before = {name: value.clone() for name, value in model.state_dict().items() if "running" not in name}
+    loss_of(model).backward()
+    optimizer.step()
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_state_that_is_set_empty_begins_anew():
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = make(query_norm="rms")
+        optimizer = MemoryAdamW(model, lr=0.1)
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if not runs:
+            optimizer.state = collections.defaultdict(dict)
+        else:
+            optimizer = rebuilt(optimizer, model)
+        loss_of(model).backward()
+        optimizer.step()
+        assert len(optimizer.state_dict()["state"]) == len(list(model.parameters())) - 1
+        runs.append(model.state_dict())
+    for name, value in runs[0].items():
+        assert torch.equal(runs[1][name], value), name
+
+
+def rebuilt(optimizer, model):
+    optimizer.release()
+    return MemoryAdamW(model, lr=0.1)
+
+
+def test_groups_that_are_set_are_those_of_the_steps():
+    model = make(query_norm="rms")
+    optimizer = MemoryAdamW(model, lr=0.1)
+    optimizer.param_groups = [{**group, "lr": 0.0, "value_lr": 0.0} for group in optimizer.param_groups]
+    before = copy.deepcopy(model.state_dict())
     loss_of(model).backward()
     optimizer.step()
     for name, value in before.items():

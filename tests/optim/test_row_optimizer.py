@@ -375,6 +375,14 @@ def test_a_state_of_a_table_of_another_size_is_refused_when_it_is_loaded(name):
     assert not other.state
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("counts", [(1, 2), (2, 1)], ids=str)
+def test_a_state_of_another_number_of_tables_is_refused_when_it_is_loaded(name, counts):
+    ours, saved = (OPTIMIZERS[name]([ValueTable(30, 4) for _ in range(count)]) for count in counts)
+    with pytest.raises(ValueError, match=r"must be of {} value tables.*got that of {}: build the".format(*counts)):
+        ours.load_state_dict(saved.state_dict())
+
+
 class Halved(nn.Module):
     def forward(self, weight):
         return weight / 2

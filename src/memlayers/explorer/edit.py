@@ -94,8 +94,8 @@ def reset_slots(model: nn.Module, usage: Mapping[str, UsageMeter], *, optimizer:
 
     Raises:
         ValueError: meters of other memories, or of too few tokens to tell what is dead; an optimizer that does not hold
-            a table that is trained; gradients that were not used yet; frozen slots or chosen rows; tables in columns,
-            in files or quantised.
+            a table that is trained, or has states of another shape than a weight (Adafactor); gradients that were not
+            used yet; frozen slots or chosen rows; tables in columns, in files or quantised.
     """
     subjects, optimizers = find_subjects(model), as_optimizers(optimizer)
     for subject in subjects:
@@ -202,8 +202,8 @@ def grow_table(model: Model, *, optimizer: Optimizers = None) -> Model:
     Raises:
         ValueError: a table that one head alone reads; a ``topk`` above an eighth of N; more than 2**16 sub-keys; keys
             or tables of other classes, in columns, in files or quantised; a model in `DistributedDataParallel`; an
-            optimizer that does not hold a table that is trained; gradients that were not used yet; frozen slots or
-            chosen rows. The model is then as it was.
+            optimizer that does not hold a table that is trained, or has states of another shape than a weight
+            (Adafactor); gradients that were not used yet; frozen slots or chosen rows. The model is then as it was.
     """
     subjects, optimizers = find_subjects(model), as_optimizers(optimizer)
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
@@ -312,6 +312,7 @@ def _require_editable(subject: Subject, optimizers: list[torch.optim.Optimizer],
     if type(keys) not in (ProductKeys, NormalisedKeys, FlatKeys):
         raise ValueError(f"{what} needs keys of memlayers, got a {type(keys).__name__} at {subject.name}")
     held = {one for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
+    _require_states_of_elements(keys.weight, optimizers, what)
     for table in subject.tables:
         weight = table._parameters.get("weight")  # none of a table of few bits, or of one that is mapped
         if type(table) not in (ValueTable, ExpertTable, InputTable) or type(weight) is not nn.Parameter:
@@ -333,8 +334,23 @@ def _require_editable(subject: Subject, optimizers: list[torch.optim.Optimizer],
                 f"{what} needs an optimizer that may move all rows, got one with rows chosen at {subject.name}: call "
                 "choose_rows(None) first, and choose again afterwards"
             )
+        _require_states_of_elements(table.weight, optimizers, what, by_row=gradient is not None)
         is_pending = any(one.grad is not None for one in (table.weight, keys.weight) if one in held)
         if is_pending or (gradient is not None and not gradient.is_empty):
             raise ValueError(
                 f"gradients of {subject.name} must have been used and cleared: call optimizer.zero_grad() first"
             )
+
+
+def _require_states_of_elements(
+    weight: nn.Parameter, optimizers: list[torch.optim.Optimizer], what: str, *, by_row: bool = False
+) -> None:
+    shapes = [weight.shape, weight.shape[:1]] if by_row else [weight.shape]
+    for optimizer in optimizers:
+        for name, state in optimizer.state.get(weight, {}).items():
+            if torch.is_tensor(state) and state.numel() > 1 and state.shape not in shapes:
+                raise ValueError(
+                    f"{what} needs optimizers with states of the shape of a weight, {[*weight.shape]}, got {name!r} of "
+                    f"{[*state.shape]} in {type(optimizer).__name__}: leave that optimizer out, and build it anew "
+                    "afterwards"
+                )

@@ -50,7 +50,8 @@ def dot_reference(table_SV: Tensor, slots_TK: Tensor, outputs_TV: Tensor) -> Ten
     kernel = dot_in_bags()
     if kernel is not None and table_SV.dtype == dtype and table_SV.is_contiguous():
         bag_T = torch.arange(num_tokens, device=slots_TK.device)
-        return kernel(outputs_TV, table_SV, slots_TK.flatten(), bag_T * topk, bag_T.repeat_interleave(topk), 0).view(
+        slots_M = slots_TK.flatten().contiguous()
+        return kernel(outputs_TV, table_SV, slots_M, bag_T * topk, bag_T.repeat_interleave(topk), 0).view(
             num_tokens, topk
         )
     d_TK = outputs_TV.new_empty(num_tokens, topk)

@@ -37,7 +37,8 @@ _said: set[str] = set()
 
 REMEDY = (
     "row gradients can be added to each other, scaled, cleared, cloned and put back. For more, change them in a hook "
-    "(ValueTable.register_row_hook), or call release() on the row optimizer and train the table with dense gradients"
+    "(ValueTable.register_row_hook), or call release() on the row optimizer and train the table with dense gradients. "
+    "Another optimizer that asks for more, or keeps them in its states, is built on parameters without row_mark"
 )
 
 

@@ -125,6 +125,7 @@ class MemoryAdamW(TableOwner):
         return [] if self._rows is None else self._rows.tables
 
     def _update(self) -> None:
+        self._share()  # somebody may have set other groups, or an empty state, since the last step
         if self._idle_steps is not None:
             self._require_gradients()
         if self._rows is not None and Ranks.of(self._process_group) is None:

@@ -166,6 +166,11 @@ class TableOwner(torch.optim.Optimizer, ABC):
                     f"state_dict must be of {_rule(ours)}, got that of {_rule(saved)} for the same group: build the "
                     "optimizer as the saved one was, or load the weights alone, and train on with a new optimizer"
                 )
+            if "value_lr" in ours and len(ours["params"]) != len(saved["params"]):
+                raise ValueError(
+                    f"state_dict must be of {len(ours['params'])} value tables, as this optimizer's, got that of "
+                    f"{len(saved['params'])}: build the model as the saved one was, or train on with a new optimizer"
+                )
             if missing := [name for name in ("rounding", "moments", "updates") if name in ours and name not in saved]:
                 raise ValueError(
                     f"state_dict must say {', '.join(map(repr, missing))} for its value tables: memlayers 0.1.0 saved "
