@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from memlayers import MemoryLayer
+from memlayers.explorer import grow_table
 from memlayers.models import (
     MemoryGPT2Config,
     MemoryGPT2LMHeadModel,
@@ -29,6 +31,7 @@ from memlayers.models import (
     add_memory,
     causal_lm,
     memory_layers,
+    quantize_memory,
 )
 
 FILES = {"config.json", "generation_config.json", "memory_config.json", "model.safetensors", "modeling_memlayers.py"}
@@ -63,6 +66,23 @@ def test_the_same_logits_come_back(plain, memory_config, tmp_path, load, share_v
     assert loaded.config.placement == MemoryPlacement(config=memory_config, layers=[1, 3], share_values=share_values)
     assert memory_layers(loaded).keys() == memory_layers(model).keys()
     assert (tables(loaded)[0] is tables(loaded)[1]) is share_values
+
+
+@pytest.mark.promise(
+    "Saving and loading", "`grow_table` or `quantize_memory` of a part of a model, which is then saved", "supported", ""
+)
+@pytest.mark.parametrize("share_values", [True, False])
+@pytest.mark.parametrize("change", [grow_table, quantize_memory])
+def test_what_became_of_a_part_is_saved(plain, memory_config, tmp_path, share_values, change):
+    config = dataclasses.replace(memory_config, heads=2, topk=2, num_subkeys=16)
+    model = add_memory(plain, config, [1, 3], share_values=share_values)
+    change(model.base_model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert (tables(loaded)[0] is tables(loaded)[1]) is share_values
+    assert [type(table) for table in tables(loaded)] == [type(table) for table in tables(model)]
+    assert loaded.config.placement == model.config.placement
 
 
 def test_every_parameter_and_buffer_comes_back(with_memory, tmp_path):

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from itertools import chain, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -30,7 +30,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 
 from memlayers.distributed.whole import has_columns, whole_tables, with_whole_tables
 from memlayers.files import replaced_together
-from memlayers.layer import MemoryLayer
+from memlayers.layer import MemoryLayer, memory_layers
 from memlayers.models.adapters import freezing_noticed, warn_of_adapters_alone
 from memlayers.models.auto_classes import auto_classes
 from memlayers.models.folder import (
@@ -190,8 +190,10 @@ class MemoryMixin(PreTrainedModel):
 
     def undeclare_memories(self) -> None:
         """The inverse of `declare_memories`, while the memories are still there."""
-        tables = self._tied_tables()
-        tied = {name: source for name, source in (self._tied_weights_keys or {}).items() if name not in tables}
+        named = self.named_modules(remove_duplicate=False)
+        tables = {name for name, module in named if isinstance(module, ValueTable)}
+        keys = self._tied_weights_keys or {}
+        tied = {key: source for key, source in keys.items() if key.rpartition(".")[0] not in tables}
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ())} - self._parts_of_memories()
         self.__dict__.pop("_tied_weights_keys", None)
         if tied != (type(self)._tied_weights_keys or {}):
@@ -285,6 +287,12 @@ class MemoryMixin(PreTrainedModel):
         stale = rf"model{variant}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{variant}\.json|{WEIGHTS}"
         if not keeps_card(Path(save_directory)):  # of a memory alone, which was here before
             stale += "|" + re.escape(CARD)
+        # A part may have been grown or quantised alone, from where the whole is not seen.
+        for memory in islice(memory_layers(self).values(), 1):
+            built = {"config": memory.config, "value_bits": getattr(memory.values, "bits", None)}
+            if dataclasses.replace(self.config.placement, **built) != self.config.placement:
+                with redeclared(self, **built):
+                    pass
         # Old names of weights are translated for the plain type of model, on loading, and back on saving; not for ours.
         kwargs.setdefault("save_original_format", False)
         of_adapters = getattr(self, "_hf_peft_config_loaded", False)
