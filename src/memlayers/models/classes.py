@@ -289,7 +289,7 @@ class MemoryMixin(PreTrainedModel):
             stale += "|" + re.escape(CARD)
         # A part may have been grown or quantised alone, from where the whole is not seen.
         for memory in islice(memory_layers(self).values(), 1):
-            built = {"config": memory.config, "value_bits": getattr(memory.values, "bits", None)}
+            built: dict[str, Any] = {"config": memory.config, "value_bits": getattr(memory.values, "bits", None)}
             if dataclasses.replace(self.config.placement, **built) != self.config.placement:
                 with redeclared(self, **built):
                     pass
