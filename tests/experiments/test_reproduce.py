@@ -440,6 +440,19 @@ def test_equal_time_is_reckoned_from_the_curve_and_the_speed(tiny):
     assert [claim.holds for claim in equal] == [True, True]
 
 
+@pytest.mark.parametrize("scale_name", ["laptop", "gpu", "paper"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_point_of_a_plot_hides_another(name, scale_name):
+    """As one of a larger budget would."""
+    done = {"failed": None, "validation": {"perplexity": 2.0, "usage": {}}}
+    there = {}
+    for run in EXPERIMENTS[name].runs(scale(scale_name), lambda config: done):
+        if run.series:
+            there.setdefault((run.series, run.x), set()).add((run.point, run.config.training.tokens))
+    assert [points for points in there.values() if len(points) > 1] == []
+    assert there or name == "speed"
+
+
 @pytest.mark.slow
 def test_depth_goes_from_rates_to_seeds_to_the_large_budget(tiny, trained, corpus, tmp_path):
     content = reproduce("depth", tmp_path, corpus=corpus)

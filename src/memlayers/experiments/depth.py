@@ -48,7 +48,9 @@ def at_rate(scale: Scale, name: str, rate: float, *, seed: int = 0, tokens: int 
     layers, memories = models(scale)[name]
     config = scale.run(*memories, layers=layers, tokens=tokens, seed=seed, fields={"training.learning_rate": rate})
     series = f"{len(memories)} memories" if len(memories) != 1 else "1 memory"
-    return Run(name if tokens in (None, scale.grid_tokens) else final(name, scale), config, series, layers)
+    if tokens not in (None, scale.grid_tokens):
+        name, series = final(name, scale), final(series, scale)
+    return Run(name, config, series, layers)
 
 
 def best_rate(scale: Scale, found: Found, name: str) -> float | None:
