@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel, Llama
 from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, load_memory, save_memory
 from memlayers.files import file_sha256, read_sealed, write_sealed
 from memlayers.models import MemoryGPT2LMHeadModel, add_memory, causal_lm, memory_layers, remove_memory
-from memlayers.models import classes as classes_module
+from memlayers.models import memory_alone
 from memlayers.models import storage as storage_module
 
 IDS = torch.arange(24).view(2, 12)
@@ -351,7 +351,7 @@ def test_a_repository_of_the_hub(memory_config, tmp_path, monkeypatch):
         asked.append((name, options))
         return str(tmp_path / "memory" / file) if name == "some-team/memory" else None
 
-    monkeypatch.setattr(classes_module, "cached_file", cached_file)
+    monkeypatch.setattr(memory_alone, "cached_file", cached_file)
     kind = type(model)
     loaded = kind.from_pretrained("some-team/memory", revision="v2")
     assert torch.equal(logits(loaded), logits(model))
