@@ -15,8 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel, Llama
 
 from memlayers import Experts, MemoryConfig, MemoryLayer, MemoryPlus, load_memory, save_memory
 from memlayers.files import file_sha256, read_sealed, write_sealed
-from memlayers.models import MemoryGPT2LMHeadModel, add_memory, causal_lm, memory_layers, remove_memory
-from memlayers.models import memory_alone
+from memlayers.models import MemoryGPT2LMHeadModel, add_memory, causal_lm, memory_alone, memory_layers, remove_memory
 from memlayers.models import storage as storage_module
 
 IDS = torch.arange(24).view(2, 12)
