@@ -73,7 +73,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_waiting_for_disks():
-    """Tests cut no power: what is written is read from memory, and 13,000 calls of some folders alone took 79 s."""
+    """Tests cut no power: what is written is read from memory, and each call waits for milliseconds, of which there are thousands."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
