@@ -73,7 +73,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_waiting_for_disks():
-    """Tests cut no power: what is written is read from memory, and each call waits for milliseconds, of which there are thousands."""
+    """Tests cut no power: what is written is read from memory. Thousands of calls would wait for milliseconds each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
