@@ -10,24 +10,28 @@ from pathlib import Path
 import pytest
 import torch
 
-# What `make test-fast` leaves out: folders and files whose tests train, compile or start processes for seconds.
+# What `make test-fast` leaves out: files and folders whose tests train, write models, compile or start processes for
+# seconds, and tests that compile in others.
 LONG = (
     "bench", "benchmarks", "cli/test_failures.py", "cli/test_refusals.py", "diagnosis/test_faults.py",
-    "diagnosis/test_trainer_callback.py", "diagnosis/test_untouched.py", "distributed", "experiments",
-    "explorer/test_explore.py", "finetuning/test_trainer_callback.py", "lm/data/sources",
-    "lm/data/test_descriptors.py", "lm/data/test_prepare.py", "lm/data/test_ready_text.py", "lm/data/test_restart.py",
-    "lm/test_config_presets.py", "lm/test_dry_run.py", "lm/test_evaluate.py", "lm/test_faults.py",
-    "lm/test_footprint.py", "lm/test_generate.py", "lm/test_golden_losses.py", "lm/test_resume.py",
-    "lm/test_retrofit.py", "lm/test_run.py", "lm/test_tables.py", "lm/test_train.py",
-    "models/test_cached_generation.py", "models/test_checkpoints.py", "models/test_classes.py",
-    "models/test_export.py", "models/test_families.py", "models/test_heads.py", "models/test_hf_trainer.py",
-    "models/test_hostile_folders.py", "models/test_integrations.py", "models/test_load_memory.py",
-    "models/test_masks.py", "models/test_peft.py", "models/test_quantised.py", "models/test_suitable.py",
-    "models/test_threads.py", "ops/cpu", "ops/test_gpu_code.py", "ops/test_gpu_dispatch.py",
-    "optim/test_distributed_checkpoint.py", "optim/test_trainer.py", "test_cli.py", "test_docs.py",
+    "diagnosis/test_trainer_callback.py", "diagnosis/test_untouched.py", "distributed", "experiments", "explorer",
+    "finetuning/test_trainer_callback.py", "lm/data/sources", "lm/data/test_descriptors.py",
+    "lm/data/test_prepare.py", "lm/data/test_ready_text.py", "lm/data/test_restart.py", "lm/test_config_presets.py",
+    "lm/test_dry_run.py", "lm/test_evaluate.py", "lm/test_faults.py", "lm/test_footprint.py", "lm/test_generate.py",
+    "lm/test_golden_losses.py", "lm/test_resume.py", "lm/test_retrofit.py", "lm/test_run.py", "lm/test_tables.py",
+    "lm/test_train.py", "models/test_cached_generation.py", "models/test_checkpoints.py", "models/test_classes.py",
+    "models/test_export.py", "models/test_families.py", "models/test_folder.py", "models/test_heads.py",
+    "models/test_hf_trainer.py", "models/test_hostile_folders.py", "models/test_identity.py",
+    "models/test_install.py", "models/test_integrations.py", "models/test_load_memory.py", "models/test_masks.py",
+    "models/test_named.py", "models/test_peft.py", "models/test_presets.py", "models/test_quantise.py",
+    "models/test_quantised.py", "models/test_save_memory.py", "models/test_suitable.py", "models/test_summary.py",
+    "models/test_targets.py", "models/test_threads.py", "ops/cpu", "ops/test_gpu_code.py",
+    "ops/test_gpu_dispatch.py", "optim/test_distributed_checkpoint.py", "optim/test_gradients_by_hand.py",
+    "optim/test_trainer.py", "storage/test_saved.py", "storage/test_undo.py", "test_cli.py", "test_docs.py",
     "test_examples.py", "test_export.py", "test_import.py", "test_package.py", "test_readme.py",
     "test_torch_private.py",
 )  # fmt: skip
+LONG_NAMES = ("compile", "registered_as_torch_expects")
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +60,7 @@ gc.disable()  # until everything is imported: what that makes stays, and would b
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if is_long(item.path):
+        if is_long(item.path) or any(name in item.name for name in LONG_NAMES):
             item.add_marker(pytest.mark.long)
 
 

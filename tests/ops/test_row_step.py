@@ -20,7 +20,7 @@ CASES = [
     (997, [(40, 5), (0, 3), (7, 2)], 131),
     (3, [(700, 2)], 5),  # more entries of a row than a task has
     (2048, [(900, 3)], 33),
-    (5_000_000, [(30, 4)], 3),
+    (5_000_000, [(30, 4)], 1),
 ]
 RULES = ["adam", "adagrad", "row adagrad", "sgd"]
 ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6}
