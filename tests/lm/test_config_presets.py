@@ -56,7 +56,7 @@ def test_a_comparison_is_three_runs_from_one_base():
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="memory_layers must name at least one block"):
         preset("paper-24x1024").runs()
-    with pytest.raises(ValueError, match="^deep_learning_rate must be a finite number above 0, got -1"):
+    with pytest.raises(ValueError, match="^deep_learning_rate must be a finite number above 0 .*, got -1"):
         dataclasses.replace(preset("demo"), deep_learning_rate=-1.0)
     with pytest.raises(ValueError, match="preset must be one of 'demo', .* got 'nonsense'"):
         preset("nonsense")

@@ -392,6 +392,7 @@ def test_a_run_that_did_not_finish_is_replaced_only_on_demand(tiny_config, tiny_
             "training.precision must be .* on cpu, got 'fp16'",
         ),
         ({"training": {"tokens": 10**15}}, {}, "training.tokens must be fewer: the order of .* windows alone"),
+        ({"training": {"batch_tokens": 16 * 10**12}}, {}, "training.batch_tokens must be fewer: .* got 16,000,000,000"),
         ({}, {"WORLD_SIZE": "2"}, "RANK must be set where WORLD_SIZE is 2: start the command with torchrun"),
         ({}, {"WORLD_SIZE": "many"}, "WORLD_SIZE must be an integer of at least 1, got 'many'"),
     ],

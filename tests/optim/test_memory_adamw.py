@@ -419,6 +419,7 @@ def test_release_gives_dense_gradients_back():
         ({"value_lr": -1.0}, "value_lr must be a finite number of at least 0, got -1.0"),
         ({"value_max_grad_norm": 0.0}, "value_max_grad_norm must be a finite number above 0, got 0.0"),
         ({"value_rounding": "down"}, "value_rounding must be one of 'nearest', 'stochastic', got 'down'"),
+        ({"schedule_values": "no"}, "schedule_values must be True or False, got 'no'"),
         ({"value_moments": "half"}, "value_moments must be one of 'float32', 'bfloat16', got 'half'"),
         ({"lr": float("nan")}, "lr must be a finite number of at least 0, got nan"),
         ({"betas": (0.9, 1)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1\)"),

@@ -551,6 +551,7 @@ def test_it_cannot_be_copied_nor_given_more_groups(make):
         ({"lr": "fast"}, "lr must be a finite number .* got 'fast'"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be a finite number above 0, got 0.0"),
         ({"rounding": "up"}, "rounding must be one of 'nearest', 'stochastic', got 'up'"),
+        ({"schedule_values": "no"}, "schedule_values must be True or False, got 'no'"),
     ],
 )
 def test_bad_settings_are_named_and_no_table_is_taken(make, settings, named):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -67,6 +68,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """What argparse refuses is an error like all others."""
+        if found := re.match(r"argument (--\S+): expected ", message):
+            message += f"; a value that begins with a hyphen is written {found[1]}=VALUE"
         raise ValueError(message)
 
     def _refuse_second_lists(self, words: Sequence[str]) -> None:

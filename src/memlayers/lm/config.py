@@ -18,6 +18,7 @@ ValueOptimizer = Literal["rows", "dense", "sparse"]
 MemoryKind = Literal["memory", "memory_plus", "experts"]
 MemoryMode = Literal["replace", "parallel"]
 
+MOST_RATE = 1e6  # torch's optimizers break off where a rate over a bias correction is no float32
 HOST, MAPPED = "host", "mapped:"  # in `RunConfig.memory_values`; the folder follows
 _WITHOUT_EFFECT = ("training.save_every_tokens", "training.keep_checkpoints")  # on the result of a run
 OF_MEMORIES = ("memory", "training.value_", "training.selector_")  # without effect where there are none
@@ -59,8 +60,8 @@ class TrainingConfig:
     accumulate: int = setting(
         1, "parts that a step is computed in, one after the other: less memory; each has its BatchNorm", least=1
     )
-    learning_rate: float = setting(2e-3, "peak, of everything but the memory's values", above=0)
-    value_learning_rate: float = setting(3e-2, "of the memory's values", above=0)
+    learning_rate: float = setting(2e-3, "peak, of everything but the memory's values", above=0, below=MOST_RATE)
+    value_learning_rate: float = setting(3e-2, "of the memory's values", above=0, below=MOST_RATE)
     value_optimizer: ValueOptimizer = setting(
         "rows", '"rows": RowAdam; "dense", "sparse": Adam and SparseAdam of PyTorch, to compare with'
     )
@@ -68,7 +69,10 @@ class TrainingConfig:
         "constant", '"constant": value_learning_rate throughout; "same": as a peak, on the schedule of the rest'
     )
     selector_learning_rate: float | None = setting(
-        None, "peak, of the memory's query (with its norm) and keys; 0: frozen; None: learning_rate", least=0
+        None,
+        "peak, of the memory's query (with its norm) and keys; 0: frozen; None: learning_rate",
+        least=0,
+        below=MOST_RATE,
     )
     schedule: Schedule = setting(
         "cosine", "after the warm-up: to zero on a cosine, by the inverse square root, or not at all"
@@ -82,7 +86,7 @@ class TrainingConfig:
         200_000, "training tokens between two evaluations; rounded up to whole steps", least=1
     )
     eval_tokens: int = setting(
-        65_536, "validation tokens of an evaluation: the longest prefix of whole documents", least=2
+        65_536, "validation tokens of an evaluation: the longest prefix of whole documents, at least one", least=2
     )
     save_every_tokens: int | None = setting(
         None, "training tokens between two checkpoints; None: one at every evaluation", least=1

@@ -6,7 +6,7 @@ from typing import Any
 
 from memlayers.checks import setting
 from memlayers.config import MemoryConfig
-from memlayers.lm.config import ModelConfig, RunConfig, TrainingConfig
+from memlayers.lm.config import MOST_RATE, ModelConfig, RunConfig, TrainingConfig
 from memlayers.lm.data import DataConfig
 
 
@@ -19,9 +19,11 @@ class Comparison(RunConfig):
     """
 
     base_learning_rate: float | None = setting(
-        None, "of the N layers without a memory; None: training.learning_rate", above=0
+        None, "of the N layers without a memory; None: training.learning_rate", above=0, below=MOST_RATE
     )
-    deep_learning_rate: float | None = setting(None, "of the 2N layers; None: training.learning_rate", above=0)
+    deep_learning_rate: float | None = setting(
+        None, "of the 2N layers; None: training.learning_rate", above=0, below=MOST_RATE
+    )
 
     def run(self) -> RunConfig:
         """The model that the preset is named for: N layers, with the memory if it has one."""

@@ -121,9 +121,10 @@ def text_of(config: RunConfig, corpus: Corpus) -> Text:
     windows = training_windows(config, corpus)
     count = config.training.steps * config.batch_windows
     if 4 * count > available_memory("cpu"):
+        name = "tokens" if config.training.steps > 1 else "batch_tokens"
         raise ValueError(
-            f"training.tokens must be fewer: the order of {count:,} windows alone does not fit into memory, "
-            f"got {config.training.tokens:,}"
+            f"training.{name} must be fewer: the order of {count:,} windows alone does not fit into memory, "
+            f"got {getattr(config.training, name):,}"
         )
     return Text(corpus, windows, training_order(windows, count, config.training.seed, config.data.weights))
 

@@ -85,7 +85,13 @@ class MemoryAdamW(TableOwner):
         self._process_group = process_group
         groups = dense_groups(model, plain_number(weight_decay), selector_lr)
         tables = [table for table in value_tables(model) if not table.untrainable and table.weight.requires_grad]
-        require_row_settings(lr=value_lr, max_grad_norm=value_max_grad_norm, rounding=value_rounding, prefix="value_")
+        require_row_settings(
+            lr=value_lr,
+            max_grad_norm=value_max_grad_norm,
+            rounding=value_rounding,
+            schedule_values=schedule_values,
+            prefix="value_",
+        )
         require_choice("value_moments", value_moments, get_args(Moments))
         if not groups and not tables:
             raise ValueError("model must have at least one parameter that requires a gradient, got none")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from memlayers.checks import plain_number, require_choice, require_number
+from memlayers.checks import plain_number, require_bool, require_choice, require_number
 from memlayers.distributed.agreement import Ranks, agreed, fingerprint, own_part, take_from_first
 from memlayers.distributed.columns import ColumnTable
 from memlayers.distributed.exchange import Held, exchange, packed, scaled
@@ -88,7 +88,7 @@ class RowOptimizer(TableOwner):
             raise ValueError(_ONE_WEIGHT)
         if any(isinstance(table, ColumnTable) for table in tables):
             _check_columns(tables, process_group, per_row=settings.get("per_row", False))
-        require_row_settings(lr=lr, max_grad_norm=max_grad_norm, rounding=rounding)
+        require_row_settings(lr=lr, max_grad_norm=max_grad_norm, rounding=rounding, schedule_values=schedule_values)
         lr, max_grad_norm = plain_number(lr), plain_number(max_grad_norm)
         settings = {name: plain_number(value) for name, value in settings.items()}
         self._process_group = process_group
@@ -344,12 +344,15 @@ class RowOptimizer(TableOwner):
         self._tables = []
 
 
-def require_row_settings(*, lr: float, max_grad_norm: float | None, rounding: str, prefix: str = "") -> None:
-    """Checks what every row optimizer has; the names of its settings begin with a prefix."""
+def require_row_settings(
+    *, lr: float, max_grad_norm: float | None, rounding: str, schedule_values: bool, prefix: str = ""
+) -> None:
+    """Checks what every row optimizer has; the names of its own settings begin with a prefix."""
     require_number(f"{prefix}lr", lr, least=0.0)
     if max_grad_norm is not None:
         require_number(f"{prefix}max_grad_norm", max_grad_norm, above=0.0)
     require_choice(f"{prefix}rounding", rounding, get_args(Rounding))
+    require_bool("schedule_values", schedule_values)
 
 
 def _is_computed(table: ValueTable) -> bool:
