@@ -440,6 +440,28 @@ def test_equal_time_is_reckoned_from_the_curve_and_the_speed(tiny):
     assert [claim.holds for claim in equal] == [True, True]
 
 
+def test_the_best_rate_of_the_values_is_claimed_when_all_rates_ended():
+    sizes = scale("laptop")
+    low, middle, high = sizes.value_rates
+    asked = EXPERIMENTS["updates"]
+    results = dict.fromkeys(run.point for run in planned(asked, sizes))
+
+    def judged():
+        return [
+            claim.holds for claim in asked.claims(sizes, {name: point([one], 0.01) for name, one in results.items()})
+        ]
+
+    results |= {f"{rule}, values at {middle:g}": record(4.0) for rule in ("row Adam", "dense Adam", "SparseAdam")}
+    assert judged() == [None, None, None]
+    results |= {f"row Adam, values at {low:g}": record(5.0), f"row Adam, values at {high:g}": record(failed="stopped")}
+    assert judged() == [None, None, True]
+    results |= {f"dense Adam, values at {rate:g}": record(3.0) for rate in (low, high)}
+    results |= {f"SparseAdam, values at {rate:g}": record(5.0) for rate in (low, high)}
+    assert judged() == [False, True, True]
+    results[f"row Adam, values at {low:g}"] = record(2.0)
+    assert judged() == [True, True, False]
+
+
 @pytest.mark.parametrize("scale_name", ["laptop", "gpu", "paper"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_no_point_of_a_plot_hides_another(name, scale_name):

@@ -22,28 +22,40 @@ def _runs(scale: Scale, found: Found) -> list[Run]:
     return runs
 
 
+def _best(scale: Scale, points: Points, rule: str) -> float | None:
+    """The rate of the lowest perplexity; None until runs at all rates ended, and where none of them has a result."""
+    losses = {}
+    for rate in scale.value_rates:
+        one = points[_name(rule, rate)]
+        if one.perplexity is not None:
+            losses[rate] = one.perplexity
+        elif not one.failed:
+            return None
+    return min(losses, key=losses.__getitem__, default=None)
+
+
 def _claims(scale: Scale, points: Points) -> list[Claim]:
-    best = {}
-    for rule in RULES:
-        losses = {rate: points[_name(rule, rate)].perplexity for rate in scale.value_rates}
-        known = {rate: loss for rate, loss in losses.items() if loss is not None}
-        if known:
-            best[rule] = min(known, key=known.__getitem__)
+    best = {rule: _best(scale, points, rule) for rule in RULES}
+    rates = {rule: "not known yet" if rate is None else f"{rate:g}" for rule, rate in best.items()}
+    at_best = {rule: None if rate is None else points[_name(rule, rate)] for rule, rate in best.items()}
     claims = []
     for rule in ("dense", "sparse"):
-        if rule in best and "rows" in best:
-            rows, other = points[_name("rows", best["rows"])], points[_name(rule, best[rule])]
-            worse = is_below(other, rows)
-            claims.append(
-                Claim(
-                    f"Row Adam is no worse than {RULES[rule]}, each at its best rate for the values "
-                    f"({best['rows']:g} and {best[rule]:g}): {versus(rows, other)}.",
-                    None if rows.error is None or other.error is None else not worse,
-                )
+        rows, other = at_best["rows"], at_best[rule]
+        known = rows is not None and other is not None and rows.error is not None and other.error is not None
+        claims.append(
+            Claim(
+                f"Row Adam is no worse than {RULES[rule]}, each at its best rate for the values "
+                f"({rates['rows']} and {rates[rule]}): {versus(rows, other)}.",
+                not is_below(other, rows) if known else None,
             )
-    if "rows" in best:
-        at_edge = best["rows"] in (min(scale.value_rates), max(scale.value_rates))
-        claims.append(Claim(f"The best rate of the values, {best['rows']:g}, is not at the edge.", not at_edge))
+        )
+    edges = min(scale.value_rates), max(scale.value_rates)
+    claims.append(
+        Claim(
+            f"The best rate of the values for row Adam ({rates['rows']}) is not at the edge.",
+            None if best["rows"] is None else best["rows"] not in edges,
+        )
+    )
     return claims
 
 
