@@ -18,7 +18,15 @@ from memlayers import (
     quantize_memory,
     save_memory,
 )
-from memlayers.models import add_memory, causal_lm, freeze_base, memory_layers, memory_summary, remove_memory
+from memlayers.models import (
+    MemoryLlamaForCausalLM,
+    add_memory,
+    causal_lm,
+    freeze_base,
+    memory_layers,
+    memory_summary,
+    remove_memory,
+)
 from memlayers.models.wrappers import find_wrappers
 from memlayers.optim import MemoryAdamW
 
@@ -215,6 +223,20 @@ def test_an_adapter_is_saved_without_the_memory_and_loaded_beside_it(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 4096
     with_memory = copy.deepcopy(model).unload()
     torch.testing.assert_close(logits(PeftModel.from_pretrained(with_memory, tmp_path)), expected, rtol=0, atol=1e-6)
+
+
+def test_adapters_beside_a_memory_or_on_it_come_with_every_class(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    model = add_memory(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), MEMORY, [2], mode="parallel")
+    nn.init.ones_(model.model.layers[1].mlp.gate)
+    save_memory(model, tmp_path / "memory")
+    wrapped = lora(AutoModelForCausalLM.from_pretrained(tmp_path / "memory"), init_lora_weights=False)
+    for folder in (tmp_path / "adapter", tmp_path / "memory"):
+        wrapped.save_pretrained(folder)
+        for kind in (AutoModelForCausalLM, MemoryLlamaForCausalLM):
+            loaded = kind.from_pretrained(folder)
+            assert torch.equal(logits(loaded), logits(wrapped)), (folder, kind)
+            assert loaded.name_or_path == str(tmp_path / "memory")
 
 
 def test_generation_with_beams():

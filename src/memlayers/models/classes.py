@@ -27,6 +27,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.peft import maybe_load_adapters
 
 from memlayers.distributed.whole import has_columns, whole_tables, with_whole_tables
 from memlayers.files import replaced_together
@@ -327,8 +328,11 @@ class MemoryMixin(PreTrainedModel):
         """
         values = kwargs.pop("values", "memory")
         name = pretrained_model_name_or_path
-        hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
-        folder = None if name is None or kwargs.get("gguf_file") else find_memory_alone(name, **hub)
+        hub: Any = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+        # As `transformers` does for a whole model: adapters in the folder, or the base of a folder of adapters alone.
+        of_adapters, base, adapters = maybe_load_adapters(name, hub, **(kwargs.get("adapter_kwargs") or {}))
+        of_base = {key: value for key, value in hub.items() if base == name or key not in ("revision", "subfolder")}
+        folder = None if name is None or kwargs.get("gguf_file") else find_memory_alone(base, **of_base)
         if folder is None:
             if values != "memory":
                 raise ValueError(
@@ -344,8 +348,8 @@ class MemoryMixin(PreTrainedModel):
                 if key.startswith(memories):
                     check_values(tensor, f"{key!r} of {str(name)!r}")
             return loaded
-        adapters = dict(kwargs.pop("adapter_kwargs", None) or {})  # of an Auto class that was given their folder
-        options = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+        of_folders = ("revision", "subfolder", "adapter_kwargs")
+        options = {key: value for key, value in kwargs.items() if key not in of_folders}
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(folder if config is None else config)  # type: ignore[union-attr]
             for key in [key for key in options if hasattr(config, key) and key not in OPTIONS_OF_MODELS]:
@@ -353,14 +357,15 @@ class MemoryMixin(PreTrainedModel):
         description = read_description(folder)
         loaded = load_base(folder, description, cls.plain_class, config, **options)
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # with output_loading_info
-        with saying_whose_memory(name, description, cls.plain_class):
+        with saying_whose_memory(base, description, cls.plain_class):
             load_memories(model, folder, description, values=values)
         # What is trained on this model (an adapter of PEFT) begins with base and memory; the base alone is recorded.
-        place = Path(name, hub.get("subfolder", "")) if os.path.isdir(name) else name
+        place = Path(base, of_base.get("subfolder", "")) if os.path.isdir(base) else base
         model.name_or_path = model.config._name_or_path = str(place)
-        if (of_adapters := adapters.pop("_adapter_model_path", None)) is not None:
+        if of_adapters is not None:
+            token = {"token": hub["token"]} if "token" in hub else {}
             adapter_name = kwargs.get("adapter_name", "default")
-            model.load_adapter(of_adapters, adapter_name=adapter_name, adapter_kwargs=adapters)
+            model.load_adapter(of_adapters, adapter_name=adapter_name, adapter_kwargs={**adapters, **token})
         return (model, *info) if info else model
 
     @classmethod
