@@ -363,6 +363,10 @@ def test_what_is_refused(plain, with_memory, memory_config, tmp_path):
     net.third.memory.values = net.first.memory.values
     with pytest.raises(ValueError, match="share one table or none, got 2 for 3"):
         save_memory(net, tmp_path / "saved")
+    net = add_memory(Net(), memory_config, ["first"], mode="parallel")
+    with pytest.raises(ValueError, match=r"the one that add_memory was given, got a Sequential .*: it is model\.1\.0$"):
+        save_memory(nn.Sequential(nn.ReLU(), nn.Sequential(net)), tmp_path / "saved")
+    net = add_memory(Net(), memory_config, ["first", "second", "third"])
     net.second.memory = MemoryLayer(MemoryConfig(dim=16, heads=1, topk=3, num_subkeys=6, query_dim=8))
     with pytest.raises(ValueError, match="one kind, configuration and mode, .* got another one at second"):
         save_memory(net, tmp_path / "saved")

@@ -116,6 +116,12 @@ def _base_of(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
         gone = tuple(f"{base_name(model, path)}." for path in others)
         differing = [name for name in differing if not name.startswith(gone)]
     if differing:
+        ends = (name.removesuffix(differing[0]) for name in now.tensors if name.endswith(f".{differing[0]}"))
+        if part := next((end for end in ends if all(end + name in now.tensors for name in before.tensors)), None):
+            raise ValueError(
+                f"model must be the one that add_memory was given, got a {type(model).__name__} around it: it is "
+                f"model.{part.rstrip('.')}"
+            )
         advice = "save a base that was trained along with save_pretrained, or freeze it"
         if set(differing) <= base_buffers(model):
             modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in differing))
