@@ -297,6 +297,7 @@ def test_a_plot_has_a_panel_for_usage_where_there_are_memories_also_for_levels()
     quality, used = _plot(EXPERIMENTS["equivalent"], dense | memory).axes
     assert [*used.lines[0].get_ydata()] == [40.0, 40.0]
     assert used.get_xlim() == quality.get_xlim()
+    assert [tick.get_text() for tick in quality.get_xticklabels()] == ["100,000", "200,000"]
 
 
 def test_a_point_is_the_mean_with_its_standard_error():
