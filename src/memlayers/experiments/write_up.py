@@ -202,8 +202,8 @@ def _plot(experiment: Experiment, series: Places) -> "Figure":
         axes.spines[["top", "right"]].set_visible(False)
         if experiment.log_x:
             axes.set_xscale("log", base=2)
-            xs = sorted({x for places in series.values() for x in places if x is not None})
-            axes.set_xticks(xs, [f"{x:,.0f}" if x >= 1 else f"{x:g}" for x in xs])
+            ticks = sorted({x for places in series.values() for x in places if x is not None})
+            axes.set_xticks(ticks, [f"{x:,.0f}" if x >= 1 else f"{x:g}" for x in ticks])
             axes.minorticks_off()
         else:
             axes.xaxis.get_major_locator().set_params(integer=True)  # layers, seeds, blocks

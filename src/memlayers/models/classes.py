@@ -330,7 +330,7 @@ class MemoryMixin(PreTrainedModel):
         name = pretrained_model_name_or_path
         hub: Any = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
         # As `transformers` does for a whole model: adapters in the folder, or the base of a folder of adapters alone.
-        of_adapters, base, adapters = maybe_load_adapters(name, hub, **(kwargs.get("adapter_kwargs") or {}))
+        of_adapters, base, adapters = maybe_load_adapters(name, {**hub}, **(kwargs.get("adapter_kwargs") or {}))
         of_base = {key: value for key, value in hub.items() if base == name or key not in ("revision", "subfolder")}
         folder = None if name is None or kwargs.get("gguf_file") else find_memory_alone(base, **of_base)
         if folder is None:
