@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memlayers.experiments.experiment import Claim, Experiment, Found, Run, Table
-from memlayers.experiments.points import Points, is_below, loss_at_time, versus
+from memlayers.experiments.points import Points, best_of, is_below, loss_at_time, versus
 from memlayers.experiments.records import Record
 from memlayers.experiments.scales import Scale
 from memlayers.lm.config import RunConfig
@@ -61,8 +61,7 @@ def best_rate(scale: Scale, found: Found, name: str) -> float | None:
         if record is None:
             return None
         losses[rate] = math.inf if record["failed"] else record["validation"]["perplexity"]
-    best = min(scale.rates, key=losses.__getitem__)
-    return None if losses[best] == math.inf else best
+    return best_of(losses)
 
 
 def _runs(scale: Scale, found: Found) -> list[Run]:

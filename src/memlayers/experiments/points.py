@@ -82,6 +82,14 @@ def pooled_noise(groups: Sequence[Sequence[Record | None]]) -> float | None:
     return math.sqrt(squares / freedom) if freedom else None
 
 
+def best_of(perplexities: Mapping[float, float | None]) -> float | None:
+    """The rate of the lowest perplexity; None as long as one is None, and where all are those of failed runs (inf)."""
+    known = {rate: perplexity for rate, perplexity in perplexities.items() if perplexity is not None}
+    if len(known) < len(perplexities) or min(known.values()) == math.inf:
+        return None
+    return min(known, key=known.__getitem__)
+
+
 def is_below(one: Point | None, other: Point | None) -> bool | None:
     """Whether a perplexity is below another by more than two standard errors of their difference.
 

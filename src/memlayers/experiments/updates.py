@@ -1,7 +1,9 @@
 """updates: what trains the values, and at which rate."""
 
+import math
+
 from memlayers.experiments.experiment import Claim, Experiment, Found, Run
-from memlayers.experiments.points import Points, is_below, versus
+from memlayers.experiments.points import Points, best_of, is_below, versus
 from memlayers.experiments.scales import Scale
 from memlayers.lm.config import RunConfig
 
@@ -24,14 +26,8 @@ def _runs(scale: Scale, found: Found) -> list[Run]:
 
 def _best(scale: Scale, points: Points, rule: str) -> float | None:
     """The rate of the lowest perplexity; None until runs at all rates ended, and where none of them has a result."""
-    losses = {}
-    for rate in scale.value_rates:
-        one = points[_name(rule, rate)]
-        if one.perplexity is not None:
-            losses[rate] = one.perplexity
-        elif not one.failed:
-            return None
-    return min(losses, key=losses.__getitem__, default=None)
+    found = {rate: points[_name(rule, rate)] for rate in scale.value_rates}
+    return best_of({rate: math.inf if one.failed and not one.runs else one.perplexity for rate, one in found.items()})
 
 
 def _claims(scale: Scale, points: Points) -> list[Claim]:
