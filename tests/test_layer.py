@@ -156,8 +156,9 @@ def test_a_wrong_width_or_mask_is_an_error():
         layer(torch.randn(2, 3, 12), torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"mask .* \[2, 3\], got \[3, 2\]"):
         layer(torch.randn(2, 3, 12), torch.ones(3, 2))
-    with pytest.raises(ValueError, match="mask must be True or 1 for real tokens .*, got one with numbers below 0"):
-        layer(torch.randn(2, 3, 12), torch.tensor([[0.0, 0.0, -1e9], [0.0, 0.0, 0.0]]))
+    for dtype in (torch.float32, torch.int64, torch.int16):
+        with pytest.raises(ValueError, match="mask must be True or 1 for real tokens .*, got one with numbers below 0"):
+            layer(torch.randn(2, 3, 12), torch.tensor([[0, 0, -10000], [0, 0, 0]], dtype=dtype))
 
 
 @pytest.mark.parametrize("query_norm", ["batch", "rms"])

@@ -193,8 +193,9 @@ class MemoryLayer(nn.Module):
             return None
         if mask.shape != x.shape[:-1]:
             raise ValueError(f"mask must have the leading shape of x, {[*x.shape[:-1]]}, got {[*mask.shape]}")
-        is_seen = mask.is_floating_point() and not (mask.is_meta or torch.compiler.is_compiling() or is_transformed())
-        if is_seen and bool((mask < 0).any()):
+        is_seen = type(mask) is Tensor and not (mask.is_meta or torch.compiler.is_compiling() or is_transformed())
+        # Of integers on a GPU the check would make every call wait for it.
+        if is_seen and mask.is_signed() and (mask.is_floating_point() or mask.is_cpu) and bool((mask < 0).any()):
             raise ValueError(
                 "mask must be True or 1 for real tokens and 0 for padding, got one with numbers below 0, as masks have "
                 "that are added to scores: pass mask == 0"

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,6 +34,7 @@ from memlayers.models import (
     causal_lm,
     memory_layers,
     quantize_memory,
+    remove_memory,
 )
 
 FILES = {"config.json", "generation_config.json", "memory_config.json", "model.safetensors", "modeling_memlayers.py"}
@@ -127,6 +130,42 @@ def test_a_swapped_ffn_alone_would_come_back_as_plain_gpt2(memory_config, tmp_pa
     assert not memory_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "swapped"))
     add_memory(GPT2LMHeadModel(config), memory_config, [2]).save_pretrained(tmp_path / "added")
     assert memory_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "added"))
+
+
+@pytest.mark.parametrize("share_values", [True, False])
+@pytest.mark.parametrize("change", ["cut off", "copied"])
+def test_blocks_that_were_cut_off_or_copied_come_back(plain, memory_config, tmp_path, change, share_values):
+    model = add_memory(plain, memory_config, [2, 4], mode="parallel", share_values=share_values)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate"):
+            nn.init.ones_(parameter)
+    blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    if change == "cut off":
+        del blocks[0]
+    else:
+        shared = {id(blocks[1].mlp.memory.values): blocks[1].mlp.memory.values} if share_values else {}
+        blocks.insert(2, copy.deepcopy(blocks[1], shared))
+    model.config.num_hidden_layers = len(blocks)
+    with torch.no_grad():
+        expected = model.eval()(IDS, use_cache=False).logits  # a copied block has the cache's place of the first
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    assert len(set(tables(loaded))) == (1 if share_values else len(memory_layers(model)))
+
+
+def test_a_model_whose_part_lost_its_memories_is_saved_as_a_plain_one(plain, memory_config, tmp_path):
+    expected, kind = logits(plain), type(plain)
+    model = add_memory(plain, memory_config, [2], mode="parallel")
+    remove_memory(model.base_model)
+    with pytest.raises(
+        ValueError, match=r"configuration \(layers 2\), got a Memory.* lost them: remove_memory\(model\)"
+    ):
+        model.save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]
+    assert type(remove_memory(model)) is kind
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
 
 
 @pytest.mark.parametrize("tie_word_embeddings", [True, False])

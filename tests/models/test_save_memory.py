@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -366,6 +367,12 @@ def test_what_is_refused(plain, with_memory, memory_config, tmp_path):
     net = add_memory(Net(), memory_config, ["first"], mode="parallel")
     with pytest.raises(ValueError, match=r"the one that add_memory was given, got a Sequential .*: it is model\.1\.0$"):
         save_memory(nn.Sequential(nn.ReLU(), nn.Sequential(net)), tmp_path / "saved")
+    net = add_memory(nn.Sequential(nn.Linear(16, 16), Net()), memory_config, ["1.first"], mode="parallel")
+    with pytest.raises(ValueError, match=r"that add_memory was given, got a Net, its part 1: save the whole one$"):
+        save_memory(net[1], tmp_path / "saved")
+    cpu_offload(net[1].first, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"on the meta device: load it without offloading \(device_map='cpu'\), or"):
+        save_memory(net, tmp_path / "saved")
     net = add_memory(Net(), memory_config, ["first", "second", "third"])
     net.second.memory = MemoryLayer(MemoryConfig(dim=16, heads=1, topk=3, num_subkeys=6, query_dim=8))
     with pytest.raises(ValueError, match="one kind, configuration and mode, .* got another one at second"):

@@ -81,6 +81,17 @@ def test_offloaded_weights_are_refused_and_kept_modules_survive_offloading():
         add_memory(cpu_offload(llama(), execution_device="cpu") or model, MEMORY, [2])
 
 
+def test_a_model_with_memories_on_disk_gives_the_same_outputs(tmp_path):
+    model = add_memory(llama(), MEMORY, [2])
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    places |= dict.fromkeys(("model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=str(tmp_path / "disk"))
+    assert all(tensor.is_meta for tensor in loaded.model.layers[1].mlp.memory.parameters())
+    torch.testing.assert_close(logits(loaded), before)
+
+
 def test_adapters_that_were_merged_everywhere_else_are_not_put_back():
     peft = pytest.importorskip("peft")
     model = llama()

@@ -13,13 +13,14 @@ from memlayers.distributed.whole import whole_tables
 from memlayers.distributed.wrapping import keep_out_of_ddp
 from memlayers.layer import MemoryLayer
 from memlayers.models.active import prepare_originals, require_originals
-from memlayers.models.classes import add_memories, load_memories, remove_memories
+from memlayers.models.classes import MemoryMixin, add_memories, load_memories, remove_memories
 from memlayers.models.folder import local_folder, read_description
 from memlayers.models.identity import identity_of, recorded_base
 from memlayers.models.install import build_memories
 from memlayers.models.modules import (
     adapter_parameters,
     memories_in,
+    memory_names,
     memory_parameters,
     placed_memories,
     require_memories,
@@ -116,7 +117,8 @@ def remove_memory(model: Model, name: str | None = None) -> Model:
             that the model has merged since. The model is then as it was.
     """
     inner = unwrap(model)
-    known = require_memories(inner)
+    # A part of the model may have been given before, of which its class and configuration do not know.
+    known = memory_names(inner) if isinstance(inner, MemoryMixin) and name is None else require_memories(inner)
     wrappers = dict(find_wrappers(inner, None if name is None else require_name(known, name)))
     require_originals(wrappers)
     if not adapter_parameters(inner):

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain, islice
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -57,7 +57,7 @@ from memlayers.models.modules import memory_names, placed_memories
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.storage import check_values, read_memory
 from memlayers.models.targets import names_of
-from memlayers.models.wrappers import DEFAULT_NAME, ParallelMemory, find_wrappers
+from memlayers.models.wrappers import DEFAULT_NAME, ParallelMemory, base_name, find_wrappers
 from memlayers.storage.low_bits import unlisted_numbers
 from memlayers.values import ValueTable, left_out, value_tables
 
@@ -268,8 +268,9 @@ class MemoryMixin(PreTrainedModel):
         the rest into place. Of several that save to one folder each waits for those before it. A distributed
         checkpoint goes straight to the folder. With tables in columns all ranks call it, and the first one writes. A
         class from outside of `transformers` loads its models itself: ``type(model).from_pretrained(folder)``. Raises
-        `ValueError` for a model with memories of several names. Of a model with adapters (`add_adapter`) `transformers`
-        saves those alone; where memories would be lost by that, a warning says so.
+        `ValueError` for a model with memories of several names, or whose memories were all taken out of a part of it.
+        Of a model with adapters (`add_adapter`) `transformers` saves those alone; where memories would be lost by that,
+        a warning says so.
         """
         if len(names := memory_names(self)) > 1:
             raise ValueError(
@@ -288,12 +289,9 @@ class MemoryMixin(PreTrainedModel):
         stale = rf"model{variant}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{variant}\.json|{WEIGHTS}"
         if not keeps_card(Path(save_directory)):  # of a memory alone, which was here before
             stale += "|" + re.escape(CARD)
-        # A part may have been grown or quantised alone, from where the whole is not seen.
-        for memory in islice(memory_layers(self).values(), 1):
-            built: dict[str, Any] = {"config": memory.config, "value_bits": getattr(memory.values, "bits", None)}
-            if dataclasses.replace(self.config.placement, **built) != self.config.placement:
-                with redeclared(self, **built):
-                    pass
+        if (placement := self._current_placement()) != self.config.placement:
+            with redeclared(self, **vars(placement)):
+                pass
         # Old names of weights are translated for the plain type of model, on loading, and back on saving; not for ours.
         kwargs.setdefault("save_original_format", False)
         of_adapters = getattr(self, "_hf_peft_config_loaded", False)
@@ -304,6 +302,29 @@ class MemoryMixin(PreTrainedModel):
                     super().save_pretrained(aside, *args, **with_whole_tables(self, whole, kwargs))
         if of_adapters:
             warn_of_adapters_alone(self, save_directory)
+
+    def _current_placement(self) -> MemoryPlacement:
+        """The configuration's placement, brought up to date with the memories that are in the model.
+
+        Memories of a part may have been grown or quantised, blocks copied or cut off, unseen by the whole. Raises
+        `ValueError` for a model without memories, and for memories that no placement describes.
+        """
+        declared = self.config.placement
+        if not (places := [base_name(self, path) for path, _ in find_wrappers(self)]):
+            raise ValueError(
+                f"model must have the memories of its configuration (layers {', '.join(map(str, declared.layers))}), "
+                f"got a {type(self).__name__} that has lost them: remove_memory(model) makes the whole a plain model, "
+                f"which can be saved"
+            )
+        memory = next(iter(memory_layers(self).values()))
+        bits = getattr(memory.values, "bits", None)
+        updated = dataclasses.replace(declared, config=memory.config, value_bits=bits)
+        try:
+            if {base_name(self, name) for name in names_of(self, updated)} == {*places}:
+                return updated
+        except ValueError:  # of a block that is gone
+            pass
+        return dataclasses.replace(placed_memories(self).placement, layers=places)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As in `transformers`. Memories are frozen by that; those that were trained say so at their next call."""

@@ -46,23 +46,18 @@ def install_hooks(model: nn.Module, memories: Sequence[str]) -> None:
     A model whose forward takes no ``attention_mask`` hands over none.
     """
     kind = getattr(getattr(model, "config", None), "model_type", "").removeprefix("memory_")
-    inside: dict[str, list[str]] = {}  # givers of masks, and the wrappers of their memories
-    wrappers: dict[str, Any] = {}
+    parts: dict[str, bool] = {}  # givers of masks: whether each is a part of another one
     for memory in memories:
-        name = memory.rpartition(".")[0]
-        wrapper: Any = model.get_submodule(name)
-        wrappers[name] = wrapper
+        wrapper: Any = model.get_submodule(memory.rpartition(".")[0])
         wrapper.givers = tuple(_givers(model, memory))
         wrapper.tokens_first = kind in _TOKENS_FIRST
         for giver in wrapper.givers:
-            inside.setdefault(giver, []).append(name)
-    for giver, names in inside.items():
+            parts.setdefault(giver, giver != wrapper.givers[0])
+    for giver, is_part in parts.items():
         base: Any = model.get_submodule(giver)
         # Their places differ between models, and between versions of transformers for one model.
         places = {name: place for place, name in enumerate(_parameters(base))}
-        is_part = giver != wrappers[names[0]].givers[0]
-        paths = tuple(name.removeprefix(f"{giver}." if giver else "") for name in names)
-        base.register_forward_pre_hook(partial(begin_call, giver, is_part, paths, places), with_kwargs=True)
+        base.register_forward_pre_hook(partial(begin_call, giver, is_part, places), with_kwargs=True)
         base.register_forward_hook(partial(end_call, giver), always_call=True)
 
 
@@ -105,7 +100,6 @@ def remove_hooks(model: nn.Module) -> None:
 def begin_call(
     giver: str,
     is_part: bool,
-    paths: tuple[str, ...],
     places: Mapping[str, int],
     base: nn.Module,
     args: tuple[Any, ...],
@@ -121,13 +115,13 @@ def begin_call(
         mask_BT = columns(mask, _num_tokens([*inputs, *args]), caches[0] if caches else None)
     else:
         if mask is not None and base.training:
-            _require_no_statistics(mask, base, paths)
+            _require_no_statistics(mask, base, giver)
         # A prepared mask (a static cache's, that of packed sequences, [B, 1, T, S]) no longer says which tokens are
         # padding. The output at a real token does not depend on it where no statistics are taken.
         mask_BT = None
     calls.begin(giver, mask_BT, says=mask_BT is not None or not is_part)
     if mask_BT is not None and base.training and not torch.compiler.is_compiling():
-        for path in paths:
+        for path, _ in _given(base, giver):
             for module in _along(base, path):
                 calls.carry_through_checkpoints(module)
 
@@ -135,6 +129,13 @@ def begin_call(
 def end_call(giver: str, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook: the mask belongs to one call only."""
     calls.end(giver)
+
+
+def _given(base: nn.Module, giver: str) -> Iterator[tuple[str, Any]]:
+    """The wrappers below `base` that take its masks, by their paths: blocks may have been moved since the hooks."""
+    for path, module in base.named_modules():
+        if giver in getattr(module, "givers", ()):
+            yield path, module
 
 
 def _along(base: nn.Module, path: str) -> Iterator[Any]:
@@ -154,10 +155,9 @@ def _num_tokens(inputs: Sequence[Any]) -> int | None:
     return None
 
 
-def _require_no_statistics(mask: Any, base: nn.Module, paths: Sequence[str]) -> None:
+def _require_no_statistics(mask: Any, base: nn.Module, giver: str) -> None:
     """Raises `ValueError` if a memory would take statistics over tokens of which some may be padding."""
-    for path in paths:
-        *_, wrapper = _along(base, path)
+    for _, wrapper in _given(base, giver):
         if any(isinstance(module, MaskedBatchNorm) and module.training for module in wrapper.memory.modules()):
             got = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise ValueError(

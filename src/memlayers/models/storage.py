@@ -6,7 +6,7 @@ already.
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -87,7 +87,10 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
     """The identity of the base of `model`. Raises the `ValueError` of `save_memory` for a model that it cannot save."""
     tensors, kind = placed.tensors, placed.placement.kind
     if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
-        raise ValueError(f"model must hold the weights of its memories, got {meta[0]} on the meta device")
+        raise ValueError(
+            f"model must hold the weights of its memories, got {meta[0]} on the meta device: load it without "
+            f"offloading (device_map='cpu'), or save the whole model with save_pretrained"
+        )
     for table in placed.tables:
         table.require_whole()
     base = _base_of(model, placed)
@@ -116,12 +119,11 @@ def _base_of(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
         gone = tuple(f"{base_name(model, path)}." for path in others)
         differing = [name for name in differing if not name.startswith(gone)]
     if differing:
-        ends = (name.removesuffix(differing[0]) for name in now.tensors if name.endswith(f".{differing[0]}"))
-        if part := next((end for end in ends if all(end + name in now.tensors for name in before.tensors)), None):
-            raise ValueError(
-                f"model must be the one that add_memory was given, got a {type(model).__name__} around it: it is "
-                f"model.{part.rstrip('.')}"
-            )
+        wanted = f"model must be the one that add_memory was given, got a {type(model).__name__}"
+        if part := _part_of(now.tensors, before.tensors):
+            raise ValueError(f"{wanted} around it: it is model.{part}")
+        if part := _part_of(before.tensors, now.tensors):
+            raise ValueError(f"{wanted}, its part {part}: save the whole one")
         advice = "save a base that was trained along with save_pretrained, or freeze it"
         if set(differing) <= base_buffers(model):
             modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in differing))
@@ -142,6 +144,13 @@ def _base_of(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
     # As they were, before any rounding since; what was not there yet (meta), as it is now.
     tensors = {name: known if known.values else now.tensors[name] for name, known in before.tensors.items()}
     return BaseIdentity(**{**vars(before), "tensors": tensors})
+
+
+def _part_of(whole: Collection[str], part: Collection[str]) -> str | None:
+    """Where in a model with tensors of names `whole` the part stands whose names are `part`; None: nowhere."""
+    known, first = {*whole}, next(iter(part), "")
+    paths = (name.removesuffix(f".{first}") for name in known if name.endswith(f".{first}"))
+    return next((path for path in paths if all(f"{path}.{name}" in known for name in part)), None)
 
 
 def _change(name: str, before: BaseIdentity, now: BaseIdentity) -> str:
