@@ -132,6 +132,13 @@ def test_a_swapped_ffn_alone_would_come_back_as_plain_gpt2(memory_config, tmp_pa
     assert memory_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "added"))
 
 
+@pytest.mark.promise(
+    "Saving and loading",
+    "blocks that are cut off, copied or moved after `add_memory`",
+    "supported",
+    "masks and `save_pretrained` follow; set the number of blocks in its configuration, and save the whole model: the "
+    "base of `save_memory` would be another one",
+)
 @pytest.mark.parametrize("share_values", [True, False])
 @pytest.mark.parametrize("change", ["cut off", "copied"])
 def test_blocks_that_were_cut_off_or_copied_come_back(plain, memory_config, tmp_path, change, share_values):

@@ -81,6 +81,12 @@ def test_offloaded_weights_are_refused_and_kept_modules_survive_offloading():
         add_memory(cpu_offload(llama(), execution_device="cpu") or model, MEMORY, [2])
 
 
+@pytest.mark.promise(
+    "Saving and loading",
+    'weights that accelerate offloads (`device_map` with `"disk"`)',
+    "supported",
+    "not of a table that blocks share: accelerate places a module once",
+)
 def test_a_model_with_memories_on_disk_gives_the_same_outputs(tmp_path):
     model = add_memory(llama(), MEMORY, [2])
     before = logits(model)
