@@ -268,6 +268,21 @@ def test_a_base_of_which_little_was_trained_is_refused_too(plain, memory_config,
         save_memory(model, tmp_path)
 
 
+def test_blocks_that_were_added_are_refused_with_both_numbers(plain, memory_config, tmp_path):
+    plain.save_pretrained(tmp_path / "base")
+    model = add_memory(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), memory_config, [2])
+    blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    blocks.append(copy.deepcopy(blocks[3]))
+    model.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match=r"as many blocks as its base '.*base', 4, got 5.*save_pretrained"):
+        save_memory(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    # A base that is loaded without its last blocks is so again.
+    model = add_memory(AutoModelForCausalLM.from_pretrained(tmp_path / "base", num_hidden_layers=3), memory_config, [2])
+    save_memory(model, tmp_path / "saved")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(IDS).logits, model(IDS).logits)
+
+
 @pytest.mark.promise(
     "Saving and loading", "resize the embeddings of a base and `save_memory`", "refused",
     "save the whole model, or save the resized base first and load it from there",

@@ -161,7 +161,7 @@ def _change(name: str, before: BaseIdentity, now: BaseIdentity) -> str:
 
 
 def _require_its_size(model: nn.Module, base: BaseIdentity) -> None:
-    """Raises `ValueError` for a base that got other embeddings than it has where it was loaded from."""
+    """Raises `ValueError` for a base with other embeddings, or more blocks, than it has where it was loaded from."""
     if not (isinstance(model, PreTrainedModel) and base.name_or_path):
         return
     plain: Any = getattr(type(model), "plain_class", type(model))
@@ -169,13 +169,15 @@ def _require_its_size(model: nn.Module, base: BaseIdentity) -> None:
         stored = plain.config_class.from_pretrained(base.name_or_path, local_files_only=True)
     except (OSError, ValueError):  # it is not here: loading will see
         return
-    sizes = [getattr(config.get_text_config(), "vocab_size", None) for config in (stored, model.config)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"model must have as many embeddings as its base {base.name_or_path!r}, {sizes[0]}, got {sizes[1]}: the "
-            f"others would be in no file. Save the whole model with save_pretrained; or, for another time, save the "
-            f"resized base first, load it from there, and add memories to that"
-        )
+    for field, parts in (("vocab_size", "embeddings"), ("num_hidden_layers", "blocks")):
+        sizes = [getattr(config.get_text_config(), field, None) for config in (stored, model.config)]
+        is_cut = None not in sizes and field == "num_hidden_layers" and sizes[0] > sizes[1]  # so it is loaded, too
+        if sizes[0] != sizes[1] and not is_cut:
+            raise ValueError(
+                f"model must have as many {parts} as its base {base.name_or_path!r}, {sizes[0]}, got {sizes[1]}: the "
+                f"others would be in no file. Save the whole model with save_pretrained; or, for another time, save "
+                f"the resized base first, load it from there, and add memories to that"
+            )
 
 
 def _write_weights(aside: Path, tensors: dict[str, Tensor], size: int | str) -> dict[str, Any]:
