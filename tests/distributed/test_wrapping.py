@@ -2,13 +2,17 @@
 
 import copy
 import io
+import json
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from memlayers import MemoryConfig, MemoryLayer
+from memlayers import MemoryConfig, MemoryLayer, load_memory, save_memory
+from memlayers.distributed import shard_tables
+from memlayers.models import add_memory, causal_lm, freeze_base, memory_layers
 from memlayers.optim import MemoryAdamW, RowAdam
 
 
@@ -194,3 +198,65 @@ def test_fsdp_shards_the_rest_and_leaves_tables_to_their_optimizer(pair):
             optimizer.zero_grad()
     torch.testing.assert_close(table, model[1].values.weight.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(linear, model[0].weight.detach(), rtol=1e-4, atol=1e-5)
+
+
+MEMORY = MemoryConfig(dim=16, heads=2, topk=3, num_subkeys=6, query_dim=8, query_norm="rms")
+IDS = torch.arange(24).view(2, 12)
+
+
+def base_model():
+    torch.manual_seed(0)
+    return causal_lm("llama", vocab_size=40, layers=2, dim=16, heads=2, context=32)
+
+
+def saved_under_fsdp(rank, folder, how):
+    """What the memory answers, or what a save says, in a model whose other weights FSDP has sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    model = add_memory(base_model(), MEMORY, [2], mode="parallel")
+    (memory,) = memory_layers(model).values()
+    if how == "columns":
+        shard_tables(model, mesh)
+    if how != "trained base":
+        freeze_base(model)
+    ignored = {memory.values.weight, memory.values.row_mark}
+    for part in (memory, *model.model.layers, model):
+        fully_shard(part, mesh=mesh, ignored_params=ignored)
+    optimizer = MemoryAdamW(model, lr=0.1, value_lr=0.1)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)  # of the memory
+    for _ in range(2):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    message = said(ValueError, save_memory, model, folder)
+    with torch.no_grad():
+        return message, model(IDS).logits
+
+
+@pytest.mark.promise(
+    "Several processes",
+    "`save_memory` of a model that FSDP2 (`fully_shard`) has sharded",
+    "supported",
+    "all ranks call it, and the first one writes; the base must have been frozen",
+)
+@pytest.mark.parametrize("how", ["replicas", "columns"])
+def test_a_memory_is_saved_from_a_model_that_fsdp_has_sharded(pair, tmp_path, how):
+    for message, expected in pair(saved_under_fsdp, tmp_path / "saved", how):
+        assert message is None
+        model = load_memory(base_model(), tmp_path / "saved")
+        assert type(*memory_layers(model).values()) is MemoryLayer
+        torch.testing.assert_close(model(IDS).logits, expected)
+        assert not torch.allclose(expected, base_model()(IDS).logits, atol=1e-2)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["architectures"] == ["MemoryLlamaForCausalLM"]
+
+
+def test_a_base_that_was_trained_under_fsdp_is_not_left_out_of_a_save(pair, tmp_path):
+    for message, _ in pair(saved_under_fsdp, tmp_path / "saved", "trained base"):
+        assert (
+            "must have a base that was frozen (freeze_base) before FSDP sharded it, got model.embed_tokens" in message
+        )
+        assert "full_state_dict=True" in message
+    assert not (tmp_path / "saved").exists()

@@ -34,9 +34,14 @@ def is_alone() -> bool:
     return _is_alone.get()
 
 
+def is_divided(tensor: Tensor) -> bool:
+    """Whether a tensor is a `DTensor`, of which a process holds a part."""
+    return hasattr(tensor, "placements")  # its class takes long to import
+
+
 def own_part(tensor: Any) -> Tensor:
     """What this process holds of a tensor: of a `DTensor` its part, the storage itself, else all of it."""
-    if not hasattr(tensor, "placements"):  # of a DTensor, whose class takes long to import
+    if not is_divided(tensor):
         return tensor
     with torch.no_grad():
         return tensor.to_local()

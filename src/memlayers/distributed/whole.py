@@ -1,4 +1,4 @@
-"""whole: tables in columns as whole ones, for a save that one rank writes.
+"""whole: what is divided among ranks as whole tensors, for a save that one rank writes.
 
 A whole table lies in a file that is mapped to memory, filled some rows at a time: no rank ever holds one in RAM.
 """
@@ -13,31 +13,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memlayers.distributed.agreement import Ranks, own_part
+from memlayers.distributed.agreement import Ranks, is_divided, own_part
 from memlayers.distributed.columns import CHUNK_ELEMENTS, ColumnTable, meet
 from memlayers.values import ValueTable, value_tables
 
 
 @contextmanager
-def whole_tables(tables: Iterable[ValueTable], folder: str | os.PathLike[str]) -> Iterator[dict[Tensor, Tensor] | None]:
+def whole_tables(
+    tables: Iterable[ValueTable], folder: str | os.PathLike[str], others: Iterable[Tensor] = ()
+) -> Iterator[dict[Tensor, Tensor] | None]:
     """The whole tables, by their weights in columns, on the rank that writes; None on the others.
 
-    All ranks call it together, and leave it together. Without tables in columns it gives an empty dictionary, to each
+    All ranks call it together, and leave it together. Where nothing is divided it gives an empty dictionary, to each
     rank that calls it.
 
     Args:
         tables: the same on all ranks.
         folder: made if it is not there; its file system has room for the tables, which are gone afterwards.
+        others: of the same model, of which what FSDP has sharded is given, too; each rank holds it whole meanwhile.
 
     Raises:
         RuntimeError: on the other ranks, where the one that writes fails; that one raises its own error. On all, where
             one is in a pass through a table instead.
     """
     columns = [table for table in tables if isinstance(table, ColumnTable)]
-    if not columns:
+    weights = {table.weight for table in columns}
+    sharded = [tensor for tensor in others if is_divided(tensor) and tensor not in weights]
+    if not columns and not sharded:
         yield {}
         return
-    groups = [ranks for ranks in (columns[0].ranks, columns[0].replicas) if ranks is not None]
+    parts = (columns[0].ranks, columns[0].replicas) if columns else (Ranks(),)
+    groups = [ranks for ranks in parts if ranks is not None]
     is_first_replica = len(groups) == 1 or groups[1].rank == 0
     is_writer = is_first_replica and groups[0].rank == 0
     meet(groups[0], "a save")
@@ -52,11 +58,12 @@ def whole_tables(tables: Iterable[ValueTable], folder: str | os.PathLike[str]) -
             except OSError as found:
                 error = found
         _tell(groups, error)
+        gathered = {tensor: _gathered(tensor) for tensor in sharded}
         if is_first_replica:
             for table in columns:
                 _fill(table, whole.get(table.weight))
         try:
-            yield whole if is_writer else None
+            yield {**gathered, **whole} if is_writer else None
         except BaseException as found:  # also an interrupt: the others wait
             error = found
         _tell(groups, error)
@@ -74,6 +81,11 @@ def with_whole_tables(model: nn.Module, whole: Mapping[Tensor, Tensor], settings
     names = model.named_parameters(remove_duplicate=False)
     tables = {name: whole[weight] for name, weight in names if weight in whole}
     return {**settings, "state_dict": {**(settings.get("state_dict") or model.state_dict()), **tables}}
+
+
+def _gathered(tensor: Any) -> Tensor:
+    whole = tensor.detach().full_tensor()
+    return nn.Parameter(whole, requires_grad=False) if isinstance(tensor, nn.Parameter) else whole
 
 
 def _mapped(table: ColumnTable, file: Path) -> nn.Parameter:

@@ -147,7 +147,8 @@ def save_memory(
     came from. The folder can be uploaded as it is. Files are written aside, flushed and moved into place: a save that
     fails leaves those of an earlier one as they were.
 
-    With tables in columns (`memlayers.distributed.shard_tables`) all ranks call it, and the first one writes.
+    With tables in columns (`memlayers.distributed.shard_tables`), and under FSDP (`fully_shard`), all ranks call it,
+    and the first one writes.
 
     Args:
         model: one with memories; one that `torch.compile`, PEFT or `DistributedDataParallel` is around, too. What PEFT
@@ -157,14 +158,14 @@ def save_memory(
         max_shard_size: of a file, in bytes or as "5GB". A tensor that is larger gets a file of its own.
 
     Raises:
-        ValueError: a model without memories, or one whose base was trained along and would be lost; a folder with a
-            whole model in it. Nothing is written then.
+        ValueError: a model without memories, or one whose base was trained along and would be lost, or is not frozen
+            under FSDP; a folder with a whole model in it. Nothing is written then.
     """
     _check_size(max_shard_size)
     inner = unwrap(model)
     placed = placed_memories(inner, name)
     base = savable_base(inner, placed)
-    with whole_tables(placed.tables, folder) as whole:
+    with whole_tables(placed.tables, folder, placed.tensors.values()) as whole:
         if whole is not None:
             tensors = {name: whole.get(tensor, tensor) for name, tensor in placed.tensors.items()}
             write_memory(inner, replace(placed, tensors=tensors), base, Path(folder), max_shard_size)

@@ -53,7 +53,7 @@ from memlayers.models.memory_alone import (
     load_base,
     saying_whose_memory,
 )
-from memlayers.models.modules import memory_names, placed_memories
+from memlayers.models.modules import kind_of, memory_names, placed_memories
 from memlayers.models.placement import MemoryPlacement
 from memlayers.models.storage import check_values, read_memory
 from memlayers.models.targets import names_of
@@ -310,15 +310,20 @@ class MemoryMixin(PreTrainedModel):
         `ValueError` for a model without memories, and for memories that no placement describes.
         """
         declared = self.config.placement
-        if not (places := [base_name(self, path) for path, _ in find_wrappers(self)]):
+        if not (wrappers := find_wrappers(self)):
             raise ValueError(
                 f"model must have the memories of its configuration (layers {', '.join(map(str, declared.layers))}), "
                 f"got a {type(self).__name__} that has lost them: remove_memory(model) makes the whole a plain model, "
                 f"which can be saved"
             )
-        memory = next(iter(memory_layers(self).values()))
-        bits = getattr(memory.values, "bits", None)
-        updated = dataclasses.replace(declared, config=memory.config, value_bits=bits)
+        memory, places = next(iter(memory_layers(self).values())), [base_name(self, path) for path, _ in wrappers]
+        updated = dataclasses.replace(
+            declared,
+            config=memory.config,
+            kind=kind_of(memory),
+            mode=wrappers[0][1].mode,
+            value_bits=getattr(memory.values, "bits", None),
+        )
         try:
             if {base_name(self, name) for name in names_of(self, updated)} == {*places}:
                 return updated

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlayers.distributed.agreement import fingerprints
+from memlayers.distributed.agreement import fingerprints, is_divided
 from memlayers.models.modules import packed_shapes
 from memlayers.models.wrappers import MemoryWrapper, ParallelMemory, base_name, find_wrappers
 from memlayers.torch_private import is_wrapper_subclass
@@ -151,6 +151,15 @@ def identity_of(model: nn.Module, without: Collection[str] = (), *, exact: bool 
 def base_buffers(model: nn.Module) -> set[str]:
     """The tensors of the base of `model` that are no parameters, by the names that they have in its identity."""
     return {name for name, tensor in _base_tensors(model) if not isinstance(tensor, nn.Parameter)}
+
+
+def divided_parameters(model: nn.Module, *, trained: bool) -> list[str]:
+    """The parameters of the base of `model` that are divided among ranks, so that nobody sees their values.
+
+    `trained`: those that require a gradient alone.
+    """
+    named = [(name, tensor) for name, tensor in _base_tensors(model) if isinstance(tensor, nn.Parameter)]
+    return [name for name, one in named if is_divided(one) and (one.requires_grad or not trained)]
 
 
 def recorded_base(wrappers: Iterable[MemoryWrapper]) -> BaseIdentity | None:

@@ -148,6 +148,11 @@ def require_name(known: Sequence[str], name: str | None) -> str:
     return name
 
 
+def kind_of(memory: MemoryLayer) -> str:
+    """The name of the class of a memory, also where FSDP (`fully_shard`) has derived one of it."""
+    return type(memory).__name__.removeprefix("FSDP")
+
+
 def _placement(
     model: nn.Module, wrappers: Mapping[str, MemoryWrapper], memories: Mapping[str, MemoryLayer]
 ) -> MemoryPlacement:
@@ -170,7 +175,7 @@ def _placement(
     declared = declared if isinstance(declared, MemoryPlacement) else None
     return MemoryPlacement(
         config=first.config,
-        kind=type(first).__name__,
+        kind=kind_of(first),
         layers=declared.layers if declared and declared.is_numbered else list(memories),
         mode=mode,
         share_values=declared.share_values if declared and len(memories) == 1 else tables < len(memories),

@@ -39,7 +39,7 @@ from memlayers.models.folder import (
     write_remote_code,
     write_tensors,
 )
-from memlayers.models.identity import BaseIdentity, base_buffers, identity_of, recorded_base
+from memlayers.models.identity import BaseIdentity, base_buffers, divided_parameters, identity_of, recorded_base
 from memlayers.models.install import build_memories
 from memlayers.models.modules import PlacedMemories, memory_tensors, placed_memories, tensor_like
 from memlayers.models.placement import MemoryPlacement
@@ -110,6 +110,12 @@ def savable_base(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
 def _base_of(model: nn.Module, placed: PlacedMemories) -> BaseIdentity:
     """The identity of the base. Raises `ValueError` if it is no longer what `add_memory` was given."""
     before = recorded_base(placed.wrappers.values())
+    if unseen := divided_parameters(model, trained=before is not None):
+        raise ValueError(
+            f"model must have a base that was frozen (freeze_base) before FSDP sharded it, got {unseen[0]} sharded and "
+            f"trained: save the whole model, on all ranks, by model.save_pretrained(folder, state_dict=state) with the "
+            f"state of torch.distributed.checkpoint.state_dict.get_model_state_dict (full_state_dict=True)"
+        )
     now = identity_of(model, exact=before is not None)
     if before is None:
         return now
@@ -170,7 +176,7 @@ def _require_its_size(model: nn.Module, base: BaseIdentity) -> None:
     except (OSError, ValueError):  # it is not here: loading will see
         return
     for field, parts in (("vocab_size", "embeddings"), ("num_hidden_layers", "blocks")):
-        sizes = [getattr(config.get_text_config(), field, None) for config in (stored, model.config)]
+        sizes: list[Any] = [getattr(config.get_text_config(), field, None) for config in (stored, model.config)]
         is_cut = None not in sizes and field == "num_hidden_layers" and sizes[0] > sizes[1]  # so it is loaded, too
         if sizes[0] != sizes[1] and not is_cut:
             raise ValueError(
@@ -194,7 +200,7 @@ def _write_weights(aside: Path, tensors: dict[str, Tensor], size: int | str) -> 
 
 def _write_model_config(model: Any, aside: Path) -> None:
     config: Any = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # of fully_shard
     config.dtype = str(model.dtype).removeprefix("torch.")
     # How the base was loaded; the next one may load it otherwise.
     config.__dict__.pop("quantization_config", None)
