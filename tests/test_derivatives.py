@@ -181,6 +181,36 @@ def test_several_gradients_at_once(name):
             torch.testing.assert_close(one[number], other)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_hessian_by_batches_of_second_derivatives(name):
+    layer, x = LAYERS[name](), normal(4, 6)
+
+    def function(x):
+        return layer(x).square().sum()
+
+    expected = torch.autograd.functional.hessian(function, x)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(torch.autograd.functional.hessian(function, x, vectorize=True), expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_third_and_fourth_derivatives(name):
+    # Along lines through what a search is given: differences of the derivative before.
+    layer, x, direction = LAYERS[name](), normal(4, 6), normal(4, 6, seed=2)
+    keys = layer.keys.weight.detach().clone()
+
+    def derivative(order, place):
+        t = torch.tensor(place, dtype=torch.float64, requires_grad=True)
+        value = functional_call(layer, {"keys.weight": keys * t}, (x + t * direction,)).pow(2).sum()
+        for count in range(order):
+            (value,) = torch.autograd.grad(value, t, create_graph=count + 1 < order)
+        return value.detach()
+
+    for order in (2, 3, 4):
+        expected = (derivative(order - 1, 1.0 + STEP) - derivative(order - 1, 1.0 - STEP)) / (2 * STEP)
+        assert_near(derivative(order, 1.0), expected)
+
+
 def test_several_gradients_at_once_are_not_recorded():
     layer, x = make(), normal(4, 6).requires_grad_()
     owner = RowSGD(layer, lr=0.1)

@@ -82,9 +82,10 @@ def test_gradcheck(fields):
     assert torch.autograd.gradcheck(run, (x, *parameters.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("lead", [(), (7,), (2, 3), (2, 1, 3), (0,)], ids=str)
-def test_any_leading_shape(lead):
-    layer = MemoryLayer(config()).eval()
+@pytest.mark.parametrize("keys", ["product", "flat"])
+@pytest.mark.parametrize("lead", [(), (7,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
+def test_any_leading_shape(lead, keys):
+    layer = MemoryLayer(config(keys=keys, num_subkeys=8, topk=3)).eval()
     x = torch.randn(*lead, 12)
     y = layer(x)
     assert y.shape == x.shape

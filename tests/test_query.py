@@ -97,6 +97,16 @@ def test_compiled_checkpointing_counts_once():
     torch.testing.assert_close(recomputed.running_var, plain.running_var)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gain_with_strides_has_the_gradients_of_one_without(training):
+    norm, x = MaskedBatchNorm(2, 3).train(training), torch.randn(9, 2, 3, requires_grad=True)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    (expected,) = torch.autograd.grad(norm(x).pow(3).sum(), x)
+    norm.weight.data = torch.stack([norm.weight, 7 * norm.weight], -1).detach()[..., 0]
+    assert not norm.weight.is_contiguous()
+    torch.testing.assert_close(torch.autograd.grad(norm(x).pow(3).sum(), x)[0], expected)
+
+
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
 def test_statistics_stay_float32_under_a_cast(cast):
     norm = MaskedBatchNorm(2, 3)

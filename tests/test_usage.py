@@ -200,3 +200,13 @@ def test_totals_follow_a_layer_that_is_moved():
         layer(torch.randn(4, 8))
         layer.to("meta")(torch.empty(4, 8, device="meta"))
     assert {total.device.type for total in meter.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacrev])
+def test_a_transform_of_torch_is_told_to_detach_it(transform):
+    layer = make().eval()
+    meter = UsageMeter(layer).attach()
+    with pytest.raises(ValueError, match=r"in a transform of torch.func .*: detach\(\) it, or leave its `with` block"):
+        transform(layer)(torch.randn(2, 3, layer.config.dim))
+    meter.detach()
+    transform(layer)(torch.randn(2, 3, layer.config.dim))

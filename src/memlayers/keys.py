@@ -192,12 +192,13 @@ class FlatKeys(nn.Module):
 
     def _search_blocks(self, query_THQ: Tensor) -> Tensor:
         heads, slots, _ = self.weight.shape
+        if len(query_THQ) == 0:
+            return query_THQ.new_empty(0, heads, self.topk, dtype=torch.int64)
         is_grouped = slots >= 16 * self.topk
         search = self._search_groups if is_grouped else self._search_all
         held = self.BLOCK if query_THQ.device.type == "cpu" else 4 * self.BLOCK  # small products would idle a GPU
         queries = max(1, held // (heads * (self.KEYS if is_grouped else slots)))
-        found = [search(block) for block in query_THQ.split(queries)]
-        return torch.cat(found) if found else query_THQ.new_empty(0, heads, self.topk, dtype=torch.int64)
+        return torch.cat([search(block) for block in query_THQ.split(queries)])
 
     def _search_all(self, query_THQ: Tensor) -> Tensor:
         scores_HTS = query_THQ.transpose(0, 1) @ self.weight.to(query_THQ.dtype).transpose(1, 2)

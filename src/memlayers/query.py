@@ -139,7 +139,8 @@ class MaskedBatchNorm(batch_norm_base()):  # type: ignore[misc]
         return wide_TF.view(query_THQ.shape).to(query_THQ.dtype)
 
     def _normalise(self, wide_TF: Tensor, is_training: bool) -> Tensor:
-        weight_F, bias_F = self.weight.view(-1).to(wide_TF.dtype), self.bias.view(-1).to(wide_TF.dtype)
+        # Of a weight with strides torch's operation computes another gradient of its input.
+        weight_F, bias_F = (own.contiguous().view(-1).to(wide_TF.dtype) for own in (self.weight, self.bias))
         if self.running_mean is None:
             return F.batch_norm(wide_TF, None, None, weight_F, bias_F, True, 0.0, self.eps)
         # Copies: what autograd saves of them must not change with the next call.

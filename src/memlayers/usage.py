@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from memlayers.keys import Hits
 from memlayers.layer import MemoryLayer
 from memlayers.listening import Listener, input_of
+from memlayers.ops.registry import is_transformed
 from memlayers.query import is_recomputation
 
 
@@ -108,6 +109,11 @@ class UsageMeter(Listener):
             raise ValueError(
                 f"what counts reads must be made after grow_table, got a meter for {self._slots:,} slots of a memory "
                 f"that has {layer.config.slots:,} now: make another"
+            )
+        if is_transformed():
+            raise ValueError(
+                "what counts reads must not be attached in a transform of torch.func (grad, vmap, jacrev, ...), which "
+                "hides from it what it adds: detach() it, or leave its `with` block, before"
             )
         mask_T = layer.token_mask(*args, **kwargs)
         if not torch.compiler.is_compiling():

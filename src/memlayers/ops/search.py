@@ -30,7 +30,8 @@ def token_blocks(num_tokens: int, weight_2HNC: Tensor, half_scores: int, fewest_
 
 def half_scores(query_THQ: Tensor, weight_2HNC: Tensor) -> Tensor:
     """[2, H, T, N], the scores of both halves against their codebooks."""
-    query_2HTC = query_THQ.unflatten(-1, (2, -1)).permute(2, 1, 0, 3)
+    # Not unflatten, which PyTorch cannot batch: second derivatives of a batch of outputs.
+    query_2HTC = query_THQ.reshape(*query_THQ.shape[:-1], 2, query_THQ.shape[-1] // 2).permute(2, 1, 0, 3)
     with without_autocast(query_THQ):
         return query_2HTC @ weight_2HNC.transpose(-1, -2)
 
@@ -114,18 +115,28 @@ def _backward(ctx, grad_THK, _):
 
 
 def _second_backward(ctx, second_query, second_weight):
+    # The gradients of <gradient of query, second_query> + <gradient of keys, second_weight>, by operations that have
+    # gradients themselves.
     grad_THK, slots_THK, query_THQ, weight_2HNC = ctx.saved_tensors
     of_query, of_weight = ctx.wanted
-    with torch.enable_grad():
-        inputs = [given.detach().requires_grad_() for given in (grad_THK, query_THQ, weight_2HNC)]
-        query, weight = search_backward_reference(inputs[0], slots_THK, *inputs[1:])
-        total = sum(
-            (grad * second).sum()
-            for grad, second, is_wanted in ((query, second_query, of_query), (weight, second_weight, of_weight))
-            if is_wanted
-        )
-    grads = torch.autograd.grad(total, inputs, allow_unused=True)
-    return grads[0], None, grads[1], grads[2], None, None
+    needs_grad, _, needs_query, needs_weight, *_ = ctx.needs_input_grad
+    grad = query = weight = None
+    if needs_grad:
+        pairs = [(second_query, weight_2HNC)] * of_query + [(query_THQ, second_weight)] * of_weight
+        grad = sum(_scores_at(slots_THK, *pair) for pair in pairs).to(grad_THK.dtype)
+    if needs_query and of_weight:
+        query, _ = search_backward(grad_THK, slots_THK, query_THQ, second_weight.contiguous(), True, False)
+    if needs_weight and of_query:
+        _, weight = search_backward(grad_THK, slots_THK, second_query.contiguous(), weight_2HNC, False, True)
+    return grad, None, query, weight, None, None
+
+
+def _scores_at(slots_THK: Tensor, query_THQ: Tensor, weight_2HNC: Tensor) -> Tensor:
+    """[T, H, K], the scores of these slots."""
+    scores_2HTN = half_scores(for_scores(query_THQ), for_scores(weight_2HNC))
+    subkeys = halves(slots_THK.transpose(0, 1), weight_2HNC.shape[2])
+    first_HTK, second_HTK = (scores.gather(-1, found) for scores, found in zip(scores_2HTN, subkeys, strict=True))
+    return (first_HTK + second_HTK).transpose(0, 1)
 
 
 def _save_for_second(ctx, inputs, output):
