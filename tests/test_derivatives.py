@@ -182,7 +182,7 @@ def test_several_gradients_at_once(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_hessian_by_batches_of_second_derivatives(name):
+def test_a_hessian_by_batches_and_its_products(name):
     layer, x = LAYERS[name](), normal(4, 6)
 
     def function(x):
@@ -191,6 +191,8 @@ def test_a_hessian_by_batches_of_second_derivatives(name):
     expected = torch.autograd.functional.hessian(function, x)
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(torch.autograd.functional.hessian(function, x, vectorize=True), expected)
+    _, product = torch.autograd.functional.hvp(function, x, normal(4, 6, seed=2))
+    torch.testing.assert_close(product, torch.einsum("tdsc,sc->td", expected, normal(4, 6, seed=2)))
 
 
 @pytest.mark.parametrize("name", LAYERS)

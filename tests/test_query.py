@@ -97,6 +97,17 @@ def test_compiled_checkpointing_counts_once():
     torch.testing.assert_close(recomputed.running_var, plain.running_var)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_that_are_assigned_in_16_bits_are_widened(dtype):
+    norm = MaskedBatchNorm(2, 3)
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in norm.state_dict().items()}
+    norm.load_state_dict(state, assign=True)
+    assert norm.weight.dtype == dtype
+    assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
+    for training in (True, False):
+        assert norm.train(training)(torch.randn(9, 2, 3, dtype=dtype)).dtype == dtype
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_gain_with_strides_has_the_gradients_of_one_without(training):
     norm, x = MaskedBatchNorm(2, 3).train(training), torch.randn(9, 2, 3, requires_grad=True)

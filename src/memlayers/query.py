@@ -191,17 +191,20 @@ class MaskedBatchNorm(batch_norm_base()):  # type: ignore[misc]
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         # From version 2 on the base does not ask for `num_batches_tracked`.
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *rest)
+        self._widen(self.running_mean, self.running_var)  # assigned as they were saved
 
     def _apply(self, fn, recurse=True):
         before = self.running_mean, self.running_var
         super()._apply(fn, recurse)
-        if self.running_mean is None:
-            return self
-        # Casting a model to 16 bits must not round its statistics.
-        if torch.finfo(self.running_mean.dtype).bits < 32:
-            device = self.running_mean.device
-            self.running_mean, self.running_var = (stat.to(device, torch.float32) for stat in before)
+        self._widen(*before)
         return self
+
+    def _widen(self, mean_HQ: Tensor | None, var_HQ: Tensor | None) -> None:
+        """Statistics of 16 bits become these in float32: casting a model must not round them."""
+        if mean_HQ is None or var_HQ is None or torch.finfo(self.running_mean.dtype).bits >= 32:
+            return
+        device = self.running_mean.device
+        self.running_mean, self.running_var = (stat.to(device, torch.float32) for stat in (mean_HQ, var_HQ))
 
 
 class HeadRMSNorm(nn.Module):

@@ -123,6 +123,16 @@ class ValueTable(nn.Module):
         """Why nobody can train the rows, and what to do; empty where they can be trained."""
         return ""
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the rows can be trained and something of them requires a gradient.
+
+        The weight does not say it where hooks compute it (`prune`): in a call without gradients they leave one that
+        requires none.
+        """
+        mine = (one for name, one in self.named_parameters() if not name.endswith("row_mark"))
+        return not self.untrainable and any(one.requires_grad for one in mine)
+
     def operands(self) -> tuple[Any, ...] | None:
         """What `memlayers.ops.infer` is given of the table; None if the table must be called."""
         return (self.weight,) if type(self) is ValueTable else None

@@ -1,10 +1,12 @@
 import collections
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 from memlayers import MemoryConfig, MemoryLayer, MemoryPlus, ValueTable
 from memlayers.optim import MemoryAdamW, RowAdagrad, RowAdam, RowSGD
@@ -551,3 +553,18 @@ def test_rates_of_moments_may_be_integers(betas):
     layer(torch.randn(4, 8)).sum().backward()
     optimizer.step()
     assert {group["betas"] for group in optimizer.param_groups} == {(0.0, float(betas[1]))}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("compute", [nn.utils.weight_norm, partial(l1_unstructured, name="weight", amount=0.5)])
+def test_a_computed_weight_is_no_frozen_one_after_an_evaluation(compute):
+    model = make()
+    compute(model[2].values)
+    with torch.no_grad():
+        loss_of(model)  # after which hooks have left a weight that requires no gradient
+    with pytest.raises(ValueError, match="computed of other parameters"):
+        MemoryAdamW(model)
+    model[2].values.requires_grad_(False)
+    optimizer = MemoryAdamW(model)
+    loss_of(model).backward()
+    optimizer.step()

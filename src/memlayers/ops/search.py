@@ -123,7 +123,8 @@ def _second_backward(ctx, second_query, second_weight):
     grad = query = weight = None
     if needs_grad:
         pairs = [(second_query, weight_2HNC)] * of_query + [(query_THQ, second_weight)] * of_weight
-        grad = sum(_scores_at(slots_THK, *pair) for pair in pairs).to(grad_THK.dtype)
+        first, *others = (_scores_at(slots_THK, *pair) for pair in pairs)
+        grad = sum(others, first).to(grad_THK.dtype)
     if needs_query and of_weight:
         query, _ = search_backward(grad_THK, slots_THK, query_THQ, second_weight.contiguous(), True, False)
     if needs_weight and of_query:

@@ -32,7 +32,7 @@ def masks_of(
     for table in rows:
         if not isinstance(table, ValueTable):
             raise ValueError(f"rows must be given by value table, got an entry for a {type(table).__name__}")
-        if table not in tables and not table.untrainable and table.weight.requires_grad:
+        if table not in tables and table.is_trained:
             raise ValueError(f"rows must be of tables that this optimizer trains, got some of another: {table}")
     if missing := [table for table in tables if table not in rows]:
         raise ValueError(

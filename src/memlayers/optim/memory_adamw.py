@@ -84,7 +84,7 @@ class MemoryAdamW(TableOwner):
         betas, eps = (float(beta1), float(beta2)), plain_number(eps)  # torch refuses integers
         self._process_group = process_group
         groups = dense_groups(model, plain_number(weight_decay), selector_lr)
-        tables = [table for table in value_tables(model) if not table.untrainable and table.weight.requires_grad]
+        tables = [table for table in value_tables(model) if table.is_trained]
         require_row_settings(
             lr=value_lr,
             max_grad_norm=value_max_grad_norm,
