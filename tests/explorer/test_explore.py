@@ -404,8 +404,9 @@ def test_the_command(model, tokenizer, tmp_path, capsys):
     text.write_text(TEXT, "utf-8")
     capsys.readouterr()
     words = ["explore", folder, "--text", text, "--output", output, "--tokens", "100", "--compare", folder]
-    assert main([str(word) for word in words]) == 0
-    assert capsys.readouterr().out.startswith(f"{output}: 0.")
+    for _ in range(2):  # a page is replaced
+        assert main([str(word) for word in words]) == 0
+        assert capsys.readouterr().out.startswith(f"{output}: 0.")
     made = output.read_text("utf-8")
     assert "<h1>model</h1>" in made
     assert len(numbers(content(made)["tokens"], "u4", -1)) == 100
@@ -434,6 +435,11 @@ def test_what_makes_no_sense_is_refused(model, tokenizer, tmp_path, monkeypatch)
         patch.setattr("os.access", lambda *_: False)
         with pytest.raises(ValueError, match="output must be a file in a folder that can be written to, got"):
             memlayers.explore(None, tokenizer, TEXT, tmp_path / "page.html")
+    for content in ("a text of mine", "<!doctype html><title>mine</title>"):
+        (tmp_path / "mine.txt").write_text(content)
+        with pytest.raises(ValueError, match="output must be a new file, or a page of an .*holds something"):
+            memlayers.explore(None, tokenizer, TEXT, tmp_path / "mine.txt")
+        assert (tmp_path / "mine.txt").read_text() == content
     broken = model_with()
     broken.lm_head.weight.data[7] = float("nan")
     with pytest.raises(ValueError, match="model must have finite values and outputs to be shown"):

@@ -46,7 +46,7 @@ def explore(
         model: a causal language model with memories, as `transformers` has them.
         tokenizer: its tokenizer.
         texts: a text, or several; each begins with the tokenizer's token for that.
-        output: a file to write the page to.
+        output: a file to write the page to; one that is there must be such a page.
         name: what the page calls the model.
         compare: another model of the same tokenizer with memories of the same names and sizes, such as an earlier
             checkpoint; the page says what differs.
@@ -58,7 +58,8 @@ def explore(
 
     Raises:
         ValueError: a model without active memories, or whose values are not finite; no text; a tokenizer of another
-            model; a model to compare whose memories differ in name or size; an output that cannot be written to.
+            model; a model to compare whose memories differ in name or size; an output that cannot be written to, or
+            that holds something else.
         ModuleNotFoundError: Jinja2 is not installed.
     """
     require_extra("lm", "memlayers.explore", "jinja2")
@@ -68,6 +69,11 @@ def explore(
         raise ValueError(f"output must be a file in a folder that is there, got {str(output)!r}")
     if file is not None and not os.access(file.parent, os.W_OK | os.X_OK):
         raise ValueError(f"output must be a file in a folder that can be written to, got {str(output)!r}")
+    if file is not None and not _may_be_replaced(file):
+        raise ValueError(
+            f"output must be a new file, or a page of an earlier call, which is replaced, got {str(output)!r}, which "
+            f"holds something else: name another file, or remove it"
+        )
     subjects = answering(model)
     if compare is not None:
         _require_alike(model, compare)
@@ -82,6 +88,15 @@ def explore(
     if file is not None:
         write_text(file, page)
     return page
+
+
+def _may_be_replaced(file: Path) -> bool:
+    """Whether nothing is lost: there is no such file, or it is empty, or a page."""
+    if not file.is_file():
+        return True
+    with file.open("rb") as opened:
+        start = opened.read(10_000)
+    return not start or _TITLE in start
 
 
 def _page(found: Findings, other: Findings | None, tokenizer: Any, room: Room, name: str, other_name: str) -> str:
@@ -114,6 +129,7 @@ def _page(found: Findings, other: Findings | None, tokenizer: Any, room: Room, n
 
 
 _FILES = ("page.html", "page.css", "page.js")
+_TITLE = b": what its memories read</title>"  # of page.html
 
 
 def _require_alike(model: nn.Module, other: nn.Module) -> None:
